@@ -1,0 +1,1 @@
+"""Settings: pydantic models, frozen, unknown names refused. Read once, in `cli`."""

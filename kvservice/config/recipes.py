@@ -1,0 +1,70 @@
+"""The recipes there are. Knows nothing of how they are carried out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from kvservice.errors import NotFound
+from kvservice.types import Distant, RecipeSpec
+
+DENSE = RecipeSpec("dense", Distant.RESIDENT, "All KV on the device: the baseline.")
+
+EXACT = RecipeSpec(
+    "exact",
+    Distant.STREAM,
+    "Distant KV in the tier, every token attended to. Equals dense to 1e-3 in fp32; slow.",
+)
+
+RECALL = RecipeSpec(
+    "recall",
+    Distant.RECALL,
+    "Distant KV in the tier; each query recalls the 128 tokens a KV head that a 2-bit index of the keys ranks first.",
+    index="key_index",
+    index_bits=2,
+    recalled_tokens=128,
+)
+
+BASELINES = (
+    replace(
+        RECALL,
+        name="recall-oracle",
+        summary="Recall that ranks by the true keys: the ceiling of any index.",
+        index="oracle",
+        index_bits=16,
+        evaluation_only=True,
+    ),
+    replace(
+        RECALL,
+        name="recall-random",
+        summary="Recall of random tokens: a floor.",
+        index="random",
+        index_bits=0,
+        evaluation_only=True,
+    ),
+    replace(
+        RECALL,
+        name="recall-recency",
+        summary="Recall of the latest distant tokens: a floor.",
+        index="recency",
+        index_bits=0,
+        evaluation_only=True,
+    ),
+)
+
+RECIPES: dict[str, RecipeSpec] = {recipe.name: recipe for recipe in (DENSE, EXACT, RECALL, *BASELINES)}
+
+SERVED_RECIPES: tuple[str, ...] = tuple(name for name, recipe in RECIPES.items() if not recipe.evaluation_only)
+
+DEFAULT_RECIPE = RECALL.name
+
+
+def get_recipe(name: str) -> RecipeSpec:
+    """The recipe called `name`.
+
+    Raises:
+        NotFound: there is none; the message lists those there are.
+    """
+    try:
+        return RECIPES[name]
+    except KeyError:
+        raise NotFound(f"unknown recipe {name!r}: known are {', '.join(RECIPES)}", reason="unknown_recipe") from None

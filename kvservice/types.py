@@ -1,0 +1,344 @@
+"""The service's nouns, and the arithmetic of their bytes. Knows nothing of tensors, sockets or stores.
+
+Positions of a sequence of `n` tokens under a recipe with a tier:
+
+    0        16                 window_start(n)          n
+    ├─ sinks ─┼─ distant: groups of 64 ─┼─ window: 256-319 ─┤
+      device          tier (host)               device
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NewType
+
+TenantId = NewType("TenantId", str)
+SessionId = NewType("SessionId", str)
+CallId = NewType("CallId", str)
+WorkerId = NewType("WorkerId", str)
+
+SINK_TOKENS = 16
+"""Leading tokens that always stay on the device. Never part of a group."""
+
+GROUP_TOKENS = 64
+"""The window slides, and keys are quantised, by whole groups of this many tokens, aligned to 16 + 64k."""
+
+BLOCK_TOKENS = 16
+"""Tokens in a block of the device arena. Sinks are exactly one, a group exactly four."""
+
+
+class Role(Enum):
+    """What the owner of an API key may do."""
+
+    TENANT = "tenant"
+    OPERATOR = "operator"
+
+
+class PromptFormat(Enum):
+    """How text becomes tokens."""
+
+    RAW = "raw"
+    CHAT = "chat"
+
+
+class TextRole(Enum):
+    """What a text is to its session; decides what the chat template puts around it."""
+
+    DOCUMENT = "document"
+    QUESTION = "question"
+
+
+class OnMiss(Enum):
+    """What to do when KV that a call needs is in no tier."""
+
+    RECOMPUTE = "recompute"
+    FAIL = "fail"
+    PARTIAL = "partial"
+
+
+class FinishReason(Enum):
+    """Why an answer ended."""
+
+    LENGTH = "length"
+    EOS = "eos"
+    STOP = "stop"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen. `temperature` 0 is greedy; the token at a position is a function of (seed, position)."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What the byte arithmetic needs to know of a model."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    max_positions: int
+    dtype_bytes: int = 2
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of the keys and values of one token over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype_bytes
+
+    @property
+    def num_cells(self) -> int:
+        """Cells of a sequence: one for each (layer, K or V, KV head)."""
+        return 2 * self.num_layers * self.num_kv_heads
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block of the arena: 16 tokens of one cell."""
+        return BLOCK_TOKENS * self.head_dim * self.dtype_bytes
+
+
+class Distant(Enum):
+    """What a recipe does with tokens that leave the window."""
+
+    RESIDENT = "resident"
+    """They stay on the device."""
+    STREAM = "stream"
+    """They go to the tier; every one is streamed back and attended to by every query."""
+    RECALL = "recall"
+    """They go to the tier; each query recalls the few that matter."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeSpec:
+    """How a session's KV is kept. Chosen at Create; belongs to the session."""
+
+    name: str
+    distant: Distant
+    summary: str
+    window_tokens: int = 256
+    """The window's least length; it grows to `window_tokens + 63` before it slides."""
+    index: str | None = None
+    """Name of the RecallIndex method, for `Distant.RECALL`."""
+    index_bits: int = 0
+    recalled_tokens: int = 0
+    """Distant tokens that a query recalls for each KV head."""
+    evaluation_only: bool = False
+    """A baseline of `eval`; refused by the service."""
+
+    def window_start(self, num_tokens: int) -> int:
+        """First position of the window once `num_tokens` are committed; the distant positions are [16, window_start)."""
+        if self.distant is Distant.RESIDENT:
+            return SINK_TOKENS
+        slidable = num_tokens - SINK_TOKENS - self.window_tokens
+        return SINK_TOKENS + max(0, slidable // GROUP_TOKENS) * GROUP_TOKENS
+
+    def distant_groups(self, num_tokens: int) -> int:
+        """Groups of 64 tokens in the tier once `num_tokens` are committed."""
+        return (self.window_start(num_tokens) - SINK_TOKENS) // GROUP_TOKENS
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes of one sequence by owner."""
+
+    window_bytes: int
+    index_bytes: int
+    slot_bytes: int
+    host_bytes: int
+
+    @property
+    def device_bytes(self) -> int:
+        """All of it that is on the device."""
+        return self.window_bytes + self.index_bytes + self.slot_bytes
+
+
+def index_blocks(shape: ModelShape, recipe: RecipeSpec, num_groups: int) -> int:
+    """Arena blocks of the index of `num_groups` groups, over all layers and KV heads.
+
+    A group of 64 keys of one (layer, KV head) takes `64 * head_dim * bits / 8` bytes of codes and a scale and a zero
+    for each channel. Codes and scales lie in blocks of their own.
+    """
+    if recipe.index_bits == 0 or num_groups == 0:
+        return 0
+    codes_bytes = GROUP_TOKENS * shape.head_dim * recipe.index_bits // 8
+    scales_bytes = 2 * shape.head_dim * shape.dtype_bytes
+    cells = shape.num_layers * shape.num_kv_heads
+    per_cell = _ceil_div(num_groups * codes_bytes, shape.block_bytes)
+    if recipe.index_bits < 8 * shape.dtype_bytes:
+        per_cell += _ceil_div(num_groups * scales_bytes, shape.block_bytes)
+    return cells * per_cell
+
+
+def footprint(shape: ModelShape, recipe: RecipeSpec, num_tokens: int) -> Footprint:
+    """The most bytes a sequence takes while it grows to `num_tokens` tokens, by owner.
+
+    Worker, gateway and `kvservice size` call this one function. The prefill workspace is the worker's, not the
+    sequence's. Bytes are what the arena hands out: whole blocks.
+    """
+    if recipe.distant is Distant.RESIDENT:
+        widest = num_tokens
+    else:
+        # A window of 319 tokens slides when the next one is committed.
+        widest = min(num_tokens, SINK_TOKENS + recipe.window_tokens + GROUP_TOKENS)
+    groups = recipe.distant_groups(num_tokens)
+    slots = recipe.recalled_tokens if groups else 0
+    return Footprint(
+        window_bytes=_ceil_div(widest, BLOCK_TOKENS) * shape.num_cells * shape.block_bytes,
+        index_bytes=index_blocks(shape, recipe, groups) * shape.block_bytes,
+        slot_bytes=_ceil_div(slots, BLOCK_TOKENS) * shape.num_cells * shape.block_bytes,
+        host_bytes=groups * GROUP_TOKENS * shape.kv_bytes_per_token,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A model as a worker announces it."""
+
+    name: str
+    shape: ModelShape
+    recipes: tuple[str, ...]
+    default_recipe: str
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class Headroom:
+    """What a worker has left. A hint: the worker alone admits."""
+
+    device_capacity_bytes: int = 0
+    device_free_bytes: int = 0
+    device_freeable_bytes: int = 0
+    """Free once every idle session was dropped."""
+    host_capacity_bytes: int = 0
+    host_free_bytes: int = 0
+    host_freeable_bytes: int = 0
+    running_calls: int = 0
+    resident_sessions: int = 0
+    draining: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one call."""
+
+    cached_tokens: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    recomputed_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class KvTelemetry:
+    """Where a sequence's bytes are, and what recall did in one call."""
+
+    window_bytes: int = 0
+    index_bytes: int = 0
+    slot_bytes: int = 0
+    host_bytes: int = 0
+    redis_bytes: int = 0
+    dense_bytes: int = 0
+    recall_lookups: int = 0
+    recall_hits: int = 0
+    recalled_bytes: int = 0
+    streamed_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCall:
+    """One call on a sequence: read `document_tokens`, then `prompt_tokens`, then generate.
+
+    Document tokens attend to everything before them; prompt and generated tokens use the recipe's selection.
+    `sampling` None generates nothing (Append).
+    """
+
+    call_id: CallId
+    session_id: SessionId
+    recipe: RecipeSpec
+    base_tokens: tuple[int, ...]
+    document_tokens: tuple[int, ...] = ()
+    prompt_tokens: tuple[int, ...] = ()
+    sampling: SamplingParams | None = None
+    retain: bool = True
+    """Keep the sequence after the call."""
+    keep_partial: bool = False
+    on_miss: OnMiss = OnMiss.RECOMPUTE
+    tenant_tag: bytes = b""
+    """Stands for the tenant in stored keys. 16 bytes, made by the gateway."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressEvent:
+    """Prefill moved on."""
+
+    call_id: CallId
+    done_tokens: int
+    total_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One token was generated."""
+
+    call_id: CallId
+    token_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedEvent:
+    """The call ended well. `appended_tokens` are what the session gained."""
+
+    call_id: CallId
+    finish_reason: FinishReason
+    usage: Usage
+    telemetry: KvTelemetry
+    appended_tokens: tuple[int, ...]
+    prefill_ms: float
+    decode_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class FailedEvent:
+    """The call ended with an error; the session is as before."""
+
+    call_id: CallId
+    error: Exception
+
+
+EngineEvent = ProgressEvent | TokenEvent | FinishedEvent | FailedEvent
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStats:
+    """A worker's counters, for operators."""
+
+    headroom: Headroom = field(default_factory=Headroom)
+    weight_bytes: int = 0
+    window_bytes: int = 0
+    index_bytes: int = 0
+    slot_bytes: int = 0
+    workspace_bytes: int = 0
+    host_bytes: int = 0
+    redis_bytes: int = 0
+    prefill_tokens_per_s: float = 0.0
+    decode_tokens_per_s: float = 0.0
+    recall_lookups: int = 0
+    recall_hits: int = 0
+    recomputed_tokens: int = 0
+    steps: int = 0

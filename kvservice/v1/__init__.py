@@ -1,0 +1,1 @@
+"""Generated stubs of the public API. Never edited: `make protos` writes them."""
