@@ -68,7 +68,7 @@ class FinishReason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen. `temperature` 0 is greedy; the token at a position is a function of (seed, position)."""
+    """How the next token is chosen: greedily at `temperature` 0, else as a function of (seed, position)."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -139,7 +139,7 @@ class RecipeSpec:
     """A baseline of `eval`; refused by the service."""
 
     def window_start(self, num_tokens: int) -> int:
-        """First position of the window once `num_tokens` are committed; the distant positions are [16, window_start)."""
+        """First position of the window of `num_tokens` committed tokens; distant are [16, window_start)."""
         if self.distant is Distant.RESIDENT:
             return SINK_TOKENS
         slidable = num_tokens - SINK_TOKENS - self.window_tokens
