@@ -1,0 +1,62 @@
+# Everything that a developer or CI runs. `make demo` and `make test` need nothing but make and Python 3.11 or later.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install model demo test lint format protos clean
+
+# The Python that makes .venv: the first found that is 3.11 or later. Override: make install PYTHON=/path/to/python
+PYTHON ?= $(firstword $(foreach name,python3.11 python3 python3.12 python3.13,$(shell \
+	command -v $(name) >/dev/null && $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
+PY := .venv/bin/python
+STAMP := .venv/.installed
+
+PROTO_OUT ?= .
+COMMON_PROTO := kvservice/v1/common.proto
+SERVICE_PROTOS := kvservice/v1/sessions.proto kvservice/v1/inference.proto kvservice/v1/admin.proto \
+	kvservice/internal/v1/worker.proto
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) model ## set up .venv with pinned packages, and fetch the model
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or later found. Install one, or run: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@if ! $(PY) -m pip --version >/dev/null 2>&1; then \
+		$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+			echo "$(PYTHON) can't make a virtual environment: its ensurepip module is missing." >&2; \
+			echo "Install it (Debian: apt-get install python3-venv), or run: make $(MAKECMDGOALS) PYTHON=/path/to/another/python" >&2; exit 1; }; \
+		echo "Making .venv with $$($(PYTHON) --version)"; \
+		$(PYTHON) -m venv --clear .venv; \
+	fi
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+model: $(STAMP)
+	@$(PY) -m kvservice model fetch smollm2-135m
+
+demo: install ## a long document answered over gRPC by a real model, with the tiers in use
+	$(PY) -m kvservice.demo
+
+test: install lint ## lint, and all tests that CI runs
+	$(PY) -m pytest
+
+lint: $(STAMP) ## formatting, lint, types, layers, protos
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	.venv/bin/lint-imports
+	.venv/bin/buf lint
+
+format: $(STAMP) ## mend formatting and what lint can mend by itself
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+protos: $(STAMP) ## generate kvservice/v1 and kvservice/internal/v1 from protos/
+	PATH=.venv/bin:$$PATH $(PY) -m grpc_tools.protoc -I protos \
+		--python_out=$(PROTO_OUT) --mypy_out=$(PROTO_OUT) $(COMMON_PROTO) $(SERVICE_PROTOS)
+	PATH=.venv/bin:$$PATH $(PY) -m grpc_tools.protoc -I protos \
+		--grpc_python_out=$(PROTO_OUT) --mypy_grpc_out=$(PROTO_OUT) $(SERVICE_PROTOS)
+
+clean: ## remove .venv, caches and build products
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
