@@ -22,6 +22,7 @@ KVServiceError
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 
@@ -34,6 +35,7 @@ class KVServiceError(Exception):
         retryable: whether the same call may succeed later.
         field: request field at fault, if one is.
         retry_after_s: when to try again, if known.
+        metadata: facts a program may act on, such as the true number of tokens.
     """
 
     status: ClassVar[str] = "INTERNAL"
@@ -47,12 +49,14 @@ class KVServiceError(Exception):
         reason: str | None = None,
         field: str | None = None,
         retry_after_s: float | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.reason = reason or self.default_reason
         self.field = field
         self.retry_after_s = retry_after_s
+        self.metadata = dict(metadata or {})
 
 
 class InvalidRequest(KVServiceError):
@@ -169,3 +173,34 @@ class CorruptFrame(KVServiceError):
 
 class InternalError(KVServiceError):
     """A fault of the service itself."""
+
+
+# What crosses a wire; of each status the general class comes first.
+_ON_THE_WIRE: tuple[type[KVServiceError], ...] = (
+    InvalidRequest,
+    PromptTooLong,
+    NotFound,
+    Unauthenticated,
+    PermissionDenied,
+    Conflict,
+    FailedPrecondition,
+    BudgetTooSmall,
+    Overloaded,
+    LimitExceeded,
+    Unavailable,
+    DeadlineExceeded,
+    NotImplementedYet,
+    InternalError,
+)
+
+
+def error_class(status: str, reason: str, *, retryable: bool) -> type[KVServiceError]:
+    """The class as which an error that came over a wire is raised again. An unknown status is a fault of ours."""
+    same_status = [cls for cls in _ON_THE_WIRE if cls.status == status]
+    for cls in same_status:
+        if cls.default_reason == reason:
+            return cls
+    for cls in same_status:
+        if cls.retryable == retryable:
+            return cls
+    return same_status[0] if same_status else InternalError
