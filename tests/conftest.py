@@ -14,8 +14,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # No test may wait for, or depend on, a model hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-pytest_plugins = ["tests.redis_fixtures"]
-
 settings.register_profile(
     "ci", derandomize=True, max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
