@@ -1,0 +1,1 @@
+"""What outlives a worker: sessions, locks, repeats, the fleet. Torch-free."""

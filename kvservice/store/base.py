@@ -1,0 +1,179 @@
+"""What is kept of sessions, repeats and the fleet. Knows nothing of Redis, gRPC, tensors or keys of the API.
+
+A session's record is enough to compute its KV again: everything else is a cache of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvservice.types import OnMiss, PromptFormat, SessionId, TenantId, WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRecord:
+    """A session as the state store keeps it.
+
+    Attributes:
+        created_at: unix seconds.
+        expires_at: unix seconds. Readers don't see the session from then on; the sweeper deletes it.
+        token_ids: all tokens of the session, each in [0, 2**32).
+        version: grows by one with each write; the store sets it.
+        worker_id: the worker that holds the KV, or held it last.
+        worker_epoch: that worker's epoch.
+        last_error: what the last call failed with; empty if it went well.
+        durable_tokens: leading tokens that survive the loss of every process; the store sets it.
+    """
+
+    session_id: SessionId
+    tenant: TenantId
+    model: str
+    recipe: str
+    prompt_format: PromptFormat
+    on_miss: OnMiss
+    ttl_s: float
+    created_at: float
+    expires_at: float
+    token_ids: tuple[int, ...] = ()
+    version: int = 0
+    worker_id: str = ""
+    worker_epoch: int = 0
+    last_error: str = ""
+    durable_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRecord:
+    """A worker that may be given work: where it is, and which of its lives this is."""
+
+    worker_id: WorkerId
+    address: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """The request is new, and now the caller's to carry out."""
+
+
+@dataclass(frozen=True, slots=True)
+class InProgress:
+    """The same request is being carried out by another call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """The request was carried out before; these are the messages it was answered with."""
+
+    messages: tuple[bytes, ...]
+
+
+class StateStore(Protocol):
+    """Sessions, locks, repeats and workers, shared by all gateways. One event loop; not for several threads.
+
+    Every method raises Unavailable when the store can't be reached, is full or is read-only, after a bounded time.
+    A write that ended so may have been made all the same: read before trying it again.
+
+    Attributes:
+        durable: writes survive the loss of every process, as far as the store knows.
+    """
+
+    durable: bool
+
+    async def create_session(self, record: SessionRecord) -> SessionRecord:
+        """Keeps a new session. Returns it as kept, at version 1.
+
+        Raises:
+            Conflict: there is a session of this id.
+        """
+        ...
+
+    async def get_session(self, session_id: SessionId) -> SessionRecord | None:
+        """The session, of whichever tenant; None if there is none or it has expired."""
+        ...
+
+    async def update_session(self, record: SessionRecord) -> SessionRecord:
+        """Replaces the session if it still has `record.version`. Returns it as kept, one version on.
+
+        A call that outlives its session's `expires_at` may still write it, until the sweeper has deleted it.
+
+        Raises:
+            Conflict: the session has moved on; reason `version_moved`.
+            NotFound: there is no such session any more.
+        """
+        ...
+
+    async def list_sessions(self, tenant: TenantId, *, after: str, limit: int) -> list[SessionRecord]:
+        """At most `limit` sessions of a tenant, ordered by id, with ids greater than `after` ("" for all)."""
+        ...
+
+    async def delete_session(self, session_id: SessionId, *, version: int | None = None) -> bool:
+        """Deletes a session; False if it wasn't there.
+
+        With `version` it is deleted only if it still has that version and nobody holds its lock: so the sweeper
+        never deletes a session that was renewed since it was listed.
+        """
+        ...
+
+    async def expired_sessions(self, now: float, limit: int) -> list[SessionRecord]:
+        """At most `limit` sessions with `expires_at <= now` whose lock nobody holds.
+
+        For the sweeper, which then calls `delete_session` with the record's version.
+        """
+        ...
+
+    async def lock_session(self, session_id: SessionId, owner: str, ttl_s: float) -> bool:
+        """Takes, or renews, the right to change a session, for `ttl_s`. False if another owner has it."""
+        ...
+
+    async def unlock_session(self, session_id: SessionId, owner: str) -> None:
+        """Gives the right back; does nothing if `owner` hasn't got it any more."""
+        ...
+
+    async def begin_request(
+        self, tenant: TenantId, request_id: str, digest: bytes, ttl_s: float
+    ) -> Begun | InProgress | Replay:
+        """Claims a request for `ttl_s`, unless it was claimed before. `digest` stands for all that the request says.
+
+        Raises:
+            InvalidRequest: the id was used for another request; reason `request_id_reused`.
+        """
+        ...
+
+    async def finish_request(self, tenant: TenantId, request_id: str, messages: Sequence[bytes], ttl_s: float) -> None:
+        """Keeps the answer of a claimed request for `ttl_s`. Does nothing if the claim has lapsed."""
+        ...
+
+    async def forget_request(self, tenant: TenantId, request_id: str) -> None:
+        """Drops a claim or an answer: the request may be made again."""
+        ...
+
+    async def next_epoch(self) -> int:
+        """A number greater than any it gave before."""
+        ...
+
+    async def register_worker(self, record: WorkerRecord, ttl_s: float) -> None:
+        """Announces a worker for `ttl_s`; `renew_worker` prolongs it.
+
+        Raises:
+            Conflict: a worker of this id is registered with a greater epoch; reason `stale_epoch`.
+        """
+        ...
+
+    async def renew_worker(self, worker_id: WorkerId, epoch: int, ttl_s: float) -> bool:
+        """Prolongs the lease. False if it has lapsed or belongs to another epoch: register again with a new one."""
+        ...
+
+    async def list_workers(self) -> list[WorkerRecord]:
+        """The workers whose lease holds, ordered by id."""
+        ...
+
+    async def unregister_worker(self, worker_id: WorkerId, epoch: int) -> None:
+        """Ends the lease, if it is still this epoch's."""
+        ...
+
+    async def aclose(self) -> None:
+        """Closes connections. Nothing may be called after it."""
+        ...
