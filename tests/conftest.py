@@ -14,6 +14,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # No test may wait for, or depend on, a model hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+pytest_plugins = ["tests.redis_fixtures"]
+
 settings.register_profile(
     "ci", derandomize=True, max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -28,4 +30,4 @@ def real_model_folder() -> Path:
     """The folder of the real small model, fetched once if it isn't there."""
     from kvservice.models.fetch import fetch
 
-    return fetch(REAL_MODEL)
+    return fetch(REAL_MODEL, cache_dir=None, progress=print)

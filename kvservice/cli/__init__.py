@@ -1,0 +1,1 @@
+"""The commands, one module a group, and the composition root. Heavy imports are made inside the commands."""

@@ -1,0 +1,65 @@
+"""The command `kvservice`: its groups, and what an error is to a shell. Knows nothing of what the commands do."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, NoReturn
+
+import typer
+
+from kvservice import __version__
+from kvservice.cli import catalogue, chat, model, serve, sessions, size
+from kvservice.cli.output import complain
+from kvservice.errors import ConfigError, KVServiceError, ModelError
+
+FAILED = 1
+BAD_USAGE = 2
+
+app = typer.Typer(
+    name="kvservice",
+    help="Distributed LLM inference for long-document sessions of many tenants.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(model.app, name="model")
+app.command("serve")(serve.serve)
+app.command("gateway")(serve.gateway)
+app.command("worker")(serve.worker)
+app.command("chat")(chat.chat)
+app.add_typer(sessions.app, name="sessions")
+app.command("stats")(sessions.stats)
+app.command("methods")(catalogue.methods)
+app.command("recipes")(catalogue.recipes)
+app.command("size")(size.size)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    del version
+
+
+def exit_code(error: KVServiceError) -> int:
+    """What the shell is told: 2 for a setting or a model that can't be used, 1 for a call that failed."""
+    return BAD_USAGE if isinstance(error, ConfigError | ModelError) else FAILED
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs one command and exits: 0 fine, 1 failed, 2 bad usage. An error of the service is a sentence, no traceback."""
+    try:
+        app(args=arguments, prog_name="kvservice")
+    except KVServiceError as error:
+        complain(error.message)
+        sys.exit(exit_code(error))
+    sys.exit(0)

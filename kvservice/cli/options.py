@@ -1,0 +1,58 @@
+"""Options that several commands share, and how their words become values."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
+from kvservice.config.recipes import RECIPES, SERVED_RECIPES
+
+DEFAULT_ADDRESS = "127.0.0.1:9000"
+DEFAULT_MODEL = "smollm2-135m"
+API_KEY_VARIABLE = "KVSERVICE_API_KEY"
+
+_BYTE_SIZE = TypeAdapter(ByteSize)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from words such as `512MiB`, `2GB` or `1048576`."""
+    try:
+        return int(_BYTE_SIZE.validate_python(text))
+    except ValidationError:
+        raise typer.BadParameter(f"{text!r} is not a size: write bytes or a unit, such as 512MiB or 2GB") from None
+
+
+def check_recipe(name: str | None) -> str | None:
+    """Refuses a name that is no recipe."""
+    if name is not None and name not in RECIPES:
+        raise typer.BadParameter(f"unknown recipe {name!r}: choose one of {', '.join(SERVED_RECIPES)}")
+    return name
+
+
+def api_key() -> str | None:
+    """The caller's API key. Only from the environment: arguments are visible to every user of a machine."""
+    return os.environ.get(API_KEY_VARIABLE) or None
+
+
+Address = Annotated[str, typer.Option("--address", metavar="HOST:PORT", help="The gateway to call.")]
+Model = Annotated[
+    str, typer.Option("--model", metavar="NAME|FOLDER", help="A fetched model's name, or a model folder.")
+]
+Recipe = Annotated[
+    str | None, typer.Option("--recipe", callback=check_recipe, help=f"One of {', '.join(SERVED_RECIPES)}.")
+]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Also write config, environment and results to FILE.")
+]
+KvBytes = Annotated[
+    int | None,
+    typer.Option("--kv-bytes", parser=parse_bytes, metavar="SIZE", help="Device memory for all KV, such as 512MiB."),
+]
+HostBytes = Annotated[
+    int | None,
+    typer.Option("--host-bytes", parser=parse_bytes, metavar="SIZE", help="Host memory for distant KV, such as 4GiB."),
+]

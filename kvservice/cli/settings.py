@@ -1,0 +1,100 @@
+"""Where settings come from: a file, flags over it, secrets from the environment. Knows no setting's meaning."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from kvservice.config.service import ServiceConfig
+from kvservice.errors import ConfigError
+
+Settings = dict[str, object]
+
+SECRET_VARIABLE = "KVSERVICE_SECRET"
+STATE_URL_VARIABLE = "KVSERVICE_STATE_URL"
+REDIS_URL_VARIABLE = "KVSERVICE_REDIS_URL"
+
+
+def read_settings(path: Path | None) -> Settings:
+    """The content of a settings file, TOML if its name ends so, else JSON. Nothing without a path.
+
+    Raises:
+        ConfigError: it can't be read or parsed, or isn't a table.
+    """
+    if path is None:
+        return {}
+    content = read_file(path, "--config")
+    try:
+        text = content.decode()
+        settings = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except ValueError as error:
+        form = "TOML" if path.suffix == ".toml" else "JSON"
+        raise ConfigError(f"--config {path}: not {form}: {error}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"--config {path}: holds a {type(settings).__name__}; it must hold a table of settings")
+    return settings
+
+
+def read_secret(path: Path | None) -> str | None:
+    """The service's secret, from its file or from the environment; None if neither names one.
+
+    Raises:
+        ConfigError: the file can't be read, or others may read it.
+    """
+    if path is None:
+        return os.environ.get(SECRET_VARIABLE) or None
+    content = read_file(path, "--secret-file")
+    if path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
+        raise ConfigError(f"--secret-file {path}: other users may read it; run: chmod 600 {path}")
+    try:
+        return content.decode().strip()
+    except UnicodeDecodeError:
+        raise ConfigError(f"--secret-file {path}: must be a line of text, such as 32 hexadecimal digits") from None
+
+
+def read_file(path: Path, flag: str) -> bytes:
+    """The bytes of a file that `flag` names.
+
+    Raises:
+        ConfigError: it can't be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{flag} {path}: {error.strerror}; give the path of a readable file") from None
+
+
+def url_from(flag: str | None, variable: str) -> str | None:
+    """A URL given by flag, else by the environment, where a password in it stays out of sight."""
+    return flag or os.environ.get(variable) or None
+
+
+def overlay(settings: Settings, flags: Mapping[str, object]) -> Settings:
+    """`settings` with `flags` put over it, table by table. A flag that wasn't given is None and sets nothing."""
+    merged = dict(settings)
+    for name, value in flags.items():
+        if value is None:
+            continue
+        below = merged.get(name)
+        merged[name] = overlay(below if isinstance(below, dict) else {}, value) if isinstance(value, dict) else value
+    return merged
+
+
+def service_config(settings: Settings) -> ServiceConfig:
+    """The settings, checked.
+
+    Raises:
+        ConfigError: a name is unknown or a value out of bounds; says which, and what is allowed.
+    """
+    try:
+        return ServiceConfig.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "settings"
+        raise ConfigError(f"{place}: {first['msg']}", reason="settings") from None

@@ -1,0 +1,36 @@
+"""Settings of a whole service on one machine: what a `--config` file holds. Knows nothing of files or flags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr
+
+from kvservice.config.gateway import GatewayConfig
+from kvservice.config.worker import WorkerConfig
+
+LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+
+
+class ServiceConfig(BaseModel):
+    """What `serve`, `gateway` and `worker` are told; each reads its part."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    gateway: GatewayConfig | None = Field(None, description="The gateway's own settings.")
+    worker: WorkerConfig = Field(default_factory=lambda: WorkerConfig(), description="Settings of each worker.")
+    workers: int = Field(0, ge=0, le=64, description="Worker processes; 0: one worker inside the process of `serve`.")
+    state_url: SecretStr | None = Field(
+        None, description="The state Redis: sessions, repeats, leases. Unset: `serve` starts one of its own."
+    )
+    data_dir: Path | None = Field(
+        None,
+        description="Folder in which the state Redis that `serve` starts keeps sessions from start to start, and the "
+        "service's secret. Unset: they end with the process.",
+    )
+    redis_bytes: Annotated[ByteSize, Field(gt=0)] = Field(
+        default=ByteSize(2**30), description="Memory of the kv Redis that `serve` starts when it is given no URL."
+    )
+    api_keys: Path | None = Field(None, description="File of hashed API keys. Unset: loopback only, one tenant.")
+    log_level: LogLevel = Field("INFO", description="Least level of the service's log records.")
