@@ -1,0 +1,55 @@
+"""Settings of one worker. Knows nothing of engines or sockets.
+
+Sizes are integers of bytes or strings with a unit, binary or decimal: `512MiB`, `1.5GiB`, `3GB`.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, field_validator
+
+from kvservice.config.recipes import DEFAULT_RECIPE, SERVED_RECIPES
+
+PositiveBytes = Annotated[ByteSize, Field(gt=0)]
+"""A size of at least one byte: an integer, or a number with a unit."""
+
+
+class WorkerConfig(BaseModel):
+    """What `kvservice worker` and the workers inside `serve` are told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    worker_id: str = Field(
+        default_factory=lambda: f"worker-{secrets.token_hex(4)}",
+        min_length=1,
+        description="name in the store, unique in the fleet; unset: a random one",
+    )
+    model: str = Field("smollm2-135m", min_length=1, description="a fetched model's name, or a model folder")
+    recipe: str = Field(DEFAULT_RECIPE, description="recipe of sessions that name none")
+    kv_bytes: PositiveBytes = Field(
+        default=ByteSize(512 * 2**20), description="all device memory but weights and activations"
+    )
+    host_bytes: PositiveBytes = Field(default=ByteSize(4 * 2**30), description="most bytes of the host tier")
+    prefill_chunk_tokens: int = Field(512, ge=16, le=8192, description="tokens of a prompt computed in one step")
+    max_prefills: int = Field(2, ge=1, le=64, description="sequences that may prefill at the same time")
+    max_batch: int = Field(16, ge=1, le=1024, description="sequences in one step")
+    threads: int | None = Field(None, ge=1, description="CPU threads of the engine; unset: one for each core")
+    dtype: Literal["bf16", "fp32"] = Field("bf16", description="of weights and KV")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="where the engine computes")
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on; loopback in this release")
+    port: int = Field(0, ge=0, le=65535, description="port to listen on; 0: any free one")
+    lease_ttl_s: float = Field(10.0, gt=0, le=3600, description="a worker that hasn't renewed for so long is gone")
+    drain_grace_s: float = Field(30.0, ge=0, description="how long running calls may go on when the worker drains")
+    stream_queue_messages: int = Field(
+        1024, ge=8, description="messages that wait for a slow gateway before its stream is ended"
+    )
+    redis_url: SecretStr | None = Field(None, description="the kv Redis; unset: KV goes no further than host memory")
+
+    @field_validator("recipe")
+    @classmethod
+    def _recipe_is_served(cls, name: str) -> str:
+        if name not in SERVED_RECIPES:
+            raise ValueError(f"recipe {name!r} is not served: choose one of {', '.join(SERVED_RECIPES)}")
+        return name

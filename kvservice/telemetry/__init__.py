@@ -1,0 +1,1 @@
+"""What the service says about itself: logs. Knows nothing of what is logged."""

@@ -1,0 +1,94 @@
+"""Messages of the internal protocol to and from the engine's nouns. Knows no behaviour."""
+
+from __future__ import annotations
+
+from kvservice.config.recipes import get_recipe
+from kvservice.errors import InternalError, InvalidRequest, KVServiceError, NotFound
+from kvservice.internal import convert
+from kvservice.internal.v1 import worker_pb2
+from kvservice.types import CallId, EngineCall, FailedEvent, FinishedEvent, ModelInfo, ProgressEvent, SessionId
+from kvservice.v1.common_pb2 import TokenChunk
+from kvservice.worker.loop import CallOutput, TextEvent
+
+
+def engine_call(submit: worker_pb2.Submit, call_id: CallId, info: ModelInfo) -> EngineCall:
+    """What the engine is to do. `call_id` is the worker's own name of the call.
+
+    Raises:
+        NotFound: the recipe is unknown, or isn't served with this model.
+        InvalidRequest: no work, or a token id outside the vocabulary.
+    """
+    recipe = get_recipe(submit.recipe)
+    if recipe.name not in info.recipes:
+        raise NotFound(
+            f"recipe {recipe.name!r} is not served here: choose one of {', '.join(info.recipes)}",
+            reason="unknown_recipe",
+        )
+    document: tuple[int, ...] = ()
+    prompt: tuple[int, ...] = ()
+    sampling = None
+    match submit.WhichOneof("work"):
+        case "append":
+            document = tuple(submit.append.token_ids)
+        case "generate":
+            document = tuple(submit.generate.document_token_ids)
+            prompt = tuple(submit.generate.prompt_token_ids)
+            sampling = convert.sampling_from_proto(submit.generate.sampling)
+        case _:
+            raise InvalidRequest("the submitted call holds no work: set append or generate", field="work")
+    base = tuple(submit.base_token_ids)
+    for tokens in (base, document, prompt):
+        _check_vocabulary(tokens, info.shape.vocab_size)
+    return EngineCall(
+        call_id=call_id,
+        session_id=SessionId(submit.session_id),
+        recipe=recipe,
+        base_tokens=base,
+        document_tokens=document,
+        prompt_tokens=prompt,
+        sampling=sampling,
+        retain=submit.retain,
+        keep_partial=submit.generate.keep_partial,
+        on_miss=convert.ON_MISS[submit.on_miss],
+        tenant_tag=submit.tenant_tag,
+    )
+
+
+def _check_vocabulary(tokens: tuple[int, ...], vocab_size: int) -> None:
+    largest = max(tokens, default=0)
+    if largest >= vocab_size:
+        raise InvalidRequest(
+            f"token id {largest} is outside the vocabulary: ids are 0 to {vocab_size - 1}", field="token_ids"
+        )
+
+
+def failure(error: Exception) -> worker_pb2.Failure:
+    """An error as the gateway gets it. What isn't ours says no more than that."""
+    if not isinstance(error, KVServiceError):
+        error = InternalError("the call failed inside; the worker's log says why")
+    return worker_pb2.Failure(code=error.status, reason=error.reason, message=error.message, retryable=error.retryable)
+
+
+def call_event(event: CallOutput, call_id: str) -> worker_pb2.CallEvent:
+    """One event of a call. `call_id` is the gateway's own name of the call."""
+    match event:
+        case ProgressEvent(_, done_tokens, total_tokens):
+            progress = worker_pb2.Progress(done_tokens=done_tokens, total_tokens=total_tokens)
+            return worker_pb2.CallEvent(call_id=call_id, progress=progress)
+        case TextEvent(_, token_ids, text):
+            return worker_pb2.CallEvent(call_id=call_id, tokens=TokenChunk(token_ids=token_ids, text=text))
+        case FinishedEvent():
+            return worker_pb2.CallEvent(call_id=call_id, done=_done(event))
+        case FailedEvent(_, error):
+            return worker_pb2.CallEvent(call_id=call_id, failure=failure(error))
+
+
+def _done(event: FinishedEvent) -> worker_pb2.Done:
+    return worker_pb2.Done(
+        finish_reason=convert.FINISH_REASON_CODES[event.finish_reason],
+        usage=convert.usage_to_proto(event.usage),
+        kv=convert.telemetry_to_proto(event.telemetry),
+        appended_token_ids=event.appended_tokens,
+        prefill_ms=event.prefill_ms,
+        decode_ms=event.decode_ms,
+    )

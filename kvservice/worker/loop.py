@@ -1,0 +1,494 @@
+"""The one thread that owns the engine: takes commands between steps, hands over what each step gave.
+
+    any thread ──commands──► queue ──► engine thread: commands · step · text · deliver ──► listeners
+
+Nobody else touches the engine. With nothing to do the thread blocks on the queue. Knows nothing of gRPC, protobuf or
+asyncio: a listener gets its part of a step in one call, in the engine thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
+
+from kvservice.errors import Conflict, InternalError, KVServiceError, Unavailable
+from kvservice.types import (
+    CallId,
+    EngineCall,
+    EngineEvent,
+    FailedEvent,
+    FinishedEvent,
+    FinishReason,
+    Headroom,
+    ModelInfo,
+    ProgressEvent,
+    SessionId,
+    TokenEvent,
+    WorkerStats,
+)
+from kvservice.worker.answer import AnswerText, TokenStream
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MAX_FAILURES_IN_A_ROW = 3
+"""After so many steps that raised, with no call served between them, the engine gets no more work."""
+
+
+class EngineLike(Protocol):
+    """What the loop needs of an engine. Every method is called in the engine thread only."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """The model it runs."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would do something, a pending event included."""
+
+    def submit(self, call: EngineCall) -> None:
+        """Admits a call or raises a KVServiceError that says why not; on an error nothing has changed."""
+
+    def cancel(self, call_id: CallId) -> None:
+        """Frees what the call holds; the next `step` gives its FinishedEvent(CANCELLED)."""
+
+    def stop(self, call_id: CallId) -> None:
+        """Ends a call with FinishReason.STOP at the next `step`."""
+
+    def release(self, session_id: SessionId) -> tuple[int, int]:
+        """Drops a session's KV: (device, host) bytes freed."""
+
+    def step(self) -> Sequence[EngineEvent]:
+        """One batch step. Failures of a call are FailedEvents; an exception is a fault of the engine."""
+
+    def headroom(self) -> Headroom:
+        """What is left now."""
+
+    def stats(self) -> WorkerStats:
+        """The counters."""
+
+    def close(self) -> None:
+        """Frees everything."""
+
+
+class Detokenizer(Protocol):
+    """Where the text of answers comes from."""
+
+    def stream(self) -> TokenStream:
+        """A fresh stream for one answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextEvent:
+    """Tokens of an answer, and the text that may be shown for them (and for earlier ones)."""
+
+    call_id: CallId
+    token_ids: tuple[int, ...]
+    text: str
+
+
+CallOutput = ProgressEvent | TextEvent | FinishedEvent | FailedEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """First output to a listener."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """The answer to a submitted call; `refusal` None: admitted. Comes before the call's first event."""
+
+    call_id: CallId
+    refusal: KVServiceError | None
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """All that one step gave to the listener's calls. Without events only the headroom is news."""
+
+    events: tuple[CallOutput, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """The answer to a release."""
+
+    session_id: SessionId
+    device_bytes: int
+    host_bytes: int
+
+
+Output = Connected | Admission | Stepped | Released
+
+
+class Listener(Protocol):
+    """Who submitted calls. Compared by identity."""
+
+    def deliver(self, output: Output, headroom: Headroom) -> None:
+        """Takes an output. Called in the engine thread: must neither block nor raise."""
+
+
+@dataclass(slots=True)
+class _RunningCall:
+    listener: Listener
+    answer: AnswerText | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Command:
+    run: Callable[[], None]
+    abandon: Callable[[KVServiceError], None]
+
+
+class EngineLoop:
+    """Runs an engine in a thread of its own. All methods may be called from any thread and none blocks.
+
+    Call ids must be unique among all listeners.
+    """
+
+    def __init__(
+        self,
+        engine_factory: Callable[[], EngineLike],
+        detokenizer: Detokenizer,
+        on_unhealthy: Callable[[], None],
+    ) -> None:
+        """`engine_factory` is called in the engine thread; `on_unhealthy` too, once, when the engine is given up."""
+        self._engine_factory = engine_factory
+        self._engine: EngineLike
+        self._detokenizer = detokenizer
+        self._on_unhealthy = on_unhealthy
+        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+        self._started: Future[ModelInfo] = Future()
+        self._stopped: Future[None] = Future()
+        self._ended = threading.Event()
+        # From here on, the engine thread's alone.
+        self._calls: dict[CallId, _RunningCall] = {}
+        self._listeners: set[Listener] = set()
+        self._idle_waiters: list[Future[None]] = []
+        self._last_headroom = Headroom()
+        self._failures_in_a_row = 0
+        self._refusal: Unavailable | None = None
+        self._healthy = True
+        self._stopping = False
+        self.num_step_failures = 0
+        """Steps that raised, since the start."""
+
+    def start(self) -> Future[ModelInfo]:
+        """Starts the thread. The future holds the engine's model once it is ready, or what its factory raised."""
+        self._thread.start()
+        return self._started
+
+    def connect(self, listener: Listener) -> None:
+        """Adds a listener; it is answered by Connected, and told when the worker begins to drain."""
+        self._tell(lambda: self._connect(listener))
+
+    def disconnect(self, listener: Listener) -> None:
+        """Cancels the listener's calls and forgets it; nothing more is delivered to it."""
+        self._tell(lambda: self._disconnect(listener))
+
+    def submit(self, listener: Listener, call: EngineCall) -> None:
+        """Submits a call; answered by an Admission."""
+        self._tell(lambda: self._submit(listener, call))
+
+    def refuse(self, listener: Listener, call_id: CallId, error: KVServiceError) -> None:
+        """Answers a call that never reaches the engine, with fresh headroom like any refusal."""
+        self._tell(lambda: self._deliver(listener, Admission(call_id, error)))
+
+    def cancel(self, call_id: CallId) -> None:
+        """Cancels a call; one that has ended already is none."""
+        self._tell(lambda: self._cancel(call_id))
+
+    def release(self, listener: Listener, session_id: SessionId) -> None:
+        """Drops a session's KV; answered by Released."""
+        self._tell(lambda: self._release(listener, session_id))
+
+    def stats(self) -> Future[WorkerStats]:
+        """The engine's counters. The future holds Unavailable when the loop ends first."""
+        return self._ask(self._stats)
+
+    def drain(self) -> Future[int]:
+        """From now on refuses new calls; tells every listener. Gives the number of calls that still run."""
+        return self._ask(self._drain)
+
+    def idle(self) -> Future[None]:
+        """Done when no call runs, or when the loop has ended."""
+        waiter: Future[None] = Future()
+        self._post(_Command(lambda: self._idle_waiters.append(waiter), lambda _: _resolve(waiter, None)))
+        return waiter
+
+    def fail_running(self, error: KVServiceError) -> None:
+        """Ends every running call with `error`."""
+        self._tell(lambda: self._fail_running(error))
+
+    def stop(self) -> Future[None]:
+        """Ends running calls, closes the engine and ends the thread. Done when the engine is closed."""
+        if self._thread.ident is None:
+            self._end()
+        else:
+            self._tell(self._stop)
+        return self._stopped
+
+    def _post(self, command: _Command) -> None:
+        self._commands.put(command)
+        if self._ended.is_set():
+            # The thread may have emptied the queue before this command was in it.
+            self._abandon_commands()
+
+    def _tell(self, run: Callable[[], None]) -> None:
+        self._post(_Command(run, lambda _: None))
+
+    def _ask(self, run: Callable[[], T]) -> Future[T]:
+        answer: Future[T] = Future()
+        self._post(_Command(lambda: _resolve(answer, run()), lambda error: _fail(answer, error)))
+        return answer
+
+    def _abandon_commands(self) -> None:
+        while True:
+            try:
+                self._commands.get_nowait().abandon(Unavailable("the worker has stopped", reason="stopped"))
+            except queue.Empty:
+                return
+
+    # ── in the engine thread ────────────────────────────────────────────────────────────────────────────────────────
+
+    def _main(self) -> None:
+        try:
+            self._engine = self._engine_factory()
+            info = self._engine.info
+        except BaseException as error:  # noqa: BLE001 (it is handed to whoever waits for the start)
+            self._end()
+            _fail(self._started, error)
+            return
+        _resolve(self._started, info)
+        try:
+            while not self._stopping:
+                self._take_commands(wait=not self._can_step())
+                if self._can_step() and not self._stopping:
+                    self._step()
+                if not self._calls:
+                    self._wake_idle_waiters()
+        finally:
+            if not self._stopping:
+                self._on_unhealthy()
+            self._close_engine()
+            self._end()
+
+    def _can_step(self) -> bool:
+        return self._healthy and self._engine.has_work
+
+    def _take_commands(self, *, wait: bool) -> None:
+        """Carries out what is in the queue; with `wait`, blocks for the first."""
+        try:
+            command = self._commands.get(block=wait)
+            while True:
+                self._carry_out(command)
+                command = self._commands.get_nowait()
+        except queue.Empty:
+            return
+
+    def _carry_out(self, command: _Command) -> None:
+        try:
+            command.run()
+        except Exception:
+            # The loop must live; a command's own errors are answered where they are expected.
+            logger.exception("engine_command_failed")
+            command.abandon(InternalError("the engine failed to do it; the worker's log says why"))
+
+    def _connect(self, listener: Listener) -> None:
+        self._listeners.add(listener)
+        self._deliver(listener, Connected())
+
+    def _disconnect(self, listener: Listener) -> None:
+        self._listeners.discard(listener)
+        for call_id in [call_id for call_id, call in self._calls.items() if call.listener is listener]:
+            del self._calls[call_id]
+            self._engine.cancel(call_id)
+
+    def _submit(self, listener: Listener, call: EngineCall) -> None:
+        refusal: KVServiceError | None = None
+        try:
+            self._admit(listener, call)
+        except KVServiceError as error:
+            refusal = error
+        except Exception:
+            logger.exception("submit_failed", extra={"call_id": call.call_id})
+            refusal = InternalError("the engine failed to take the call; the worker's log says why")
+        if refusal is not None:
+            logger.info("call_refused", extra={"call_id": call.call_id, "reason": refusal.reason})
+        self._deliver(listener, Admission(call.call_id, refusal))
+
+    def _admit(self, listener: Listener, call: EngineCall) -> None:
+        if self._refusal is not None:
+            raise self._refusal
+        if listener not in self._listeners:
+            raise Unavailable("the stream that submitted the call has ended", reason="stream_ended")
+        if call.call_id in self._calls:
+            raise Conflict(f"call_id {call.call_id!r} is running already: choose a new one", reason="call_id_in_use")
+        answer = None
+        if call.sampling is not None:
+            answer = AnswerText(self._detokenizer.stream(), call.sampling.stop)
+        self._engine.submit(call)
+        self._calls[call.call_id] = _RunningCall(listener, answer)
+
+    def _cancel(self, call_id: CallId) -> None:
+        if call_id in self._calls:
+            self._engine.cancel(call_id)
+
+    def _release(self, listener: Listener, session_id: SessionId) -> None:
+        try:
+            device_bytes, host_bytes = self._engine.release(session_id)
+        except KVServiceError as error:
+            logger.warning("release_refused", extra={"session_id": session_id, "reason": error.reason})
+            device_bytes = host_bytes = 0
+        self._deliver(listener, Released(session_id, device_bytes, host_bytes))
+
+    def _stats(self) -> WorkerStats:
+        return replace(self._engine.stats(), headroom=self._headroom())
+
+    def _drain(self) -> int:
+        if self._refusal is None:
+            self._refuse_from_now(Unavailable("the worker is draining: call again", reason="draining"))
+        return len(self._calls)
+
+    def _refuse_from_now(self, refusal: Unavailable) -> None:
+        self._refusal = refusal
+        for listener in self._listeners:
+            self._deliver(listener, Stepped(()))
+
+    def _stop(self) -> None:
+        self._fail_running(Unavailable("the worker has stopped: call again", reason="stopped"))
+        self._stopping = True
+
+    def _fail_running(self, error: KVServiceError) -> None:
+        calls, self._calls = self._calls, {}
+        outputs: dict[Listener, list[CallOutput]] = {}
+        for call_id, call in calls.items():
+            outputs.setdefault(call.listener, []).append(FailedEvent(call_id, error))
+            try:
+                self._engine.cancel(call_id)
+            except Exception:
+                # After a fault of the engine this may fault too; the other calls must still be told.
+                logger.exception("cancel_failed", extra={"call_id": call_id})
+        self._deliver_step(outputs)
+
+    def _step(self) -> None:
+        try:
+            outputs = self._take_events(self._engine.step())
+            self._deliver_step(outputs)
+        except Exception:
+            logger.exception("step_failed", extra={"running_calls": len(self._calls)})
+            self._step_failed()
+
+    def _step_failed(self) -> None:
+        self.num_step_failures += 1
+        self._failures_in_a_row += 1
+        self._fail_running(InternalError("a step of the engine failed; the worker's log says why"))
+        if self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
+            logger.error("engine_given_up", extra={"failures_in_a_row": self._failures_in_a_row})
+            self._healthy = False
+            self._refuse_from_now(
+                Unavailable("the worker's engine fails again and again: call another worker", reason="unhealthy")
+            )
+            self._on_unhealthy()
+
+    def _take_events(self, events: Sequence[EngineEvent]) -> dict[Listener, list[CallOutput]]:
+        """Post-processes a step: text from tokens, stop strings, the end of calls."""
+        outputs: dict[Listener, list[CallOutput]] = {}
+        stopped: list[CallId] = []
+        for event in events:
+            call = self._calls.get(event.call_id)
+            if call is None:
+                continue  # Its listener has gone, or was told of a failure already.
+            self._failures_in_a_row = 0
+            was_stopped = _is_stopped(call)
+            outputs.setdefault(call.listener, []).extend(_call_outputs(event, call))
+            if isinstance(event, FinishedEvent | FailedEvent):
+                del self._calls[event.call_id]
+            elif _is_stopped(call) and not was_stopped:
+                stopped.append(event.call_id)
+        for call_id in stopped:
+            if call_id in self._calls:
+                self._engine.stop(call_id)
+        return outputs
+
+    def _deliver_step(self, outputs: dict[Listener, list[CallOutput]]) -> None:
+        for listener, events in outputs.items():
+            if events:
+                self._deliver(listener, Stepped(tuple(events)))
+
+    def _deliver(self, listener: Listener, output: Output) -> None:
+        listener.deliver(output, self._headroom())
+
+    def _headroom(self) -> Headroom:
+        try:
+            self._last_headroom = self._engine.headroom()
+        except Exception:
+            # A faulty engine must not keep its failures from being told; the last hint does.
+            logger.exception("headroom_failed")
+        return self._last_headroom if self._refusal is None else replace(self._last_headroom, draining=True)
+
+    def _wake_idle_waiters(self) -> None:
+        waiters, self._idle_waiters = self._idle_waiters, []
+        for waiter in waiters:
+            _resolve(waiter, None)
+
+    def _close_engine(self) -> None:
+        try:
+            self._engine.close()
+        except Exception:
+            logger.exception("engine_close_failed")
+
+    def _end(self) -> None:
+        self._ended.set()
+        self._abandon_commands()
+        self._wake_idle_waiters()
+        _resolve(self._stopped, None)
+
+
+def _call_outputs(event: EngineEvent, call: _RunningCall) -> list[CallOutput]:
+    match event:
+        case TokenEvent(call_id, token_id):
+            if call.answer is None or call.answer.stopped:
+                return []
+            return [TextEvent(call_id, (token_id,), call.answer.push(token_id))]
+        case FinishedEvent():
+            return _finished_outputs(event, call.answer)
+        case FailedEvent(call_id, error) if not isinstance(error, KVServiceError):
+            logger.error("call_failed", extra={"call_id": call_id}, exc_info=error)
+            return [FailedEvent(call_id, InternalError("the call failed inside; the worker's log says why"))]
+        case _:
+            return [event]
+
+
+def _finished_outputs(event: FinishedEvent, answer: AnswerText | None) -> list[CallOutput]:
+    if answer is None:
+        return [event]
+    rest = answer.finish()
+    if answer.stopped and event.finish_reason in (FinishReason.LENGTH, FinishReason.EOS):
+        # The last token completed a stop string.
+        event = replace(event, finish_reason=FinishReason.STOP)
+    return [TextEvent(event.call_id, (), rest), event] if rest else [event]
+
+
+def _is_stopped(call: _RunningCall) -> bool:
+    return call.answer is not None and call.answer.stopped
+
+
+def _resolve(answer: Future[T], value: T) -> None:
+    """Sets a result, unless nobody waits any more."""
+    if not answer.done() and answer.set_running_or_notify_cancel():
+        answer.set_result(value)
+
+
+def _fail(answer: Future[T], error: BaseException) -> None:
+    """Sets an error, unless nobody waits any more."""
+    if not answer.done() and answer.set_running_or_notify_cancel():
+        answer.set_exception(error)

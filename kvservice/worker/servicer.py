@@ -1,0 +1,205 @@
+"""The RPCs of the internal service, in the words of the engine loop. Knows nothing of ports, leases or models."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NoReturn, Protocol
+
+import grpc
+
+from kvservice.errors import InvalidRequest, KVServiceError
+from kvservice.internal.convert import PROMPT_FORMATS, TEXT_ROLES, stats_to_proto
+from kvservice.internal.v1 import worker_pb2
+from kvservice.internal.v1.worker_pb2_grpc import WorkerServiceServicer
+from kvservice.types import ModelInfo, PromptFormat, SessionId, TextRole, WorkerId
+from kvservice.worker import convert
+from kvservice.worker.answer import TokenStream
+from kvservice.worker.loop import EngineLoop
+from kvservice.worker.stream import GatewayStream
+
+logger = logging.getLogger(__name__)
+
+TokenizeContext = grpc.aio.ServicerContext[worker_pb2.TokenizeRequest, worker_pb2.TokenizeResponse]
+StatsContext = grpc.aio.ServicerContext[worker_pb2.GetStatsRequest, worker_pb2.GetStatsResponse]
+DrainContext = grpc.aio.ServicerContext[worker_pb2.DrainRequest, worker_pb2.DrainResponse]
+ConnectContext = grpc.aio.ServicerContext[worker_pb2.ConnectRequest, worker_pb2.ConnectResponse]
+
+REASON_KEY = "kvservice-reason"
+"""Trailing metadata of a failed RPC: the error's `reason`."""
+
+
+class TokenizerLike(Protocol):
+    """What the worker needs of a tokenizer. `encode` is called from several threads."""
+
+    def encode(self, text: str, role: TextRole, prompt_format: PromptFormat, *, first: bool) -> Sequence[int]:
+        """Token ids of a text in its role; `first`: it begins its session."""
+
+    def stream(self) -> TokenStream:
+        """A fresh stream that turns an answer's tokens to text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a worker says it is."""
+
+    worker_id: WorkerId
+    address: str
+    epoch: int
+    device: str
+    model: ModelInfo
+
+
+class Servicer(WorkerServiceServicer):
+    """Carries commands to the engine loop and its outputs back."""
+
+    def __init__(
+        self,
+        engine: EngineLoop,
+        tokenizer: TokenizerLike,
+        tokenizer_threads: Executor,
+        identity: Callable[[], Identity],
+        begin_drain: Callable[[float | None], Awaitable[int]],
+        stream_queue_messages: int,
+    ) -> None:
+        """`begin_drain` takes the grace in seconds (None: the default) and gives the number of running calls."""
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._tokenizer_threads = tokenizer_threads
+        self._identity = identity
+        self._begin_drain = begin_drain
+        self._stream_queue_messages = stream_queue_messages
+        self._streams: set[GatewayStream] = set()
+        self._stream_keys = itertools.count()
+
+    def end_streams(self) -> None:
+        """Ends every stream once what waits in it has been sent."""
+        for stream in self._streams:
+            stream.end()
+
+    async def Connect(  # type: ignore[override]  # The base class knows the generator form only; see _write.
+        self, request_iterator: AsyncIterator[worker_pb2.ConnectRequest], context: ConnectContext
+    ) -> None:
+        """See worker.proto."""
+        try:
+            await self._serve(request_iterator, context)
+        except KVServiceError as error:
+            await _abort(context, error)
+
+    async def Tokenize(
+        self, request: worker_pb2.TokenizeRequest, context: TokenizeContext
+    ) -> worker_pb2.TokenizeResponse:
+        """See worker.proto."""
+        try:
+            return worker_pb2.TokenizeResponse(token_ids=await self._encode(request))
+        except KVServiceError as error:
+            await _abort(context, error)
+
+    async def GetStats(self, request: worker_pb2.GetStatsRequest, context: StatsContext) -> worker_pb2.GetStatsResponse:
+        """See worker.proto."""
+        del request
+        try:
+            stats = stats_to_proto(await asyncio.wrap_future(self._engine.stats()))
+        except KVServiceError as error:
+            await _abort(context, error)
+        identity = self._identity()
+        stats.worker_id = identity.worker_id
+        stats.address = identity.address
+        stats.epoch = identity.epoch
+        stats.model = identity.model.name
+        stats.device = identity.device
+        return worker_pb2.GetStatsResponse(stats=stats)
+
+    async def Drain(self, request: worker_pb2.DrainRequest, context: DrainContext) -> worker_pb2.DrainResponse:
+        """See worker.proto. Answers when the drain has begun, not when it is over."""
+        grace_s = request.grace.ToTimedelta().total_seconds() if request.HasField("grace") else None
+        try:
+            return worker_pb2.DrainResponse(running_calls=await self._begin_drain(grace_s))
+        except KVServiceError as error:
+            await _abort(context, error)
+
+    async def _encode(self, request: worker_pb2.TokenizeRequest) -> Sequence[int]:
+        if request.role not in TEXT_ROLES:
+            raise InvalidRequest(f"role={request.role}: must be DOCUMENT or QUESTION", field="role")
+        encode = partial(
+            self._tokenizer.encode,
+            request.text,
+            TEXT_ROLES[request.role],
+            PROMPT_FORMATS[request.prompt_format],
+            first=request.first,
+        )
+        # A long document takes a while; the streams must go on.
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizer_threads, encode)
+
+    async def _serve(self, requests: AsyncIterator[worker_pb2.ConnectRequest], context: ConnectContext) -> None:
+        """One stream from Hello to its end; whatever ends it, its calls are cancelled."""
+        hello = await anext(aiter(requests), None)
+        if hello is None or hello.WhichOneof("command") != "hello":
+            raise InvalidRequest("the first message of a stream must be Hello", field="command")
+        identity = self._identity()
+        stream = GatewayStream(
+            key=next(self._stream_keys),
+            gateway_id=hello.hello.gateway_id,
+            worker_id=identity.worker_id,
+            epoch=identity.epoch,
+            model=identity.model,
+            max_messages=self._stream_queue_messages,
+        )
+        logger.info("gateway_connected", extra={"gateway_id": stream.gateway_id})
+        self._streams.add(stream)
+        self._engine.connect(stream)
+        tasks = [
+            asyncio.create_task(self._read(requests, stream)),
+            asyncio.create_task(_write(stream, context)),
+            asyncio.create_task(stream.fail_on_overflow()),
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            self._engine.disconnect(stream)
+            self._streams.discard(stream)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            logger.info("gateway_disconnected", extra={"gateway_id": stream.gateway_id})
+
+    async def _read(self, requests: AsyncIterator[worker_pb2.ConnectRequest], stream: GatewayStream) -> None:
+        """Carries commands to the engine until the gateway ends the stream."""
+        async for request in requests:
+            match request.WhichOneof("command"):
+                case "submit":
+                    self._submit(request.submit, stream)
+                case "cancel":
+                    self._engine.cancel(stream.internal_id(request.cancel.call_id))
+                case "release":
+                    self._engine.release(stream, SessionId(request.release.session_id))
+                case "hello":
+                    raise InvalidRequest("Hello comes once, as the first message of a stream", field="command")
+                case None:
+                    raise InvalidRequest("a message holds no command", field="command")
+
+    def _submit(self, submit: worker_pb2.Submit, stream: GatewayStream) -> None:
+        call_id = stream.internal_id(submit.call_id)
+        try:
+            call = convert.engine_call(submit, call_id, self._identity().model)
+        except KVServiceError as error:
+            self._engine.refuse(stream, call_id, error)
+        else:
+            self._engine.submit(stream, call)
+
+
+async def _write(stream: GatewayStream, context: ConnectContext) -> None:
+    """Sends what comes. Not the handler itself as a generator: that couldn't end a stream whose send is stuck."""
+    async for message in stream.messages():
+        await context.write(message)
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: KVServiceError) -> NoReturn:
+    await context.abort(grpc.StatusCode[error.status], error.message, ((REASON_KEY, error.reason),))

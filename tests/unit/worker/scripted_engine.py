@@ -1,0 +1,189 @@
+"""A scripted engine and a toy tokenizer: no model, no tensors, every step under the test's control."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kvservice.errors import KVServiceError
+from kvservice.types import (
+    CallId,
+    EngineCall,
+    EngineEvent,
+    FailedEvent,
+    FinishedEvent,
+    FinishReason,
+    Headroom,
+    KvTelemetry,
+    ModelInfo,
+    ModelShape,
+    PromptFormat,
+    ProgressEvent,
+    SessionId,
+    TextRole,
+    TokenEvent,
+    Usage,
+    WorkerStats,
+)
+
+MODEL = ModelInfo(
+    name="scripted",
+    shape=ModelShape(
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        hidden_size=32,
+        intermediate_size=64,
+        vocab_size=0x110000,
+        max_positions=8192,
+    ),
+    recipes=("dense", "exact", "recall"),
+    default_recipe="recall",
+    origin="scripted",
+)
+
+
+class ToyTokenStream:
+    """A token is a code point."""
+
+    def push(self, token_id: int) -> str:
+        return chr(token_id)
+
+    def flush(self) -> str:
+        return ""
+
+
+class ToyTokenizer:
+    """A token is a code point; a question is put in brackets in chat form."""
+
+    def encode(self, text: str, role: TextRole, prompt_format: PromptFormat, *, first: bool) -> list[int]:
+        if prompt_format is PromptFormat.CHAT and role is TextRole.QUESTION:
+            text = f"[{text}]"
+        return [ord(character) for character in ("^" if first else "") + text]
+
+    def stream(self) -> ToyTokenStream:
+        return ToyTokenStream()
+
+
+@dataclass
+class _Running:
+    call: EngineCall
+    generated: list[int] = field(default_factory=list)
+    finish: FinishReason | None = None
+
+
+class ScriptedEngine:
+    """Answers a call with its own prompt, one token a step, over and over until `max_new_tokens`.
+
+    A prompt token 0 ends the answer (EOS). An Append reports progress, then ends.
+    """
+
+    def __init__(self) -> None:
+        self.info = MODEL
+        self.thread = threading.current_thread()
+        self.permits: threading.Semaphore | None = None
+        """If set, every step takes one: the test decides when a step happens."""
+        self.refusal: KVServiceError | Exception | None = None
+        """What the next submits raise."""
+        self.step_errors: list[Exception] = []
+        """What the next steps raise, while a call runs."""
+        self.call_error: Exception | None = None
+        """What running calls fail with."""
+        self.cancelled: list[CallId] = []
+        self.stopped: list[CallId] = []
+        self.submitted: list[EngineCall] = []
+        self.closed = False
+        self.sessions: set[SessionId] = set()
+        self._running: dict[CallId, _Running] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running)
+
+    def submit(self, call: EngineCall) -> None:
+        self._check_thread()
+        if self.refusal is not None:
+            raise self.refusal
+        self.submitted.append(call)
+        self._running[call.call_id] = _Running(call)
+        self.sessions.add(call.session_id)
+
+    def cancel(self, call_id: CallId) -> None:
+        self._check_thread()
+        self.cancelled.append(call_id)
+        self._running[call_id].finish = FinishReason.CANCELLED
+
+    def stop(self, call_id: CallId) -> None:
+        self._check_thread()
+        self.stopped.append(call_id)
+        self._running[call_id].finish = FinishReason.STOP
+
+    def release(self, session_id: SessionId) -> tuple[int, int]:
+        self._check_thread()
+        held = session_id in self.sessions
+        self.sessions.discard(session_id)
+        return (100, 200) if held else (0, 0)
+
+    def step(self) -> list[EngineEvent]:
+        self._check_thread()
+        if self.permits is not None:
+            self.permits.acquire()
+        if self.step_errors and any(running.finish is None for running in self._running.values()):
+            raise self.step_errors.pop(0)
+        events: list[EngineEvent] = []
+        for running in list(self._running.values()):
+            events += self._step_call(running)
+        return events
+
+    def headroom(self) -> Headroom:
+        self._check_thread()
+        return Headroom(
+            device_capacity_bytes=1000,
+            device_free_bytes=1000 - 100 * len(self._running),
+            running_calls=len(self._running),
+            resident_sessions=len(self.sessions),
+        )
+
+    def stats(self) -> WorkerStats:
+        return WorkerStats(headroom=self.headroom(), weight_bytes=7, steps=3)
+
+    def close(self) -> None:
+        self._check_thread()
+        self.closed = True
+
+    def _step_call(self, running: _Running) -> Sequence[EngineEvent]:
+        call, call_id = running.call, running.call.call_id
+        if self.call_error is not None:
+            del self._running[call_id]
+            return [FailedEvent(call_id, self.call_error)]
+        if running.finish is not None:
+            return [self._finish(running, running.finish)]
+        if call.sampling is None:
+            total = len(call.document_tokens)
+            return [ProgressEvent(call_id, total, total), self._finish(running, FinishReason.LENGTH)]
+        token = call.prompt_tokens[len(running.generated) % len(call.prompt_tokens)]
+        if token == 0:
+            return [self._finish(running, FinishReason.EOS)]
+        running.generated.append(token)
+        events: list[EngineEvent] = [TokenEvent(call_id, token)]
+        if len(running.generated) == call.sampling.max_new_tokens:
+            events.append(self._finish(running, FinishReason.LENGTH))
+        return events
+
+    def _finish(self, running: _Running, reason: FinishReason) -> FinishedEvent:
+        call = running.call
+        del self._running[call.call_id]
+        return FinishedEvent(
+            call.call_id,
+            reason,
+            Usage(len(call.base_tokens), len(call.prompt_tokens), len(running.generated)),
+            KvTelemetry(window_bytes=64),
+            () if reason is FinishReason.CANCELLED else (*call.document_tokens, *call.prompt_tokens, *running.generated),
+            prefill_ms=1.5,
+            decode_ms=2.5,
+        )
+
+    def _check_thread(self) -> None:
+        assert threading.current_thread() is self.thread, "the engine was touched from another thread"

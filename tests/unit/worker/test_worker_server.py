@@ -1,0 +1,455 @@
+"""The internal service over real gRPC on loopback, in front of a scripted engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import grpc
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from kvservice.config.worker import WorkerConfig
+from kvservice.errors import ConfigError, ModelError, Overloaded
+from kvservice.internal.v1 import worker_pb2
+from kvservice.store.memory import MemoryStore
+from kvservice.v1 import common_pb2
+from kvservice.worker.server import SERVICE_NAME, WorkerServer
+from tests.unit.worker.conftest import GatewaySide
+from tests.unit.worker.scripted_engine import ScriptedEngine, ToyTokenizer
+
+
+async def health(worker, service=SERVICE_NAME):
+    stub = health_pb2_grpc.HealthStub(worker.channel)
+    return (await stub.Check(health_pb2.HealthCheckRequest(service=service))).status
+
+
+async def test_hello_is_answered_with_identity_model_and_headroom(worker):
+    gateway = GatewaySide(worker.stub)
+    message = await gateway.hello()
+    assert message.welcome.worker_id == "worker-a"
+    assert message.welcome.epoch == 1
+    assert message.welcome.model.name == "scripted"
+    assert list(message.welcome.model.recipes) == ["dense", "exact", "recall"]
+    assert message.headroom.device_capacity_bytes == 1000
+
+
+async def test_a_stream_that_begins_without_hello_is_refused(worker):
+    gateway = GatewaySide(worker.stub)
+    await gateway.send(cancel=worker_pb2.Cancel(call_id="x"))
+    assert await gateway.call.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "Hello" in await gateway.call.details()
+
+
+async def test_a_second_hello_ends_the_stream(worker):
+    gateway = await worker.connect()
+    await gateway.send(hello=worker_pb2.Hello())
+    assert await gateway.call.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_generate_is_admitted_streamed_and_done(worker):
+    gateway = await worker.connect()
+    await gateway.generate("c1", "héllo")
+    admission = await gateway.admission()
+    assert (admission.call_id, admission.admitted) == ("c1", True)
+    text, last = await gateway.answer("c1")
+    assert text == "héllo"
+    assert last.done.finish_reason == common_pb2.FINISH_REASON_LENGTH
+    assert last.done.usage.completion_tokens == 5
+    assert last.done.kv.bytes.device_window == 64
+    assert "".join(map(chr, last.done.appended_token_ids)) == "héllohéllo"
+    assert (last.done.prefill_ms, last.done.decode_ms) == (1.5, 2.5)
+
+
+async def test_an_append_reports_progress_and_hands_the_engine_all_it_needs(worker):
+    gateway = await worker.connect()
+    await gateway.submit(
+        "c1",
+        append=worker_pb2.AppendWork(token_ids=[7, 8]),
+        base_token_ids=[5, 6],
+        recipe="recall",
+        tenant_tag=b"t" * 16,
+        on_miss=common_pb2.ON_MISS_FAIL,
+    )
+    await gateway.admission()
+    events = [event async for event in gateway.events("c1")]
+    assert [event.WhichOneof("event") for event in events] == ["progress", "done"]
+    call = worker.engine.submitted[0]
+    assert (call.base_tokens, call.document_tokens, call.prompt_tokens) == ((5, 6), (7, 8), ())
+    assert (call.recipe.name, call.on_miss.name, call.sampling) == ("recall", "FAIL", None)
+    assert (call.tenant_tag, call.retain) == (b"t" * 16, True)
+
+
+async def test_a_refusal_carries_code_reason_and_fresh_headroom(worker):
+    gateway = await worker.connect()
+    worker.engine.refusal = Overloaded("no room: 12 bytes are free, the call needs 20", reason="device_full")
+    await gateway.generate("c1", "abc")
+    message = await gateway.read()
+    assert not message.admission.admitted
+    assert message.admission.refusal == worker_pb2.Failure(
+        code="RESOURCE_EXHAUSTED",
+        reason="device_full",
+        message="no room: 12 bytes are free, the call needs 20",
+        retryable=True,
+    )
+    assert message.headroom.device_free_bytes == 1000
+
+
+async def test_an_unknown_recipe_a_call_without_work_and_a_foreign_token_are_refused(worker):
+    gateway = await worker.connect()
+    await gateway.generate("ok", "a")
+    await gateway.admission()
+    await gateway.answer("ok")
+    await gateway.submit("c1", recipe="magic", append=worker_pb2.AppendWork(token_ids=[1]))
+    await gateway.submit("c2", recipe="recall-oracle", append=worker_pb2.AppendWork(token_ids=[1]))
+    await gateway.submit("c3")
+    await gateway.submit("c4", append=worker_pb2.AppendWork(token_ids=[0x110000]))
+    refusals = [(await gateway.admission()).refusal for _ in range(4)]
+    assert [refusal.reason for refusal in refusals] == [
+        "unknown_recipe",
+        "unknown_recipe",
+        "invalid_request",
+        "invalid_request",
+    ]
+
+
+async def test_an_unexpected_error_of_submit_refuses_the_call_and_says_nothing_of_the_inside(worker, caplog):
+    gateway = await worker.connect()
+    worker.engine.refusal = RuntimeError("secret detail")
+    await gateway.generate("c1", "abc")
+    refusal = (await gateway.admission()).refusal
+    assert (refusal.code, refusal.retryable) == ("INTERNAL", False)
+    assert "secret" not in refusal.message
+    assert "submit_failed" in caplog.messages
+
+
+async def test_a_stop_string_ends_the_call_in_the_engine_and_cuts_the_text(worker):
+    gateway = await worker.connect()
+    await gateway.generate("c1", "one STOP two", max_new_tokens=1000, stop=["STOP"])
+    await gateway.admission()
+    text, last = await gateway.answer("c1")
+    assert text == "one "
+    assert last.done.finish_reason == common_pb2.FINISH_REASON_STOP
+    assert len(worker.engine.stopped) == 1
+
+
+async def test_a_stop_string_in_the_last_token_turns_the_finish_reason_to_stop(worker):
+    gateway = await worker.connect()
+    await gateway.generate("c1", "one END", stop=["END"])
+    await gateway.admission()
+    text, last = await gateway.answer("c1")
+    assert text == "one "
+    assert last.done.finish_reason == common_pb2.FINISH_REASON_STOP
+    assert worker.engine.stopped == []
+
+
+async def test_text_held_back_for_a_stop_string_comes_before_done(worker):
+    gateway = await worker.connect()
+    await gateway.generate("c1", "one EN", stop=["END"])
+    await gateway.admission()
+    text, last = await gateway.answer("c1")
+    assert text == "one EN"
+    assert last.done.finish_reason == common_pb2.FINISH_REASON_LENGTH
+
+
+async def test_events_of_two_calls_in_one_step_come_in_one_message(start_worker):
+    worker = await start_worker(step_by_step=True)
+    gateway = await worker.connect()
+    await gateway.submit("held", append=worker_pb2.AppendWork(token_ids=[1]))
+    await gateway.admission()
+    # The engine waits inside a step; both calls are admitted after it, before the next.
+    await gateway.generate("c1", "ab")
+    await gateway.generate("c2", "xy")
+    stats = worker.stub.GetStats(worker_pb2.GetStatsRequest())
+    worker.engine.permits.release()
+    assert [event.WhichOneof("event") for event in (await gateway.read()).step.events] == ["progress", "done"]
+    admitted = {(await gateway.admission()).call_id for _ in range(2)}
+    assert admitted == {"c1", "c2"}
+    worker.engine.permits.release(100)
+    message = await gateway.read()
+    assert [(event.call_id, event.tokens.text) for event in message.step.events] == [("c1", "a"), ("c2", "x")]
+    await stats
+
+
+async def test_a_cancelled_call_ends_as_cancelled(start_worker):
+    worker = await start_worker(step_by_step=True)
+    gateway = await worker.connect()
+    await gateway.generate("c1", "abc", max_new_tokens=10_000)
+    await gateway.admission()
+    worker.engine.permits.release()
+    await gateway.read()
+    await gateway.send(cancel=worker_pb2.Cancel(call_id="c1"))
+    worker.engine.permits.release(1000)
+    _, last = await gateway.answer("c1")
+    assert last.done.finish_reason == common_pb2.FINISH_REASON_CANCELLED
+    assert list(last.done.appended_token_ids) == []
+
+
+async def test_cancelling_a_call_that_has_ended_does_nothing(worker):
+    gateway = await worker.connect()
+    await gateway.generate("c1", "ab")
+    await gateway.admission()
+    await gateway.answer("c1")
+    await gateway.send(cancel=worker_pb2.Cancel(call_id="c1"))
+    await gateway.generate("c2", "ab")
+    await gateway.admission()
+    assert (await gateway.answer("c2"))[0] == "ab"
+    assert worker.engine.cancelled == []
+
+
+async def test_when_a_gateway_disconnects_its_calls_are_cancelled_and_others_go_on(start_worker):
+    worker = await start_worker(step_by_step=True)
+    leaving, staying = await worker.connect(), await worker.connect()
+    for gateway in (leaving, staying):
+        await gateway.generate("same-id", "abc", max_new_tokens=6)
+    worker.engine.permits.release()
+    await leaving.admission()
+    assert (await staying.admission()).admitted
+    leaving.call.cancel()
+    worker.engine.permits.release(3)
+    answer = asyncio.create_task(staying.answer("same-id"))
+    while not worker.engine.cancelled:
+        worker.engine.permits.release()
+        await worker.stub.GetStats(worker_pb2.GetStatsRequest())
+    worker.engine.permits.release(100)
+    text, last = await answer
+    assert text == "abcabc"
+    assert last.done.finish_reason == common_pb2.FINISH_REASON_LENGTH
+    assert len(worker.engine.cancelled) == 1
+
+
+async def test_a_call_id_in_use_is_refused_and_the_first_call_goes_on(start_worker):
+    worker = await start_worker(step_by_step=True)
+    gateway = await worker.connect()
+    await gateway.generate("c1", "ab")
+    await gateway.generate("c1", "xy")
+    worker.engine.permits.release(100)
+    refusals = []
+    text = ""
+    while True:
+        message = await gateway.read()
+        if message.WhichOneof("event") == "admission" and not message.admission.admitted:
+            refusals.append(message.admission.refusal.reason)
+        text += "".join(event.tokens.text for event in message.step.events)
+        if any(event.WhichOneof("event") == "done" for event in message.step.events):
+            break
+    assert (text, refusals) == ("ab", ["call_id_in_use"])
+
+
+async def test_release_tells_what_was_freed(worker):
+    gateway = await worker.connect()
+    await gateway.generate("c1", "ab")
+    await gateway.admission()
+    await gateway.answer("c1")
+    for freed in (100, 0):
+        await gateway.send(release=worker_pb2.Release(session_id="session-c1"))
+        released = (await gateway.read()).released
+        assert (released.session_id, released.freed_device_bytes) == ("session-c1", freed)
+
+
+async def test_tokenize_knows_role_format_and_place(worker):
+    request = worker_pb2.TokenizeRequest(
+        text="hi",
+        role=worker_pb2.TEXT_ROLE_QUESTION,
+        prompt_format=common_pb2.PROMPT_FORMAT_CHAT,
+        first=True,
+    )
+    response = await worker.stub.Tokenize(request)
+    assert "".join(map(chr, response.token_ids)) == "^[hi]"
+
+
+async def test_tokenize_without_a_role_is_refused(worker):
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await worker.stub.Tokenize(worker_pb2.TokenizeRequest(text="hi"))
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert dict(caught.value.trailing_metadata())["kvservice-reason"] == "invalid_request"
+
+
+async def test_stats_name_the_worker(worker):
+    stats = (await worker.stub.GetStats(worker_pb2.GetStatsRequest())).stats
+    assert (stats.worker_id, stats.address, stats.epoch) == ("worker-a", worker.server.address, 1)
+    assert (stats.model, stats.device, stats.weight_bytes, stats.steps) == ("scripted", "cpu", 7, 3)
+    assert stats.device_capacity_bytes == 1000
+
+
+async def test_a_call_that_fails_leaves_the_others_and_the_worker_alone(worker):
+    gateway = await worker.connect()
+    worker.engine.call_error = Overloaded("the tier is full")
+    await gateway.generate("c1", "ab")
+    await gateway.admission()
+    _, last = await gateway.answer("c1")
+    assert (last.failure.code, last.failure.retryable) == ("RESOURCE_EXHAUSTED", True)
+    worker.engine.call_error = None
+    await gateway.generate("c2", "ab")
+    await gateway.admission()
+    assert (await gateway.answer("c2"))[0] == "ab"
+
+
+async def test_a_step_that_raises_fails_the_running_calls_and_the_worker_serves_on(worker, caplog):
+    gateway = await worker.connect()
+    worker.engine.step_errors = [RuntimeError("secret detail")]
+    await gateway.generate("c1", "ab")
+    await gateway.admission()
+    _, last = await gateway.answer("c1")
+    assert last.failure.code == "INTERNAL"
+    assert "secret" not in last.failure.message
+    assert "step_failed" in caplog.messages
+    await gateway.generate("c2", "ab")
+    assert (await gateway.admission()).admitted
+    assert (await gateway.answer("c2"))[0] == "ab"
+    assert await health(worker) == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_an_engine_that_fails_three_times_in_a_row_is_given_up(worker, caplog):
+    gateway = await worker.connect()
+    worker.engine.step_errors = [RuntimeError("broken")] * 3
+    for number in range(3):
+        await gateway.generate(f"c{number}", "ab")
+        await gateway.admission()
+        await gateway.answer(f"c{number}")
+    # Streams are told without being asked.
+    assert (await gateway.read()).headroom.draining
+    await gateway.generate("c4", "ab")
+    refusal = (await gateway.admission()).refusal
+    assert (refusal.code, refusal.reason, refusal.retryable) == ("UNAVAILABLE", "unhealthy", True)
+    assert await health(worker) == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert "engine_given_up" in caplog.messages
+
+
+async def test_a_slow_gateway_loses_its_stream_and_its_calls(start_worker, caplog):
+    worker = await start_worker(stream_queue_messages=8)
+    channel = grpc.aio.insecure_channel(worker.server.address, options=[("grpc.http2.lookahead_bytes", 1024)])
+    slow = GatewaySide(worker.stub.__class__(channel), "slow")
+    await slow.hello()
+    # It asks for an endless answer in large messages and reads no more.
+    await slow.generate("c1", "x" * 1000, max_new_tokens=2**31, stop=[])
+    other = await worker.connect()
+    while not worker.engine.cancelled:
+        await worker.stub.GetStats(worker_pb2.GetStatsRequest())
+    await other.generate("c2", "ab")
+    await other.admission()
+    assert (await other.answer("c2"))[0] == "ab"
+    assert "gateway_too_slow" in caplog.messages
+    # What was on its way arrives, then the reason.
+    while (await asyncio.wait_for(slow.call.read(), 20)) is not grpc.aio.EOF:
+        pass
+    assert await slow.call.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "reads too slowly" in await slow.call.details()
+    await channel.close()
+
+
+async def test_drain_refuses_new_calls_lets_running_ones_end_and_stops(start_worker):
+    worker = await start_worker(step_by_step=True)
+    gateway = await worker.connect()
+    await gateway.generate("c1", "abcd")
+    await gateway.admission()
+    worker.engine.permits.release()
+    await gateway.read()
+    drained = worker.stub.Drain(worker_pb2.DrainRequest(grace=Duration(seconds=60)))
+    worker.engine.permits.release()
+    assert (await drained).running_calls == 1
+    assert await health(worker) == health_pb2.HealthCheckResponse.NOT_SERVING
+    await gateway.generate("c2", "xy")
+    worker.engine.permits.release(100)
+    text, refusal, draining = "", None, []
+    while True:
+        message = await asyncio.wait_for(gateway.call.read(), 20)
+        if message is grpc.aio.EOF:
+            break
+        draining.append(message.headroom.draining)
+        if message.WhichOneof("event") == "admission":
+            refusal = message.admission.refusal
+        text += "".join(event.tokens.text for event in message.step.events)
+    assert text == "bcd"
+    assert draining[-1]
+    # The engine may have finished, and the worker stopped, before it read the second call.
+    assert refusal is None or (refusal.code, refusal.reason, refusal.retryable) == ("UNAVAILABLE", "draining", True)
+    await worker.server.wait_stopped()
+    assert worker.engine.closed
+    assert await worker.store.list_workers() == []
+    assert worker.engine.submitted[-1].call_id.endswith("c1")
+
+
+async def test_calls_that_outlast_the_grace_are_ended_with_unavailable(start_worker):
+    worker = await start_worker(step_by_step=True)
+    gateway = await worker.connect()
+    await gateway.generate("c1", "abcd", max_new_tokens=2**31)
+    await gateway.admission()
+    worker.engine.permits.release(10)
+    drain = asyncio.create_task(worker.server.drain(grace_s=0))
+    permits = asyncio.create_task(release_until(worker.engine, drain))
+    _, last = await gateway.answer("c1")
+    assert (last.failure.code, last.failure.reason, last.failure.retryable) == ("UNAVAILABLE", "draining", True)
+    await drain
+    await permits
+    assert worker.engine.closed
+
+
+async def release_until(engine, task):
+    """Lets the engine step on, one step for each turn of the event loop, until the task is over."""
+    while not task.done():
+        engine.permits.release()
+        await asyncio.sleep(0)
+
+
+async def test_the_worker_is_in_the_store_while_it_runs(worker):
+    (record,) = await worker.store.list_workers()
+    assert (record.worker_id, record.address, record.epoch) == ("worker-a", worker.server.address, 1)
+    await worker.server.stop()
+    assert await worker.store.list_workers() == []
+
+
+async def test_stopping_twice_is_fine(worker):
+    await asyncio.gather(worker.server.stop(), worker.server.stop())
+    await worker.server.stop()
+
+
+async def test_a_stream_ends_when_the_worker_stops_and_its_calls_are_told(start_worker):
+    worker = await start_worker(step_by_step=True)
+    gateway = await worker.connect()
+    await gateway.generate("c1", "abcd", max_new_tokens=2**31)
+    await gateway.admission()
+    stop = asyncio.create_task(worker.server.stop())
+    permits = asyncio.create_task(release_until(worker.engine, stop))
+    _, last = await gateway.answer("c1")
+    assert (last.failure.code, last.failure.reason) == ("UNAVAILABLE", "stopped")
+    assert await gateway.call.read() is grpc.aio.EOF
+    assert await gateway.call.code() == grpc.StatusCode.OK
+    await stop
+    await permits
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.1", "example.com"])
+async def test_a_host_beyond_loopback_is_refused(host):
+    server = WorkerServer(WorkerConfig(host=host), ScriptedEngine, ToyTokenizer(), MemoryStore())
+    with pytest.raises(ConfigError, match="loopback only"):
+        await server.start()
+
+
+async def test_a_busy_port_is_refused(worker):
+    port = int(worker.server.address.rsplit(":", 1)[1])
+    server = WorkerServer(WorkerConfig(port=port), ScriptedEngine, ToyTokenizer(), MemoryStore())
+    with pytest.raises(ConfigError, match=f"127.0.0.1:{port}"):
+        await server.start()
+
+
+async def test_an_engine_that_cannot_be_made_ends_the_start_with_its_error():
+    def fail():
+        raise ModelError("no such folder")
+
+    store = MemoryStore()
+    server = WorkerServer(WorkerConfig(), fail, ToyTokenizer(), store)
+    with pytest.raises(ModelError, match="no such folder"):
+        await server.start()
+    await server.wait_stopped()
+    assert await store.list_workers() == []
+
+
+async def test_no_text_of_a_call_is_logged(worker, caplog):
+    caplog.set_level(logging.DEBUG, "kvservice")
+    gateway = await worker.connect()
+    await gateway.generate("c1", "confidential")
+    await gateway.admission()
+    await gateway.answer("c1")
+    assert not any("confidential" in str(vars(record)) for record in caplog.records)
