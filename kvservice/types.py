@@ -9,6 +9,7 @@ Positions of a sequence of `n` tokens under a recipe with a tier:
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NewType
@@ -144,6 +145,12 @@ class RecipeSpec:
             return SINK_TOKENS
         slidable = num_tokens - SINK_TOKENS - self.window_tokens
         return SINK_TOKENS + max(0, slidable // GROUP_TOKENS) * GROUP_TOKENS
+
+    def tokens_until_slide(self, num_tokens: int) -> int:
+        """How many tokens after `num_tokens` see the same window as the next one."""
+        if self.distant is Distant.RESIDENT:
+            return sys.maxsize
+        return self.window_start(num_tokens) + self.window_tokens + GROUP_TOKENS - num_tokens
 
     def distant_groups(self, num_tokens: int) -> int:
         """Groups of 64 tokens in the tier once `num_tokens` are committed."""

@@ -1,0 +1,75 @@
+"""What the engine asks of the tier below host memory. Beside its consumer; implemented in `tier`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from kvservice.types import SessionId
+
+
+class GroupWriter(Protocol):
+    """Writes groups behind the engine. Never blocks, save in `wait_for_room`, and never drops while it has room."""
+
+    def has_room(self, num_groups: int) -> bool:
+        """Whether that many groups can be taken now. While not, prefill waits."""
+        ...
+
+    def wait_for_room(self, num_groups: int, timeout_s: float) -> None:
+        """Blocks until there is room, at most `timeout_s`."""
+        ...
+
+    def write(
+        self, tenant_tag: bytes, session_id: SessionId, first_group: int, token_ids: Sequence[int], groups: Tensor
+    ) -> None:
+        """Takes groups `[n, layers, kv, 64, 2, d]`; the tensor is the writer's from then on.
+
+        Args:
+            tenant_tag: stands for the tenant in keys.
+            session_id: the session.
+            first_group: number of the first group.
+            token_ids: all tokens of the session up to the end of the last group: they name the content.
+            groups: the KV.
+        """
+        ...
+
+    def delete(self, tenant_tag: bytes, session_id: SessionId) -> None:
+        """Deletes all blobs of a session."""
+        ...
+
+    def bytes_of(self, tenant_tag: bytes, session_id: SessionId) -> int:
+        """Bytes written for a session and not deleted."""
+        ...
+
+    def total_bytes(self) -> int:
+        """Bytes written and not deleted."""
+        ...
+
+
+class NoWriter:
+    """No tier below host memory: nothing is written."""
+
+    def has_room(self, num_groups: int) -> bool:  # noqa: ARG002 -- part of the protocol
+        """Always."""
+        return True
+
+    def wait_for_room(self, num_groups: int, timeout_s: float) -> None:
+        """Returns at once."""
+
+    def write(
+        self, tenant_tag: bytes, session_id: SessionId, first_group: int, token_ids: Sequence[int], groups: Tensor
+    ) -> None:
+        """Forgets."""
+
+    def delete(self, tenant_tag: bytes, session_id: SessionId) -> None:
+        """Nothing to delete."""
+
+    def bytes_of(self, tenant_tag: bytes, session_id: SessionId) -> int:  # noqa: ARG002 -- part of the protocol
+        """None."""
+        return 0
+
+    def total_bytes(self) -> int:
+        """None."""
+        return 0

@@ -1,0 +1,1 @@
+"""The tensor nouns: layout, arena, blocks, sequence, partial results, ledger. No policy."""

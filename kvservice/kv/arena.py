@@ -1,0 +1,73 @@
+"""The one allocation of device memory that KV, indexes, recall slots and staging live in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvservice.kv.blocks import BlockPool
+from kvservice.kv.layout import KVLayout
+from kvservice.kv.ledger import Ledger, Owner
+from kvservice.types import BLOCK_TOKENS
+
+
+class Arena:
+    """`num_blocks` blocks in one tensor, handed out by number; the ledger sees each by its owner.
+
+    Args:
+        workspace_blocks: the leading blocks, kept out of the pool as one contiguous workspace.
+
+    Attributes:
+        cells: `[num_blocks, 16, d]` in the KV dtype.
+        slots: the same memory as `[num_blocks * 16, d]`: the row of a token is `block * 16 + position in block`.
+        workspace: the leading blocks as one row of numbers.
+    """
+
+    def __init__(
+        self, layout: KVLayout, num_blocks: int, workspace_blocks: int, ledger: Ledger, device: torch.device
+    ) -> None:
+        self.layout = layout
+        self.device = device
+        self.cells = torch.empty(num_blocks, BLOCK_TOKENS, layout.head_dim, dtype=layout.dtype, device=device)
+        self.slots = self.cells.view(-1, layout.head_dim)
+        self._bytes = self.cells.view(torch.uint8).view(-1)
+        self.workspace = self.cells[:workspace_blocks].view(-1)
+        self._pool = BlockPool(num_blocks, first=workspace_blocks)
+        self._ledger = ledger
+        ledger.add(Owner.WORKSPACE, workspace_blocks * layout.block_bytes)
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that nobody holds."""
+        return self._pool.num_free
+
+    def allocate(self, owner: Owner, count: int) -> Tensor:
+        """Takes `count` blocks for `owner`. Returns int64 `[count]` on the device."""
+        blocks = self._pool.allocate(count)
+        self._ledger.add(owner, count * self.layout.block_bytes)
+        return blocks.to(self.device)
+
+    def free(self, owner: Owner, blocks: Tensor) -> None:
+        """Gives back blocks of `owner`."""
+        self._pool.free(blocks.cpu())
+        self._ledger.add(owner, -blocks.numel() * self.layout.block_bytes)
+
+    def pieces(self, piece_bytes: int) -> Tensor:
+        """The arena's bytes as rows of `piece_bytes`, uint8 `[rows, piece_bytes]`; a block must hold a whole number."""
+        return self._bytes.view(-1, piece_bytes)
+
+    def read(self, blocks: Tensor) -> Tensor:
+        """Copies cells out.
+
+        Args:
+            blocks: `[rows, n]`.
+
+        Returns:
+            `[rows, n * 16, d]`.
+        """
+        rows, count = blocks.shape
+        return self.cells.index_select(0, blocks.reshape(-1)).view(rows, count * BLOCK_TOKENS, self.layout.head_dim)
+
+    def check(self) -> None:
+        """Raises InternalError when the free list is damaged."""
+        self._pool.check()

@@ -1,0 +1,76 @@
+"""Growing lists of equal-sized byte records in arena blocks. Knows nothing of what the records mean."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvservice.kv.arena import Arena
+from kvservice.kv.ledger import Owner
+
+
+class PagedEntries:
+    """One list of entries for each of `num_rows` rows; all rows have the same length.
+
+    An entry is a whole number of *pieces*, and a block holds a whole number of them, so no piece crosses a block.
+
+    Raises:
+        ValueError: `entry_bytes` neither divides a block nor is a multiple of one.
+    """
+
+    def __init__(self, arena: Arena, owner: Owner, num_rows: int, entry_bytes: int) -> None:
+        block_bytes = arena.layout.block_bytes
+        self.entry_bytes = entry_bytes
+        self._piece_bytes = min(entry_bytes, block_bytes)
+        if entry_bytes and (block_bytes % self._piece_bytes or entry_bytes % self._piece_bytes):
+            raise ValueError(f"entry_bytes={entry_bytes}: must divide or be a multiple of the block's {block_bytes}")
+        self._pieces_per_block = block_bytes // self._piece_bytes if entry_bytes else 1
+        self._pieces_per_entry = entry_bytes // self._piece_bytes if entry_bytes else 0
+        self._arena = arena
+        self._owner = owner
+        self._length = 0
+        self._table = torch.empty(num_rows, 0, dtype=torch.int64, device=arena.device)
+
+    @property
+    def num_bytes(self) -> int:
+        """Arena bytes held."""
+        return self._table.numel() * self._arena.layout.block_bytes
+
+    def append(self, entries: Tensor) -> None:
+        """Adds entries, uint8 `[num_rows, n, entry_bytes]`."""
+        rows, count, _ = entries.shape
+        start, self._length = self._length, self._length + count
+        if not self.entry_bytes:
+            return
+        missing = self._blocks(self._length) - self._table.shape[1]
+        if missing:
+            blocks = self._arena.allocate(self._owner, missing * rows).view(rows, missing)
+            self._table = torch.cat([self._table, blocks], dim=1)
+        pieces = self._arena.pieces(self._piece_bytes)
+        where = self._where(slice(None), start, self._length)
+        pieces[where.reshape(-1)] = entries.reshape(-1, self._piece_bytes)
+
+    def read(self, rows: slice) -> Tensor:
+        """A copy of all entries of some rows, uint8 `[rows, length, entry_bytes]`."""
+        num_rows = len(range(*rows.indices(self._table.shape[0])))
+        if not self.entry_bytes:
+            return self._arena.cells.new_empty(num_rows, self._length, 0, dtype=torch.uint8)
+        where = self._where(rows, 0, self._length)
+        pieces = self._arena.pieces(self._piece_bytes).index_select(0, where.reshape(-1))
+        return pieces.view(num_rows, self._length, self.entry_bytes)
+
+    def truncate(self, length: int) -> None:
+        """Forgets all entries from `length` on."""
+        self._length = length
+        columns = self._blocks(length)
+        if columns < self._table.shape[1]:
+            self._arena.free(self._owner, self._table[:, columns:])
+            self._table = self._table[:, :columns].contiguous()
+
+    def _blocks(self, length: int) -> int:
+        return -(-length * self._pieces_per_entry // self._pieces_per_block)
+
+    def _where(self, rows: slice, start: int, stop: int) -> Tensor:
+        piece = torch.arange(start * self._pieces_per_entry, stop * self._pieces_per_entry, device=self._arena.device)
+        blocks = self._table[rows][:, piece // self._pieces_per_block]
+        return blocks * self._pieces_per_block + piece % self._pieces_per_block

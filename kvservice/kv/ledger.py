@@ -1,0 +1,98 @@
+"""Every byte by owner, and what has been promised to whom. Knows nothing of blocks or tensors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from enum import Enum
+
+from kvservice.errors import InternalError
+from kvservice.types import SessionId
+
+
+class Owner(Enum):
+    """Who holds device or host bytes."""
+
+    WEIGHTS = "weights"
+    WORKSPACE = "workspace"
+    WINDOW = "window"
+    INDEX = "index"
+    SLOTS = "slots"
+    HOST = "host"
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Bytes promised to one sequence."""
+
+    device_bytes: int
+    host_bytes: int
+
+
+class Ledger:
+    """Bytes in use by owner, and reservations that keep admitted sequences from running out.
+
+    Args:
+        device_capacity_bytes: what sequences may take of the arena, so without the prefill workspace.
+        host_capacity_bytes: what they may take of the host tier.
+    """
+
+    def __init__(self, device_capacity_bytes: int, host_capacity_bytes: int) -> None:
+        self.device_capacity_bytes = device_capacity_bytes
+        self.host_capacity_bytes = host_capacity_bytes
+        self._used: Counter[Owner] = Counter()
+        self._reserved: dict[SessionId, Reservation] = {}
+        self._device_reserved = 0
+        self._host_reserved = 0
+
+    @property
+    def device_free_bytes(self) -> int:
+        """Device bytes promised to nobody."""
+        return self.device_capacity_bytes - self._device_reserved
+
+    @property
+    def host_free_bytes(self) -> int:
+        """Host bytes promised to nobody."""
+        return self.host_capacity_bytes - self._host_reserved
+
+    def used_bytes(self, owner: Owner) -> int:
+        """Bytes that `owner` holds now."""
+        return self._used[owner]
+
+    def add(self, owner: Owner, num_bytes: int) -> None:
+        """Notes that `owner` took (or, negative, gave back) bytes."""
+        self._used[owner] += num_bytes
+        if self._used[owner] < 0:
+            raise InternalError(f"{owner.value} gave back more bytes than it took")
+
+    def reservation(self, session_id: SessionId) -> Reservation:
+        """What is promised to a sequence; nothing, if it isn't known."""
+        return self._reserved.get(session_id, Reservation(0, 0))
+
+    def shortfall(self, session_id: SessionId, wanted: Reservation) -> Reservation:
+        """The free bytes that are missing before `reserve` of the same arguments would succeed."""
+        held = self.reservation(session_id)
+        return Reservation(
+            max(0, wanted.device_bytes - held.device_bytes - self.device_free_bytes),
+            max(0, wanted.host_bytes - held.host_bytes - self.host_free_bytes),
+        )
+
+    def reserve(self, session_id: SessionId, wanted: Reservation) -> None:
+        """Sets the sequence's reservation to `wanted`, all of it or nothing.
+
+        Raises:
+            InternalError: it doesn't fit; the caller asked `shortfall` first.
+        """
+        if self.shortfall(session_id, wanted) != Reservation(0, 0):
+            raise InternalError(f"no room to reserve {wanted}")
+        held = self.reservation(session_id)
+        self._device_reserved += wanted.device_bytes - held.device_bytes
+        self._host_reserved += wanted.host_bytes - held.host_bytes
+        self._reserved[session_id] = wanted
+
+    def release(self, session_id: SessionId) -> Reservation:
+        """Forgets the sequence's reservation and returns what it was."""
+        held = self._reserved.pop(session_id, Reservation(0, 0))
+        self._device_reserved -= held.device_bytes
+        self._host_reserved -= held.host_bytes
+        return held

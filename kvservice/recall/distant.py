@@ -1,0 +1,107 @@
+"""A sequence's KV in the host tier, and the staging ring it is read through. The only readers of host KV."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kvservice.kv.arena import Arena
+from kvservice.tier.host import HostTier
+from kvservice.types import GROUP_TOKENS
+
+TILE_TOKENS = 1024
+"""Tokens of one staging tile."""
+
+
+def staging_blocks(num_kv_heads: int) -> int:
+    """Arena blocks of the staging ring: two tiles of K and V of one layer."""
+    return 2 * 2 * num_kv_heads * TILE_TOKENS // 16
+
+
+class StagingRing:
+    """Two tiles of device memory that take turns, so that one can be filled while the other is read.
+
+    Rows are K and V of one token in one KV head, `[2 * d]`, as in host memory.
+    """
+
+    def __init__(self, arena: Arena) -> None:
+        self._tiles = arena.workspace.view(2, -1, 2 * arena.layout.head_dim)
+        self._turn = 0
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that one tile holds."""
+        return self._tiles.shape[1]
+
+    def next(self, num_rows: int) -> Tensor:
+        """The other tile's first rows, `[num_rows, 2 * d]`; valid until the call after the next."""
+        self._turn ^= 1
+        return self._tiles[self._turn, :num_rows]
+
+
+class DistantKV:
+    """The groups of one sequence that have left the device."""
+
+    def __init__(self, host: HostTier, num_kv_heads: int, head_dim: int) -> None:
+        self._host = host
+        self._head_dim = head_dim
+        self._heads = torch.arange(num_kv_heads).unsqueeze(1) * GROUP_TOKENS
+        self._numbers: list[int] = []
+        self._rows = torch.empty(num_kv_heads, 0, dtype=torch.int64)
+
+    @property
+    def num_groups(self) -> int:
+        """Groups in the host tier."""
+        return len(self._numbers)
+
+    def append(self, groups: Tensor) -> None:
+        """Stores groups `[n, layers, kv, 64, 2, d]` behind those there are."""
+        self._numbers += self._host.store(groups)
+        self._index()
+
+    def load_last(self, count: int) -> Tensor:
+        """A copy of the last `count` groups."""
+        return self._host.load(self._numbers[-count:])
+
+    def drop_last(self, count: int) -> None:
+        """Frees the last `count` groups."""
+        if count:
+            self._host.free(self._numbers[-count:])
+            del self._numbers[-count:]
+            self._index()
+
+    def gather(self, layer: int, offsets: Tensor, out: Tensor) -> None:
+        """Copies chosen tokens to the device.
+
+        Args:
+            layer: the layer.
+            offsets: int64 `[kv, n]` on the CPU, positions counted from the first distant one.
+            out: `[kv * n, 2 * d]`, head by head.
+        """
+        self._host.gather((self._rows.gather(1, offsets) + self._layer_offset(layer)).view(-1), out)
+
+    def gather_flat(self, layer: int, heads: Tensor, offsets: Tensor, out: Tensor) -> None:
+        """As `gather`, for a list of (KV head, offset) pairs of any shape, in their order."""
+        self._host.gather((self._rows[heads, offsets] + self._layer_offset(layer)).view(-1), out)
+
+    def tiles(self, layer: int, ring: StagingRing) -> Iterator[tuple[Tensor, Tensor]]:
+        """All distant K and V of a layer, tile by tile in order of position, each `[kv, t, d]`."""
+        num_kv, total = self._rows.shape
+        rows = self._rows + self._layer_offset(layer)
+        tile_tokens = ring.num_rows // num_kv
+        for start in range(0, total, tile_tokens):
+            some = rows[:, start : start + tile_tokens].contiguous()
+            staged = ring.next(some.numel())
+            self._host.gather(some.view(-1), staged)
+            pairs = staged.view(num_kv, some.shape[1], 2, self._head_dim)
+            yield pairs[:, :, 0], pairs[:, :, 1]
+
+    def _layer_offset(self, layer: int) -> int:
+        return layer * self._rows.shape[0] * GROUP_TOKENS
+
+    def _index(self) -> None:
+        base = self._host.row_base(torch.tensor(self._numbers, dtype=torch.int64), 0)
+        tokens = (base.unsqueeze(1) + torch.arange(GROUP_TOKENS)).view(1, -1)
+        self._rows = tokens + self._heads

@@ -1,0 +1,65 @@
+"""A sequence's index of distant keys, in arena blocks. Knows nothing of how a method encodes or scores."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvservice.compression.protocols import RecallIndex, Selection
+from kvservice.kv.arena import Arena
+from kvservice.kv.entries import PagedEntries
+from kvservice.kv.ledger import Owner
+from kvservice.types import GROUP_TOKENS
+
+
+class SequenceIndex:
+    """The encoded keys of every group that has left the window, for each (layer, KV head)."""
+
+    def __init__(self, method: RecallIndex, bits: int, arena: Arena) -> None:
+        layout = arena.layout
+        probe_codes, probe_params = method.encode(
+            torch.zeros(1, GROUP_TOKENS, layout.head_dim, dtype=layout.dtype), bits
+        )
+        rows = layout.num_layers * layout.num_kv_heads
+        self._method = method
+        self._bits = bits
+        self._layout = layout
+        self._codes = PagedEntries(arena, Owner.INDEX, rows, probe_codes.numel())
+        self._params = PagedEntries(arena, Owner.INDEX, rows, probe_params.numel() * layout.dtype.itemsize)
+        self.num_groups = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Arena bytes held."""
+        return self._codes.num_bytes + self._params.num_bytes
+
+    def append(self, groups: Tensor) -> None:
+        """Encodes groups `[n, layers, kv, 64, 2, d]`, each exactly once."""
+        count = groups.shape[0]
+        rows = self._layout.num_layers * self._layout.num_kv_heads
+        keys = groups[..., 0, :].permute(1, 2, 0, 3, 4).reshape(rows * count, GROUP_TOKENS, self._layout.head_dim)
+        codes, params = self._method.encode(keys, self._bits)
+        self._codes.append(codes.view(rows, count, -1))
+        self._params.append(params.reshape(rows, count, -1).view(torch.uint8))
+        self.num_groups += count
+
+    def truncate(self, num_groups: int) -> None:
+        """Forgets all groups from `num_groups` on."""
+        self._codes.truncate(num_groups)
+        self._params.truncate(num_groups)
+        self.num_groups = num_groups
+
+    def scores(self, layer: int, q: Tensor, scale: float, seed: int) -> Tensor:
+        """Estimated scores of every distant token, fp32 `[kv, r, 64 * groups]`; q is `[kv, r, d]`."""
+        num_kv = self._layout.num_kv_heads
+        rows = slice(layer * num_kv, (layer + 1) * num_kv)
+        params = self._params.read(rows).view(self._layout.dtype)
+        ask = Selection(
+            q=q,
+            codes=self._codes.read(rows),
+            params=params.view(num_kv, self.num_groups, -1, self._layout.head_dim),
+            num_distant=self.num_groups * GROUP_TOKENS,
+            scale=scale,
+            seed=seed,
+        )
+        return self._method.scores(ask)

@@ -1,0 +1,68 @@
+"""The host-memory tier: groups of 64 tokens, and rows gathered out of them. Knows nothing of sessions or Redis."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvservice.kv.blocks import BlockPool
+from kvservice.kv.layout import KVLayout
+from kvservice.kv.ledger import Ledger, Owner
+from kvservice.types import GROUP_TOKENS
+
+
+class HostTier:
+    """A bounded segment of host memory that holds groups by number.
+
+    The segment is one allocation; the operating system commits its pages as they are first written.
+
+    Args:
+        pin: page-lock the segment, so that a CUDA device copies from it at full speed.
+    """
+
+    def __init__(self, layout: KVLayout, num_groups: int, ledger: Ledger, *, pin: bool) -> None:
+        self._layout = layout
+        self._ledger = ledger
+        self._groups = torch.empty(num_groups, *layout.group_shape, dtype=layout.dtype, pin_memory=pin)
+        self._rows = self._groups.view(-1, 2 * layout.head_dim)
+        self._pool = BlockPool(num_groups)
+
+    def store(self, groups: Tensor) -> list[int]:
+        """Copies groups `[n, layers, kv, 64, 2, d]` in and returns their numbers."""
+        count = groups.shape[0]
+        numbers = self._pool.allocate(count)
+        self._groups[numbers] = groups.cpu()
+        self._ledger.add(Owner.HOST, count * self._layout.group_bytes)
+        return [int(number) for number in numbers]
+
+    def load(self, numbers: list[int]) -> Tensor:
+        """A copy of groups, `[n, layers, kv, 64, 2, d]`."""
+        return self._groups[torch.tensor(numbers, dtype=torch.int64)]
+
+    def free(self, numbers: list[int]) -> None:
+        """Gives groups back."""
+        if numbers:
+            self._pool.free(torch.tensor(numbers, dtype=torch.int64))
+            self._ledger.add(Owner.HOST, -len(numbers) * self._layout.group_bytes)
+
+    def row_base(self, numbers: Tensor, layer: int) -> Tensor:
+        """Row of token 0 of KV head 0 of groups in a layer; a KV head adds 64 rows, a token one."""
+        return (numbers * self._layout.num_layers + layer) * (self._layout.num_kv_heads * GROUP_TOKENS)
+
+    def gather(self, rows: Tensor, out: Tensor) -> None:
+        """Copies rows of K and V into device memory: the only way from host KV to the device.
+
+        Args:
+            rows: int64 `[n]` on the CPU.
+            out: `[n, 2 * d]`, contiguous, on the device.
+        """
+        if out.device.type == "cpu":
+            torch.index_select(self._rows, 0, rows, out=out)
+        else:
+            staged = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
+            torch.index_select(self._rows, 0, rows, out=staged)
+            out.copy_(staged)
+
+    def check(self) -> None:
+        """Raises InternalError when the free list is damaged."""
+        self._pool.check()
