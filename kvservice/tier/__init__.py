@@ -1,0 +1,1 @@
+"""Where KV lies below the device: bytes in, bytes out."""

@@ -1,0 +1,242 @@
+"""A tier in Redis, and how the service speaks to a Redis: time limits, no silent retries, faults by name.
+
+Beside a session's frames there is one set of their keys, under the same hash tag, so that a session is deleted
+without a look at every key of the server. The set may be evicted like any other key; then all keys are scanned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from kvservice.errors import ConfigError, Unavailable
+from kvservice.tier.base import TIERS, Buffer, TierUsage
+from kvservice.tier.wire import session_tag
+from kvservice.types import SessionId
+
+TIMEOUT_S = 5.0
+MAX_CONNECTIONS = 8
+BATCH_BYTES = 8 << 20
+"""The most bytes of values in one round trip (or one value): bounds memory, and how long the server is busy with us."""
+BATCH_KEYS = 512
+FAULTS = (RedisError, OSError)
+"""What a Redis call may fail with; a time limit that has passed is an OSError."""
+
+_SENTENCES = {
+    "timeout": "didn't answer in time",
+    "connection": "can't be reached",
+    "auth": "refused the password, or its user may not do this",
+    "oom": "is out of memory: raise its maxmemory",
+    "readonly": "is read-only: the URL must name the primary",
+    "loading": "is still loading its data",
+    "closed": "has been closed by this process",
+    "other": "refused a command",
+}
+
+
+def connect(url: str, *, timeout_s: float, max_connections: int) -> Redis:
+    """A client of the Redis at `url` (redis, rediss or unix). It connects when it is first used.
+
+    Nothing is retried, since a write whose answer was lost may have been made. A connection that broke while it was
+    idle is made anew without a fault.
+
+    Raises:
+        ConfigError: the URL is malformed.
+    """
+    try:
+        pool = BlockingConnectionPool.from_url(
+            url,
+            max_connections=max_connections,
+            timeout=timeout_s,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            retry=Retry(NoBackoff(), 0),
+            protocol=2,
+            driver_info=None,
+        )
+    except ValueError as error:
+        raise ConfigError(f"Redis URL {redacted(url)}: {error}", reason="redis_url") from error
+    return Redis.from_pool(pool)
+
+
+def redacted(url: str) -> str:
+    """The URL without user, password and options."""
+    try:
+        parts = urlsplit(url)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    except ValueError:
+        return "(malformed)"
+
+
+def fault_reason(error: Exception) -> str:
+    """One word for why a Redis call failed: a key of the table of sentences."""
+    kinds: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (
+        ((RedisTimeoutError, TimeoutError), "timeout"),
+        ((AuthenticationError, NoPermissionError), "auth"),
+        (BusyLoadingError, "loading"),
+        (OutOfMemoryError, "oom"),
+        (ReadOnlyError, "readonly"),
+        ((RedisConnectionError, OSError), "connection"),
+    )
+    for kind, reason in kinds:
+        if isinstance(error, kind):
+            return reason
+    if isinstance(error, ResponseError):
+        # What a script's command failed with is in the text only.
+        for word, reason in (("OOM", "oom"), ("READONLY", "readonly"), ("LOADING", "loading")):
+            if re.search(rf"\b{word}\b", str(error)):
+                return reason
+    return "other"
+
+
+def unavailable(error: Exception, where: str, prefix: str = "") -> Unavailable:
+    """The fault as the service's own error, with reason `prefix` + `fault_reason`."""
+    reason = fault_reason(error)
+    return Unavailable(f"Redis at {where} {_SENTENCES[reason]}: {str(error) or reason}", reason=prefix + reason)
+
+
+@TIERS.register("redis", "rediss", "unix")
+class RedisTier:
+    """`TierBackend` in one Redis. Every round trip has a time limit.
+
+    Args:
+        url: redis, rediss or unix URL.
+        timeout_s: limit of one round trip, connecting included.
+    """
+
+    def __init__(self, url: str, *, timeout_s: float = TIMEOUT_S) -> None:
+        self._redis = connect(url, timeout_s=timeout_s, max_connections=MAX_CONNECTIONS)
+        self._where = redacted(url)
+        self._timeout_s = timeout_s
+        self._closed = False
+
+    async def put_many(self, items: Sequence[tuple[bytes, Buffer]], ttl_s: float) -> None:
+        """See `TierBackend.put_many`."""
+        ttl_ms = max(1, round(ttl_s * 1000))
+        for batch in _batches([(item, len(item[1])) for item in items]):
+            indexes: dict[bytes, list[bytes]] = {}
+            for key, _ in batch:
+                indexes.setdefault(_index_key(key), []).append(key)
+            commands: list[tuple[Any, ...]] = []
+            # The index first: it may name frames that aren't there, and must not lack one that is.
+            for index, keys in indexes.items():
+                commands += [("SADD", index, *keys), ("PEXPIRE", index, ttl_ms)]
+            commands += [("SET", key, memoryview(value), "PX", ttl_ms) for key, value in batch]
+            await self._round_trip(commands)
+
+    async def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """See `TierBackend.get_many`."""
+        found: dict[bytes, bytes | None] = {}
+        lengths = [
+            length
+            for part in _parts(keys, BATCH_KEYS)
+            for length in await self._round_trip([("STRLEN", key) for key in part])
+        ]
+        for batch in _batches([(key, length) for key, length in zip(keys, lengths, strict=True) if length]):
+            (values,) = await self._round_trip([("MGET", *batch)])
+            found.update(zip(batch, values, strict=True))
+        return [found.get(key) for key in keys]
+
+    async def delete_session(self, tenant_tag: bytes, session_id: SessionId) -> int:
+        """See `TierBackend.delete_session`."""
+        tag = session_tag(tenant_tag, session_id)
+        index = b"kv1i:" + tag
+        (members,) = await self._round_trip([("SMEMBERS", index)])
+        deleted = await self._unlink(list(members))
+        await self._unlink([index])
+        (stats,) = await self._round_trip([("INFO", "stats")])
+        if not members or stats["evicted_keys"]:
+            # There may be frames that no index names.
+            async for keys in self._scan(b"kv1:" + tag + b":*"):
+                deleted += await self._unlink(keys)
+        return deleted
+
+    async def usage(self) -> TierUsage:
+        """See `TierBackend.usage`."""
+        frames = frame_bytes = 0
+        async for keys in self._scan(b"kv1:*"):
+            lengths = await self._round_trip([("STRLEN", key) for key in keys])
+            frames += sum(1 for length in lengths if length)
+            frame_bytes += sum(lengths)
+        (memory,) = await self._round_trip([("INFO", "memory")])
+        return TierUsage(frames, frame_bytes, memory["used_memory"], memory["maxmemory"])
+
+    async def aclose(self) -> None:
+        """See `TierBackend.aclose`."""
+        self._closed = True
+        await self._redis.aclose()
+
+    async def _unlink(self, keys: Sequence[bytes]) -> int:
+        deleted = 0
+        for part in _parts(keys, BATCH_KEYS):
+            (count,) = await self._round_trip([("UNLINK", *part)])
+            deleted += count
+        return deleted
+
+    async def _scan(self, pattern: bytes) -> AsyncIterator[list[bytes]]:
+        """Yields lists of keys; those that are there from beginning to end come at least once."""
+        cursor = 0
+        while True:
+            ((cursor, keys),) = await self._round_trip([("SCAN", cursor, "MATCH", pattern, "COUNT", BATCH_KEYS)])
+            if keys:
+                yield list(set(keys))
+            if cursor == 0:
+                return
+
+    async def _round_trip(self, commands: Iterable[tuple[Any, ...]]) -> list[Any]:
+        """The answers to `commands`; raises for the first of them that is an error."""
+        if self._closed:
+            raise Unavailable(f"Redis at {self._where} {_SENTENCES['closed']}", reason="closed")
+        try:
+            async with asyncio.timeout(self._timeout_s), self._redis.pipeline(transaction=False) as pipeline:
+                for command in commands:
+                    pipeline.execute_command(*command)
+                answers = await pipeline.execute(raise_on_error=False)
+        except FAULTS as error:
+            raise unavailable(error, self._where) from error
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise unavailable(answer, self._where) from answer
+        return answers
+
+
+def _index_key(key: bytes) -> bytes:
+    """Key of the set that names all frames of the session of `key`."""
+    return b"kv1i:" + key[key.index(b"{") : key.index(b"}") + 1]
+
+
+def _parts(items: Sequence[Any], limit: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), limit):
+        yield items[start : start + limit]
+
+
+def _batches(items: Iterable[tuple[Any, int]]) -> Iterator[list[Any]]:
+    """Splits (item, bytes) pairs into runs of at most BATCH_BYTES, or of one item."""
+    batch: list[Any] = []
+    batch_bytes = 0
+    for item, num_bytes in items:
+        if batch and batch_bytes + num_bytes > BATCH_BYTES:
+            yield batch
+            batch, batch_bytes = [], 0
+        batch.append(item)
+        batch_bytes += num_bytes
+    if batch:
+        yield batch
