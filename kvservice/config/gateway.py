@@ -1,0 +1,47 @@
+"""Settings of the gateway. Knows nothing of gRPC."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretBytes, model_validator
+
+from kvservice.config.limits import Limits
+from kvservice.config.recipes import SERVED_RECIPES
+
+
+class GatewayConfig(BaseModel):
+    """What `serve` and `gateway` are told. A port of 0 takes a free one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    secret: SecretBytes = Field(
+        description="16 to 64 bytes; tenants' names are hidden behind it in stored keys. The same for every gateway of "
+        "one service and from start to start, else stored KV is not found again."
+    )
+    host: str = Field("127.0.0.1", description="Address to listen on; without API keys only a loopback address.")
+    port: int = Field(50051, ge=0, le=65535, description="Port of the public API; 0: a free one.")
+    health_port: int | None = Field(
+        None, ge=0, le=65535, description="Second port that serves grpc.health.v1 only; 0: a free one; unset: none."
+    )
+    reflection: bool = Field(True, description="Serve gRPC reflection. Needs a key where keys are in use.")
+    default_model: str = Field("", description="Model of a session created without one; empty: the only one there is.")
+    default_recipe: str = Field("", description="Recipe of a session created without one; empty: the model's default.")
+    grace_s: float = Field(30.0, ge=0, description="Seconds that running calls have to end in when the service drains.")
+    max_wait_s: float = Field(30.0, gt=0, description="Longest wait of a call for room on a worker, in seconds.")
+    discovery_interval_s: float = Field(1.0, gt=0, description="Seconds between two looks at the workers' leases.")
+    sweep_interval_s: float = Field(30.0, gt=0, description="Seconds between two sweeps for expired sessions.")
+    lock_ttl_s: float = Field(
+        30.0, gt=0, description="A session is free again this many seconds after the gateway that changed it was lost."
+    )
+    limits: Limits = Field(default_factory=Limits, description="Limits of the public API.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not 16 <= len(self.secret.get_secret_value()) <= 64:
+            raise ValueError(f"secret: {len(self.secret.get_secret_value())} bytes; it must be 16 to 64")
+        if self.default_recipe and self.default_recipe not in SERVED_RECIPES:
+            raise ValueError(f"default_recipe={self.default_recipe!r}: served are {', '.join(SERVED_RECIPES)}")
+        if not self.limits.min_ttl_s <= self.limits.default_ttl_s <= self.limits.max_ttl_s:
+            raise ValueError("limits: default_ttl_s must lie between min_ttl_s and max_ttl_s")
+        return self

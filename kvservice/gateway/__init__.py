@@ -1,0 +1,1 @@
+"""The public side of the service: tenants, sessions, routing, admission. Knows no tensor, tokenizer or Redis."""

@@ -1,0 +1,264 @@
+"""Generate, with a session and without: the question goes to a worker, the answer's events are numbered and relayed."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, replace
+
+from kvservice.config.gateway import GatewayConfig
+from kvservice.errors import InvalidRequest
+from kvservice.gateway import convert
+from kvservice.gateway.admission import Admission
+from kvservice.gateway.auth import Caller
+from kvservice.gateway.catalogue import choose_model, choose_recipe, override_recipe
+from kvservice.gateway.dispatch import Order, Outcome, Stopwatch, carry_out, check_positions
+from kvservice.gateway.fleet import Fleet
+from kvservice.gateway.placement import PlacementRequest, WorkerView
+from kvservice.gateway.repeats import Repeats, digest
+from kvservice.gateway.runs import Run, Runs
+from kvservice.gateway.sessions import Activity, Sessions
+from kvservice.internal.convert import sampling_to_proto
+from kvservice.internal.v1 import worker_pb2
+from kvservice.store.base import SessionRecord
+from kvservice.types import ModelInfo, PromptFormat, RecipeSpec, SamplingParams, TextRole
+from kvservice.v1 import common_pb2, inference_pb2, sessions_pb2
+
+
+class EventLog:
+    """The events of one answer, numbered from 1. Those up to `after` the caller has already."""
+
+    def __init__(self, run: Run[common_pb2.GenerateEvent], after: int) -> None:
+        self.events: list[common_pb2.GenerateEvent] = []
+        self._run = run
+        self._after = after
+
+    def started(self, session_id: str, worker: WorkerView, recipe: str, seed: int) -> None:
+        """The first event."""
+        started = common_pb2.Started(session_id=session_id, worker_id=worker.worker_id, recipe=recipe, seed=seed)
+        self._add(common_pb2.GenerateEvent(started=started))
+
+    def relay(self, event: worker_pb2.CallEvent) -> None:
+        """Passes tokens on. Progress of the prefill is no event of an answer."""
+        if event.WhichOneof("event") == "tokens":
+            self._add(common_pb2.GenerateEvent(tokens=event.tokens))
+
+    def finished(self, finished: common_pb2.Finished) -> None:
+        """The last event; it is held back until `flush`."""
+        self.events.append(common_pb2.GenerateEvent(sequence=len(self.events) + 1, finished=finished))
+
+    def flush(self) -> None:
+        """Sends the last event."""
+        self._send(self.events[-1])
+
+    def replay(self, kept: tuple[bytes, ...]) -> None:
+        """Takes an answer that was given before; `flush` sends its last event."""
+        self.events = [common_pb2.GenerateEvent.FromString(message) for message in kept]
+        for event in self.events[:-1]:
+            self._send(event)
+
+    def _add(self, event: common_pb2.GenerateEvent) -> None:
+        event.sequence = len(self.events) + 1
+        self.events.append(event)
+        self._send(event)
+
+    def _send(self, event: common_pb2.GenerateEvent) -> None:
+        if event.sequence > self._after:
+            self._run.emit(event)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be answered, in tokens, and how."""
+
+    model: ModelInfo
+    recipe: RecipeSpec
+    document: tuple[int, ...]
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Text or token ids of a part of a request."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    field: str
+
+    def check(self) -> None:
+        """Refuses both at once."""
+        if self.text and self.token_ids:
+            raise InvalidRequest(f"set `{self.field}` or `{self.field}_token_ids`, not both", field=self.field)
+
+
+class Answers:
+    """Carries out both kinds of Generate."""
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        sessions: Sessions,
+        fleet: Fleet,
+        admission: Admission,
+        runs: Runs,
+        repeats: Repeats,
+    ) -> None:
+        self._config = config
+        self._limits = config.limits
+        self._sessions = sessions
+        self._fleet = fleet
+        self._admission = admission
+        self._runs = runs
+        self._repeats = repeats
+
+    # With a session
+
+    def ask(
+        self, caller: Caller, request: sessions_pb2.SessionServiceGenerateRequest, watch: Stopwatch
+    ) -> Run[common_pb2.GenerateEvent]:
+        """Begins to answer a question about a session."""
+        request_id = convert.request_id(request.request_id, self._limits)
+        # A repeat of a call that failed gets the same seed, so its events go on where the first ones broke off.
+        seed = convert.derived_seed(f"{caller.tenant}\0{request_id}") if request_id else secrets.randbits(64)
+        sampling = convert.sampling(request.sampling, self._limits, seed=seed)
+        _question(request).check()
+        same_whatever_was_seen = sessions_pb2.SessionServiceGenerateRequest()
+        same_whatever_was_seen.CopyFrom(request)
+        same_whatever_was_seen.ClearField("last_sequence")
+        request_digest = digest("generate", same_whatever_was_seen)
+
+        async def body(run: Run[common_pb2.GenerateEvent]) -> None:
+            log = EventLog(run, request.last_sequence)
+            async with self._repeats.claim(caller.tenant, request_id, request_digest) as claim:
+                if claim.kept is not None:
+                    log.replay(claim.kept)
+                else:
+                    await self._ask(run, caller, request, sampling, log, watch)
+                    claim.keep(log.events)
+            # Only now is the session free for the next call.
+            log.flush()
+
+        return self._runs.start(body)
+
+    async def _ask(
+        self,
+        run: Run[common_pb2.GenerateEvent],
+        caller: Caller,
+        request: sessions_pb2.SessionServiceGenerateRequest,
+        sampling: SamplingParams,
+        log: EventLog,
+        watch: Stopwatch,
+    ) -> None:
+        activity = Activity(sessions_pb2.SESSION_STATE_GENERATING)
+        expected = request.expected_num_tokens if request.HasField("expected_num_tokens") else None
+        async with self._sessions.changing(run, caller, request.session_id, activity, expected) as record:
+            with run.cancellable():
+                model = self._fleet.model(record.model)
+                recipe = override_recipe(model, record.recipe, request.recipe)
+                prompt = await self._tokens(
+                    model, _question(request), TextRole.QUESTION, record.prompt_format, first=not record.token_ids
+                )
+                if not prompt and not record.token_ids:
+                    raise InvalidRequest("prompt is empty and so is the session: send a prompt", field="prompt")
+                sampling = _within_positions(model, request.sampling, sampling, len(record.token_ids), len(prompt))
+                submit = self._sessions.submission(record, recipe.name)
+                submit.generate.keep_partial = request.keep_partial
+                order = _order(submit, Plan(model, recipe, (), prompt, sampling), log, record)
+                outcome = await carry_out(self._admission, order, watch)
+            record = await self._sessions.commit(record, outcome)
+            log.finished(_finished(outcome, watch, len(record.token_ids), record.durable_tokens))
+
+    # Without one
+
+    def complete(
+        self, caller: Caller, request: inference_pb2.InferenceServiceGenerateRequest, watch: Stopwatch
+    ) -> Run[common_pb2.GenerateEvent]:
+        """Begins to answer a question about a document that comes with it. Nothing is kept."""
+        sampling = convert.sampling(request.sampling, self._limits, seed=secrets.randbits(64))
+        prompt_format = convert.prompt_format(request.prompt_format)
+        document = Question(request.document, tuple(request.document_token_ids), "document")
+        question = _question(request)
+        document.check()
+        question.check()
+
+        async def body(run: Run[common_pb2.GenerateEvent]) -> None:
+            log = EventLog(run, 0)
+            with run.cancellable():
+                model = choose_model(self._fleet, request.model, self._config.default_model)
+                recipe = choose_recipe(model, request.recipe, self._config.default_recipe)
+                read = await self._tokens(model, document, TextRole.DOCUMENT, prompt_format, first=True)
+                prompt = await self._tokens(model, question, TextRole.QUESTION, prompt_format, first=not read)
+                if not read and not prompt:
+                    raise InvalidRequest("document and prompt are empty: send one of them", field="prompt")
+                fitted = _within_positions(model, request.sampling, sampling, 0, len(read) + len(prompt))
+                call_id = secrets.token_hex(16)
+                submit = worker_pb2.Submit(
+                    call_id=call_id,
+                    # No session; the worker still needs a name for the sequence.
+                    session_id=call_id,
+                    tenant_tag=self._sessions.tag(caller.tenant),
+                    recipe=recipe.name,
+                    retain=False,
+                    on_miss=common_pb2.ON_MISS_RECOMPUTE,
+                )
+                order = _order(submit, Plan(model, recipe, read, prompt, fitted), log, None)
+                outcome = await carry_out(self._admission, order, watch)
+            log.finished(_finished(outcome, watch, 0, 0))
+            log.flush()
+
+        return self._runs.start(body)
+
+    # Both
+
+    async def _tokens(
+        self, model: ModelInfo, question: Question, role: TextRole, prompt_format: PromptFormat, *, first: bool
+    ) -> tuple[int, ...]:
+        if question.token_ids:
+            return convert.token_ids(question.token_ids, model.shape.vocab_size, f"{question.field}_token_ids")
+        if not question.text:
+            return ()
+        return tuple(await self._fleet.tokenize(model.name, question.text, role, prompt_format, first=first))
+
+
+def _question(
+    request: sessions_pb2.SessionServiceGenerateRequest | inference_pb2.InferenceServiceGenerateRequest,
+) -> Question:
+    return Question(request.prompt, tuple(request.prompt_token_ids), "prompt")
+
+
+def _order(submit: worker_pb2.Submit, plan: Plan, log: EventLog, record: SessionRecord | None) -> Order:
+    submit.generate.document_token_ids.extend(plan.document)
+    submit.generate.prompt_token_ids.extend(plan.prompt)
+    submit.generate.sampling.CopyFrom(sampling_to_proto(plan.sampling))
+    added = len(plan.document) + len(plan.prompt) + plan.sampling.max_new_tokens
+    holder, epoch = (record.worker_id, record.worker_epoch) if record is not None else ("", 0)
+    session_id = record.session_id if record is not None else ""
+    return Order(
+        request=PlacementRequest(plan.model.name, plan.recipe, len(submit.base_token_ids) + added, holder, epoch),
+        submit=submit,
+        on_admitted=lambda worker: log.started(session_id, worker, plan.recipe.name, plan.sampling.seed),
+        on_event=log.relay,
+    )
+
+
+def _within_positions(
+    model: ModelInfo, asked: common_pb2.SamplingParams, sampling: SamplingParams, held: int, added: int
+) -> SamplingParams:
+    """Checks the length; a caller who didn't ask for one isn't refused because the default is too long."""
+    room = model.shape.max_positions - held - added
+    if not asked.HasField("max_new_tokens") and room >= 1:
+        sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+    check_positions(model, held=held, added=added, max_new_tokens=sampling.max_new_tokens)
+    return sampling
+
+
+def _finished(outcome: Outcome, watch: Stopwatch, num_tokens: int, durable_tokens: int) -> common_pb2.Finished:
+    done = outcome.done
+    return common_pb2.Finished(
+        finish_reason=done.finish_reason,
+        usage=done.usage,
+        timings=watch.timings(done),
+        kv=done.kv,
+        num_tokens=num_tokens,
+        durable_tokens=durable_tokens,
+    )

@@ -1,0 +1,141 @@
+"""Carries one call out on a worker: admission, its events, cancellation. Knows nothing of sessions' records."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvservice.errors import KVServiceError, PromptTooLong, Unavailable
+from kvservice.gateway.admission import Admission
+from kvservice.gateway.placement import PlacementRequest, WorkerView
+from kvservice.gateway.worker_link import RETRY_AFTER_S, WorkerCall
+from kvservice.internal.v1 import worker_pb2
+from kvservice.types import ModelInfo
+from kvservice.v1 import common_pb2
+
+CANCEL_TIMEOUT_S = 10.0
+"""A worker frees a cancelled call between two steps; the session stays locked no longer than this for it."""
+
+
+class Stopwatch:
+    """Times of one call, from the gateway's receipt of it."""
+
+    def __init__(self) -> None:
+        self._received = time.monotonic()
+        self._queue_ms = 0.0
+        self._ttft_ms = 0.0
+
+    def admitted(self) -> None:
+        """A worker has taken the call."""
+        self._queue_ms = self._elapsed_ms()
+
+    def token(self) -> None:
+        """A token has come; only the first one counts."""
+        self._ttft_ms = self._ttft_ms or self._elapsed_ms()
+
+    def timings(self, done: worker_pb2.Done) -> common_pb2.Timings:
+        """What the answer says; prefill and decode are as the worker measured them."""
+        return common_pb2.Timings(
+            queue_ms=self._queue_ms,
+            prefill_ms=done.prefill_ms,
+            ttft_ms=self._ttft_ms,
+            decode_ms=done.decode_ms,
+            total_ms=self._elapsed_ms(),
+        )
+
+    def _elapsed_ms(self) -> float:
+        return (time.monotonic() - self._received) * 1000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What is asked of the workers, and who hears of it as it happens."""
+
+    request: PlacementRequest
+    submit: worker_pb2.Submit
+    on_admitted: Callable[[WorkerView], None]
+    on_event: Callable[[worker_pb2.CallEvent], None]
+
+    @property
+    def keep_partial(self) -> bool:
+        """Whether tokens of a cancelled call are wanted."""
+        return self.submit.generate.keep_partial
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a call ended, and where."""
+
+    done: worker_pb2.Done
+    worker: WorkerView
+
+
+async def carry_out(admission: Admission, order: Order, watch: Stopwatch) -> Outcome:
+    """Has `order` carried out by a worker. Call it inside `Run.cancellable()`.
+
+    Raises:
+        asyncio.CancelledError: the caller was cancelled; the worker has freed what the call held.
+        KVServiceError: no worker took it, or the one that did failed or was lost.
+    """
+    call = await admission.admit(order.request, order.submit)
+    watch.admitted()
+    order.on_admitted(call.worker)
+    try:
+        done = await _relay(call, order, watch)
+    except asyncio.CancelledError:
+        call.cancel()
+        last = await _last_words(call)
+        if last is None or not _is_kept(order, last):
+            raise
+        done = last
+    if done.finish_reason == common_pb2.FINISH_REASON_CANCELLED and not _is_kept(order, done):
+        raise Unavailable(
+            f"worker {call.worker.worker_id} cancelled the call; the session is as before, make the call again",
+            reason="worker_cancelled",
+            retry_after_s=RETRY_AFTER_S,
+        )
+    return Outcome(done, call.worker)
+
+
+def _is_kept(order: Order, done: worker_pb2.Done) -> bool:
+    return order.keep_partial and len(done.appended_token_ids) > 0
+
+
+async def _relay(call: WorkerCall, order: Order, watch: Stopwatch) -> worker_pb2.Done:
+    async for event in call.events():
+        kind = event.WhichOneof("event")
+        if kind == "done":
+            return event.done
+        if kind == "tokens":
+            watch.token()
+        order.on_event(event)
+    raise AssertionError("events end with done")
+
+
+async def _last_words(call: WorkerCall) -> worker_pb2.Done | None:
+    """The end of a cancelled call; None when it failed instead, or its worker doesn't answer."""
+    try:
+        async with asyncio.timeout(CANCEL_TIMEOUT_S):
+            async for event in call.events():
+                if event.WhichOneof("event") == "done":
+                    return event.done
+    except (KVServiceError, TimeoutError):
+        pass
+    return None
+
+
+def check_positions(model: ModelInfo, *, held: int, added: int, max_new_tokens: int) -> None:
+    """Refuses a call whose tokens the model has no positions for.
+
+    Raises:
+        PromptTooLong: they are too many; the message has the numbers.
+    """
+    total = held + added + max_new_tokens
+    if total > model.shape.max_positions:
+        raise PromptTooLong(
+            f"{held} tokens held + {added} added + {max_new_tokens} to generate = {total}: model {model.name!r} has "
+            f"{model.shape.max_positions} positions; send fewer tokens or ask for fewer",
+            metadata={"num_tokens": str(total), "max_positions": str(model.shape.max_positions)},
+        )

@@ -1,0 +1,184 @@
+"""The workers this gateway is connected to. Finds them by their leases in the store; knows nothing of sessions.
+
+A lease brings a connection; the end of the connection, not of the lease, ends it: the store may be away for a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from functools import partial
+
+from kvservice.errors import KVServiceError, NotFound, Unavailable
+from kvservice.gateway.placement import WorkerView
+from kvservice.gateway.worker_link import RETRY_AFTER_S, WorkerCall, WorkerLink
+from kvservice.internal.v1 import worker_pb2
+from kvservice.store.base import StateStore, WorkerRecord
+from kvservice.types import ModelInfo, PromptFormat, SessionId, TextRole, WorkerId
+from kvservice.v1 import admin_pb2
+
+logger = logging.getLogger(__name__)
+
+
+class Fleet:
+    """Holds one link to each worker. `version` grows with every change of the fleet or of a headroom."""
+
+    def __init__(self, store: StateStore, gateway_id: str, interval_s: float) -> None:
+        self.version = 0
+        self.failed_looks = 0
+        self._store = store
+        self._gateway_id = gateway_id
+        self._interval_s = interval_s
+        self._links: dict[WorkerId, WorkerLink] = {}
+        self._connecting: dict[WorkerId, asyncio.Task[None]] = {}
+        self._changed = asyncio.Event()
+        self._discovery: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begins to look for workers."""
+        self._discovery = asyncio.create_task(self._discover(), name="fleet-discovery")
+
+    async def aclose(self) -> None:
+        """Ends every connection; what still runs on them is cancelled by the workers."""
+        tasks = [*self._connecting.values(), *([self._discovery] if self._discovery else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        links, self._links = list(self._links.values()), {}
+        await asyncio.gather(*(link.aclose() for link in links))
+
+    def views(self) -> list[WorkerView]:
+        """The connected workers."""
+        return [link.view for link in self._links.values() if not link.closed]
+
+    def models(self) -> dict[str, ModelInfo]:
+        """The models of the connected workers, by name."""
+        return {view.model.name: view.model for view in sorted(self.views(), key=lambda view: view.worker_id)}
+
+    def model(self, name: str) -> ModelInfo:
+        """The model called `name`.
+
+        Raises:
+            Unavailable: no worker is connected.
+            NotFound: no connected worker has it.
+        """
+        models = self.models()
+        if not models:
+            raise Unavailable("no worker is connected; try again", reason="no_worker", retry_after_s=RETRY_AFTER_S)
+        if name not in models:
+            raise NotFound(f"unknown model {name!r}: known are {', '.join(models)}", reason="unknown_model")
+        return models[name]
+
+    async def submit(self, worker_id: WorkerId, submit: worker_pb2.Submit) -> WorkerCall:
+        """See `WorkerLink.submit`."""
+        link = self._links.get(worker_id)
+        if link is None:
+            raise Unavailable(f"worker {worker_id} is not connected", retry_after_s=RETRY_AFTER_S)
+        return await link.submit(submit)
+
+    async def tokenize(
+        self, model: str, text: str, role: TextRole, prompt_format: PromptFormat, *, first: bool
+    ) -> list[int]:
+        """Token ids of `text`, by the worker of `model` that has the least to do."""
+        self.model(model)
+        views = [view for view in self.views() if view.model.name == model]
+        least_busy = min(views, key=lambda view: (view.headroom.running_calls, view.worker_id))
+        return await self._link(least_busy.worker_id).tokenize(text, role, prompt_format, first=first)
+
+    async def release(self, session_id: SessionId, tenant_tag: bytes, *, purge: bool) -> tuple[int, int]:
+        """Drops a session's KV on every worker; gives the device and host bytes that were freed.
+
+        All are told, because a session that moved may have left KV behind.
+
+        Raises:
+            Unavailable: `purge`, and no worker could do it.
+        """
+        links = [link for link in self._links.values() if not link.closed]
+        answers: Sequence[worker_pb2.Released | BaseException] = await asyncio.gather(
+            *(link.release(session_id, tenant_tag, purge=purge) for link in links), return_exceptions=True
+        )
+        released = [answer for answer in answers if isinstance(answer, worker_pb2.Released)]
+        if purge and not released:
+            raise Unavailable(
+                "no worker is connected that could delete the stored bytes; try again, or close without `purge`",
+                reason="no_worker",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        return sum(each.freed_device_bytes for each in released), sum(each.freed_host_bytes for each in released)
+
+    async def stats(self) -> list[admin_pb2.WorkerStats]:
+        """Counters of every worker that answers, ordered by id."""
+        links = sorted((link for link in self._links.values() if not link.closed), key=lambda link: link.worker_id)
+        answers = await asyncio.gather(*(link.stats() for link in links), return_exceptions=True)
+        stats = []
+        for link, answer in zip(links, answers, strict=True):
+            if isinstance(answer, KVServiceError):
+                logger.warning("worker_stats_missing", extra={"worker_id": link.worker_id, "why": answer.message})
+            elif isinstance(answer, BaseException):
+                raise answer
+            else:
+                stats.append(answer)
+        return stats
+
+    async def drain(self, worker_id: WorkerId, grace_s: float) -> int:
+        """Drains one worker; gives the number of its running calls."""
+        return await self._link(worker_id).drain(grace_s)
+
+    async def changed_since(self, version: int) -> None:
+        """Returns once `self.version` is greater than `version`."""
+        while self.version <= version:
+            await self._changed.wait()
+
+    async def refresh(self) -> None:
+        """Looks at the leases once: connects to new workers, forgets those whose connection has ended."""
+        for worker_id in [worker_id for worker_id, link in self._links.items() if link.closed]:
+            await self._links.pop(worker_id).aclose()
+        for record in await self._store.list_workers():
+            link = self._links.get(record.worker_id)
+            if link is not None and link.record == record:
+                continue
+            if record.worker_id not in self._connecting:
+                task = asyncio.create_task(self._connect(record), name=f"connect-{record.worker_id}")
+                self._connecting[record.worker_id] = task
+                task.add_done_callback(partial(self._connected, record.worker_id))
+
+    def _link(self, worker_id: WorkerId) -> WorkerLink:
+        link = self._links.get(worker_id)
+        if link is None or link.closed:
+            connected = ", ".join(view.worker_id for view in self.views()) or "none"
+            raise NotFound(f"unknown worker {worker_id!r}: connected are {connected}", reason="unknown_worker")
+        return link
+
+    async def _connect(self, record: WorkerRecord) -> None:
+        before = self._links.pop(record.worker_id, None)
+        if before is not None:
+            # The worker was started again, or moved: what ran on the old connection is lost.
+            await before.aclose()
+        link = WorkerLink(record, self._gateway_id, self._note_change)
+        try:
+            await link.connect()
+        except Unavailable as error:
+            logger.warning("worker_unreachable", extra={"worker_id": record.worker_id, "why": error.message})
+            return
+        self._links[record.worker_id] = link
+        logger.info("worker_connected", extra={"worker_id": record.worker_id, "address": record.address})
+        self._note_change()
+
+    def _connected(self, worker_id: WorkerId, _: asyncio.Task[None]) -> None:
+        self._connecting.pop(worker_id, None)
+
+    def _note_change(self) -> None:
+        self.version += 1
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _discover(self) -> None:
+        while True:
+            try:
+                await self.refresh()
+            except Exception:
+                # The store may be back at the next look; the connections at hand go on.
+                self.failed_looks += 1
+                logger.exception("worker_discovery_failed", extra={"failed_looks": self.failed_looks})
+            await asyncio.sleep(self._interval_s)

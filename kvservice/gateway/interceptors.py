@@ -1,0 +1,143 @@
+"""What happens around every RPC: the caller is found, and errors become statuses. Knows no RPC by its meaning."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, Protocol
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from grpc_status import rpc_status  # type: ignore[import-untyped]
+
+from kvservice.errors import InternalError, KVServiceError
+from kvservice.gateway.auth import CALLER, OPEN_METHODS, Authenticator
+
+logger = logging.getLogger(__name__)
+
+DOMAIN = "kvservice"
+RETRYABLE = "retryable"
+"""Key in ErrorInfo.metadata: `true` or `false`."""
+
+# Handlers are of any message type; grpc's own stubs say Any as well.
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class _Handler(Protocol):
+    """The attributes of `grpc.RpcMethodHandler` that its type stub leaves out."""
+
+    request_streaming: bool
+    response_streaming: bool
+    request_deserializer: Callable[[bytes], Message]
+    response_serializer: Callable[[Message], bytes]
+    unary_unary: Callable[[Any, Context], Awaitable[Message]]
+    stream_unary: Callable[[Any, Context], Awaitable[Message]]
+    unary_stream: Callable[[Any, Context], AsyncGenerator[Message]]
+    stream_stream: Callable[[Any, Context], AsyncGenerator[Message]]
+
+
+def _packed(message: Message) -> AnyMessage:
+    packed = AnyMessage()
+    packed.Pack(message)
+    return packed
+
+
+def error_status(error: KVServiceError) -> grpc.Status:
+    """The status of `error`, with google.rpc details in its trailers."""
+    metadata = {**error.metadata, RETRYABLE: "true" if error.retryable else "false"}
+    details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)]
+    if error.retry_after_s is not None:
+        delay = Duration()
+        delay.FromMilliseconds(round(error.retry_after_s * 1000))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    if error.field is not None:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    code = grpc.StatusCode[error.status]
+    status = status_pb2.Status(code=code.value[0], message=error.message, details=[_packed(each) for each in details])
+    result: grpc.Status = rpc_status.to_status(status)
+    return result
+
+
+def _as_service_error(error: Exception, method: str) -> KVServiceError:
+    if isinstance(error, KVServiceError):
+        return error
+    # What went wrong inside is for the log, not for the caller.
+    logger.error("rpc_failed", extra={"method": method}, exc_info=error)
+    return InternalError(f"{method} failed inside the service; its log says why")
+
+
+class ServiceInterceptor(grpc.aio.ServerInterceptor):
+    """Authenticates each RPC and turns each error into a status, in one place."""
+
+    def __init__(self, authenticator: Authenticator) -> None:
+        self._authenticator = authenticator
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Wraps the handler of each RPC but those that are open to all; an unknown RPC stays UNIMPLEMENTED."""
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or method.startswith(OPEN_METHODS):
+            return handler
+        return self._wrap(handler, method)  # type: ignore[arg-type] # see _Handler
+
+    def _wrap(self, handler: _Handler, method: str) -> grpc.RpcMethodHandler[Any, Any]:
+        behaviour: Any
+
+        async def unary(request: Any, context: Context) -> Message:  # noqa: ANN401
+            try:
+                CALLER.set(self._authenticator.caller(method, context.invocation_metadata() or ()))
+                response: Message = await behaviour(request, context)
+            except Exception as error:  # noqa: BLE001 - logged, or the caller's to know
+                await context.abort_with_status(error_status(_as_service_error(error, method)))
+            return response
+
+        async def stream(request: Any, context: Context) -> None:  # noqa: ANN401
+            # Errors of `write` are the transport's: grpc itself deals with them.
+            async with aclosing(self._responses(behaviour, method, request, context)) as responses:
+                async for response in responses:
+                    if isinstance(response, KVServiceError):
+                        await context.abort_with_status(error_status(response))
+                    await context.write(response)
+
+        serializers = {
+            "request_deserializer": handler.request_deserializer,
+            "response_serializer": handler.response_serializer,
+        }
+        if handler.response_streaming:
+            behaviour = handler.stream_stream if handler.request_streaming else handler.unary_stream
+            make = (
+                grpc.stream_stream_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_stream_rpc_method_handler
+            )
+            return make(stream, **serializers)  # type: ignore[arg-type] # an asyncio behaviour
+        behaviour = handler.stream_unary if handler.request_streaming else handler.unary_unary
+        make_unary = (
+            grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
+        )
+        return make_unary(unary, **serializers)  # type: ignore[arg-type] # an asyncio behaviour
+
+    async def _responses(
+        self,
+        behaviour: Callable[[Any, Context], AsyncGenerator[Message]],
+        method: str,
+        request: Any,  # noqa: ANN401
+        context: Context,
+    ) -> AsyncGenerator[Message | KVServiceError]:
+        """The responses of a streaming RPC; an error comes as the last one."""
+        try:
+            CALLER.set(self._authenticator.caller(method, context.invocation_metadata() or ()))
+            async with aclosing(behaviour(request, context)) as responses:
+                async for response in responses:
+                    yield response
+        except Exception as error:  # noqa: BLE001 - logged, or the caller's to know
+            yield _as_service_error(error, method)

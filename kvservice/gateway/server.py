@@ -1,0 +1,215 @@
+"""The gateway as one thing that starts, drains and stops. The only place that puts its parts together."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import secrets
+import time
+from collections.abc import Callable
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+from grpc_health.v1.health import aio as aio_health  # type: ignore[import-untyped]
+from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
+
+from kvservice.config.api_keys import ApiKeys
+from kvservice.config.gateway import GatewayConfig
+from kvservice.errors import ConfigError
+from kvservice.gateway.admission import Admission
+from kvservice.gateway.answers import Answers
+from kvservice.gateway.appends import Appends
+from kvservice.gateway.auth import Authenticator
+from kvservice.gateway.fleet import Fleet
+from kvservice.gateway.interceptors import ServiceInterceptor
+from kvservice.gateway.repeats import Repeats
+from kvservice.gateway.runs import Runs
+from kvservice.gateway.servicer_admin import AdminServicer
+from kvservice.gateway.servicer_inference import InferenceServicer
+from kvservice.gateway.servicer_sessions import SessionServicer
+from kvservice.gateway.sessions import Sessions
+from kvservice.store.base import StateStore
+from kvservice.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc, sessions_pb2, sessions_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+SERVICE_NAMES = tuple(
+    module.DESCRIPTOR.services_by_name[name].full_name
+    for module, name in (
+        (sessions_pb2, "SessionService"),
+        (inference_pb2, "InferenceService"),
+        (admin_pb2, "AdminService"),
+    )
+)
+STOP_GRACE_S = 5.0
+"""What is left when the gateway stops are answers on their way; streams have been ended by the drain."""
+
+
+class Gateway:
+    """One gateway. The store and the keys are the caller's; `clock` gives unix seconds.
+
+    Without keys everybody is the operator of tenant `local`, and only loopback addresses are listened on.
+    """
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        store: StateStore,
+        keys: ApiKeys | None = None,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        if keys is None and not _is_loopback(config.host):
+            raise ConfigError(
+                f"host={config.host!r} without API keys: anybody could use the service. Give an API-key file, or "
+                "listen on 127.0.0.1"
+            )
+        limits = config.limits
+        self._config = config
+        self._runs = Runs()
+        self._fleet = Fleet(store, f"gateway-{secrets.token_hex(4)}", config.discovery_interval_s)
+        self._admission = Admission(self._fleet, max_waiting=limits.waiting_calls, max_wait_s=config.max_wait_s)
+        repeats = Repeats(store, limits.request_memory_s)
+        self._sessions = Sessions(config, store, self._fleet, self._runs, repeats, clock)
+        self._appends = Appends(self._sessions, self._fleet, self._admission, self._runs, repeats, limits)
+        self._answers = Answers(config, self._sessions, self._fleet, self._admission, self._runs, repeats)
+        self._interceptor = ServiceInterceptor(Authenticator(keys))
+        self._health = aio_health.HealthServicer()
+        self._servers: list[grpc.aio.Server] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._draining: asyncio.Task[None] | None = None
+        self.failed_sweeps = 0
+        self.health_address: str | None = None
+        """Where the health-only port is, once started."""
+
+    @property
+    def fleet(self) -> Fleet:
+        """The workers it is connected to."""
+        return self._fleet
+
+    async def start(self) -> str:
+        """Listens, and begins to look for workers; gives the address. Health is SERVING once a worker is connected.
+
+        Raises:
+            ConfigError: a port is in use, or the address isn't this machine's.
+        """
+        for name in ("", *SERVICE_NAMES):
+            await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+        server = self._public_server()
+        self._servers.append(server)
+        address = _bind(server, self._config.host, self._config.port, "port")
+        if self._config.health_port is not None:
+            health_server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, health_server)
+            self._servers.append(health_server)
+            self.health_address = _bind(health_server, self._config.host, self._config.health_port, "health_port")
+        for each in self._servers:
+            await each.start()
+        self._fleet.start()
+        self._tasks = [asyncio.create_task(self._report_health()), asyncio.create_task(self._sweep())]
+        logger.info("gateway_started", extra={"address": address})
+        return address
+
+    def begin_drain(self, grace_s: float) -> None:
+        """Begins to drain in the background; see `drain`. A second call changes nothing."""
+        if self._draining is None:
+            # At once, so that no call slips in before the task runs.
+            self._runs.draining = True
+            self._draining = asyncio.create_task(self._drain(grace_s))
+
+    async def drain(self, grace_s: float | None = None) -> None:
+        """Takes no new work, reports NOT_SERVING, and waits until running calls have ended; those that still run
+        after the grace are cancelled. The listener stays open: call `stop` to close it."""
+        self.begin_drain(self._config.grace_s if grace_s is None else grace_s)
+        if self._draining is not None:
+            await asyncio.shield(self._draining)
+
+    async def stop(self) -> None:
+        """Ends everything. Calls that still run are cancelled: call `drain` before to let them end."""
+        await self.drain(0.0) if self._draining is None else await self._cut_short()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(server.stop(STOP_GRACE_S) for server in self._servers))
+        await self._fleet.aclose()
+
+    async def _cut_short(self) -> None:
+        if self._draining is not None and not self._draining.done():
+            await self._runs.drain(0.0)
+            await self._draining
+
+    async def _drain(self, grace_s: float) -> None:
+        logger.info("gateway_draining", extra={"grace_s": grace_s, "running_calls": len(self._runs)})
+        await self._health.enter_graceful_shutdown()
+        await self._runs.drain(grace_s)
+
+    def _public_server(self) -> grpc.aio.Server:
+        options = [
+            # A second gateway on the same port must be an error, not a silent share of the calls.
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", self._config.limits.message_bytes),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            # Clients may ping as often as every 10 s, also between calls.
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+        ]
+        server = grpc.aio.server(interceptors=[self._interceptor], options=options)
+        limits = self._config.limits
+        sessions_pb2_grpc.add_SessionServiceServicer_to_server(
+            SessionServicer(self._sessions, self._appends, self._answers, limits), server
+        )
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
+            InferenceServicer(self._answers, self._fleet, self._config.default_model), server
+        )
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(
+            AdminServicer(self._fleet, self._admission, self._runs, self.begin_drain, self._config.grace_s), server
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if self._config.reflection:
+            names = (*SERVICE_NAMES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
+            reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
+        return server
+
+    async def _report_health(self) -> None:
+        while True:
+            version = self._fleet.version
+            serving = health_pb2.HealthCheckResponse.SERVING
+            status = serving if self._fleet.views() else health_pb2.HealthCheckResponse.NOT_SERVING
+            for name in ("", *SERVICE_NAMES):
+                await self._health.set(name, status)
+            await self._fleet.changed_since(version)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.sweep_interval_s)
+            try:
+                await self._sessions.sweep()
+            except Exception:
+                # What wasn't swept now is swept later.
+                self.failed_sweeps += 1
+                logger.exception("sweep_failed", extra={"failed_sweeps": self.failed_sweeps})
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _bind(server: grpc.aio.Server, host: str, port: int, setting: str) -> str:
+    bracketed = f"[{host}]" if ":" in host else host
+    try:
+        bound = server.add_insecure_port(f"{bracketed}:{port}")
+    except RuntimeError:
+        bound = 0
+    if bound == 0:
+        raise ConfigError(
+            f"{setting}={port}: can't listen on {bracketed}:{port}. Most likely another process uses the port: "
+            f"stop it, choose another {setting}, or give 0 to take a free one",
+            field=setting,
+        )
+    return f"{bracketed}:{bound}"

@@ -1,0 +1,59 @@
+"""AdminService: each RPC calls one named step. Only operators get here; the interceptor sees to that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvservice import __version__
+from kvservice.errors import NotImplementedYet
+from kvservice.gateway import convert
+from kvservice.gateway.admission import Admission
+from kvservice.gateway.fleet import Fleet
+from kvservice.gateway.interceptors import Context
+from kvservice.gateway.runs import Runs
+from kvservice.types import WorkerId
+from kvservice.v1 import admin_pb2
+from kvservice.v1.admin_pb2_grpc import AdminServiceServicer
+
+
+class AdminServicer(AdminServiceServicer):
+    """Drain and GetStats; the others are not in this release. `begin_drain` returns at once."""
+
+    def __init__(
+        self, fleet: Fleet, admission: Admission, runs: Runs, begin_drain: Callable[[float], None], grace_s: float
+    ) -> None:
+        self._fleet = fleet
+        self._admission = admission
+        self._runs = runs
+        self._begin_drain = begin_drain
+        self._grace_s = grace_s
+
+    async def Drain(self, request: admin_pb2.DrainRequest, context: Context) -> admin_pb2.DrainResponse:  # noqa: ARG002, D102
+        grace_s = self._grace_s
+        if request.HasField("grace"):
+            grace_s = convert.grace_s(request.grace)
+        if request.worker_id:
+            running = await self._fleet.drain(WorkerId(request.worker_id), grace_s)
+        else:
+            running = len(self._runs)
+            self._begin_drain(grace_s)
+        return admin_pb2.DrainResponse(running_calls=running)
+
+    async def GetStats(self, request: admin_pb2.GetStatsRequest, context: Context) -> admin_pb2.GetStatsResponse:  # noqa: ARG002, D102
+        workers = await self._fleet.stats()
+        return admin_pb2.GetStatsResponse(
+            workers=workers,
+            sessions=sum(worker.resident_sessions for worker in workers),
+            waiting_calls=self._admission.waiting,
+            running_calls=len(self._runs),
+            draining=self._runs.draining,
+            version=__version__,
+        )
+
+    async def SetQuota(self, request: admin_pb2.SetQuotaRequest, context: Context) -> admin_pb2.SetQuotaResponse:  # noqa: ARG002, D102
+        raise NotImplementedYet(
+            "SetQuota is not in this release: the limits of the documentation hold for every tenant"
+        )
+
+    async def Verify(self, request: admin_pb2.VerifyRequest, context: Context) -> admin_pb2.VerifyResponse:  # noqa: ARG002, D102
+        raise NotImplementedYet("Verify is not in this release: frames are checked whenever they are read")
