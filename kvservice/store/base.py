@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from kvservice.errors import Conflict, InvalidRequest, NotFound
 from kvservice.types import OnMiss, PromptFormat, SessionId, TenantId, WorkerId
 
 
@@ -177,3 +178,38 @@ class StateStore(Protocol):
     async def aclose(self) -> None:
         """Closes connections. Nothing may be called after it."""
         ...
+
+
+def session_exists(session_id: SessionId) -> Conflict:
+    """Create of an id that is taken."""
+    return Conflict(f"session {session_id!r} exists already", reason="session_exists")
+
+
+def session_gone(session_id: SessionId) -> NotFound:
+    """Update of a session that was deleted."""
+    return NotFound(f"no session {session_id!r}: it was closed or has expired", reason="unknown_session")
+
+
+def version_moved(session_id: SessionId, expected: int, found: int) -> Conflict:
+    """Update of a session that somebody else has written."""
+    return Conflict(
+        f"session {session_id!r} is at version {found}, not {expected}: another call has changed it; read it again",
+        reason="version_moved",
+    )
+
+
+def request_id_reused(request_id: str) -> InvalidRequest:
+    """A request id that stood for something else."""
+    return InvalidRequest(
+        f"request_id {request_id!r} was used for another request: use a new one for each new request",
+        reason="request_id_reused",
+        field="request_id",
+    )
+
+
+def stale_epoch(record: WorkerRecord, found: int) -> Conflict:
+    """A worker of an earlier life that registers over its successor."""
+    return Conflict(
+        f"worker {record.worker_id!r} is registered with epoch {found}, which is greater than {record.epoch}",
+        reason="stale_epoch",
+    )
