@@ -56,7 +56,7 @@ class SequenceRows:
     @property
     def num_queries(self) -> int:
         """New tokens of the step."""
-        return self.rows.stop - self.rows.start
+        return len(range(self.rows.start, self.rows.stop))
 
 
 def prepare(

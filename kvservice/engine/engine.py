@@ -27,9 +27,8 @@ from kvservice.engine.ports import GroupWriter
 from kvservice.engine.running import RunningCall
 from kvservice.engine.sampler import sample
 from kvservice.engine.scheduler import Scheduled, schedule
+from kvservice.engine.sequences import HeldSequences
 from kvservice.errors import (
-    BudgetTooSmall,
-    ConfigError,
     Conflict,
     FailedPrecondition,
     InternalError,
@@ -38,15 +37,11 @@ from kvservice.errors import (
     Overloaded,
     PromptTooLong,
 )
-from kvservice.kv.arena import Arena
 from kvservice.kv.layout import KVLayout
-from kvservice.kv.ledger import Ledger, Owner, Reservation
+from kvservice.kv.ledger import Owner
 from kvservice.models.llama import LlamaModel
-from kvservice.recall.distant import StagingRing, staging_blocks
 from kvservice.recall.memory import RecallCounters, SequenceMemory
-from kvservice.tier.host import HostTier
 from kvservice.types import (
-    BLOCK_TOKENS,
     GROUP_TOKENS,
     CallId,
     Distant,
@@ -65,7 +60,6 @@ from kvservice.types import (
     TokenEvent,
     Usage,
     WorkerStats,
-    footprint,
 )
 
 logger = logging.getLogger(__name__)
@@ -104,27 +98,9 @@ class Engine:
         self._clock = clock
         self._shape = model.spec.shape
         self._layout = KVLayout.of(self._shape, model.dtype)
-        staging = staging_blocks(self._shape.num_kv_heads)
-        num_blocks = config.kv_bytes // self._layout.block_bytes
-        # A step's prefill tokens stay beside the window until it has slid over them. Each sequence may round up.
-        chunk_columns = config.prefill_chunk_tokens // BLOCK_TOKENS + config.max_prefills
-        for_sequences = num_blocks - staging - chunk_columns * self._layout.num_cells
-        if for_sequences < 0:
-            needed = (num_blocks - for_sequences) * self._layout.block_bytes
-            raise ConfigError(
-                f"kv_bytes={config.kv_bytes}: the prefill workspace alone takes {needed} bytes; give more, or lower "
-                f"prefill_chunk_tokens={config.prefill_chunk_tokens}",
-                field="kv_bytes",
-            )
-        self._ledger = Ledger(for_sequences * self._layout.block_bytes, config.host_bytes)
-        self._ledger.add(Owner.WEIGHTS, model.weight_bytes)
-        self._arena = Arena(self._layout, num_blocks, staging, self._ledger, model.device)
-        on_cuda = model.device.type == "cuda"
-        self._host = HostTier(self._layout, config.host_bytes // self._layout.group_bytes, self._ledger, pin=on_cuda)
-        self._ring = StagingRing(self._arena)
-        self._held: dict[SessionId, SequenceMemory] = {}  # least recently used first
+        self._sequences = HeldSequences(self._shape, self._layout, config, model.device)
+        self._sequences.ledger.add(Owner.WEIGHTS, model.weight_bytes)
         self._running: dict[CallId, RunningCall] = {}
-        self._busy: dict[SessionId, CallId] = {}
         self._events: list[EngineEvent] = []
         self._stats = WorkerStats()
 
@@ -153,24 +129,19 @@ class Engine:
             Overloaded: it doesn't fit now.
         """
         num_tokens = self._check(call)
-        held = self._held.get(call.session_id)
+        held = self._sequences.get(call.session_id)
         if held is not None:
             _check_recipe(held.recipe, call.recipe)
-        storage = call.recipe if held is None else held.recipe
         kept = 0 if held is None else _common_prefix(held.state.tokens, call.base_tokens)
-        pending = 1 if held is not None and held.state.num_computed < kept else 0
         recomputed = len(call.base_tokens) - kept
         if recomputed and call.on_miss is OnMiss.FAIL:
             raise FailedPrecondition(
                 f"KV of {recomputed} tokens is held nowhere and on_miss is fail; allow recompute", reason="kv_missing"
             )
-        self._reserve(call.session_id, storage, num_tokens)
-        memory = held or SequenceMemory(call.session_id, storage, self._arena, self._host)
-        self._held.pop(call.session_id, None)
-        self._held[call.session_id] = memory
+        memory = self._sequences.acquire(call.session_id, call.recipe, num_tokens)
         memory.truncate(kept)
-        if recomputed + pending + len(call.document_tokens) + len(call.prompt_tokens) == 0:
-            # Going on from a fully computed prefix: its last token is computed again for its logits.
+        if memory.state.num_computed == _num_given(call):
+            # Going on from tokens that all have KV: the last is computed again, for its logits.
             memory.truncate(kept - 1)
         start = memory.state.num_computed
         memory.state.tokens[:] = [*call.base_tokens, *call.document_tokens, *call.prompt_tokens]
@@ -184,15 +155,14 @@ class Engine:
             admitted_at=self._clock(),
             prefill_from=start,
         )
-        self._busy[call.session_id] = call.call_id
 
     def _check(self, call: EngineCall) -> int:
         """Refuses what can never run; returns the most tokens that the sequence may come to hold."""
-        if call.session_id in self._busy:
+        if self._sequences.is_busy(call.session_id):
             raise Conflict(f"session {call.session_id} has a call running; wait for it", reason="session_busy")
         if len(self._running) >= self._config.max_running:
             raise Overloaded(f"{len(self._running)} calls are running, the most there may be", retry_after_s=1.0)
-        given = len(call.base_tokens) + len(call.document_tokens) + len(call.prompt_tokens)
+        given = _num_given(call)
         if given == 0 or (call.sampling is None and not call.document_tokens):
             raise InvalidRequest("there are no tokens to compute", reason="empty")
         new = call.sampling.max_new_tokens if call.sampling else 0
@@ -205,37 +175,6 @@ class Engine:
             wrong = next(token for token in tokens if not 0 <= token < self._shape.vocab_size)
             raise InvalidRequest(f"token id {wrong}: must be in 0 to {self._shape.vocab_size - 1}")
         return given + new
-
-    def _reserve(self, session_id: SessionId, recipe: RecipeSpec, num_tokens: int) -> None:
-        needed = footprint(self._shape, recipe, num_tokens)
-        wanted = Reservation(needed.device_bytes, needed.host_bytes)
-        ledger = self._ledger
-        if wanted.device_bytes > ledger.device_capacity_bytes or wanted.host_bytes > ledger.host_capacity_bytes:
-            raise BudgetTooSmall(
-                f"{num_tokens} tokens under recipe {recipe.name!r} need {wanted.device_bytes} device and "
-                f"{wanted.host_bytes} host bytes; there are {ledger.device_capacity_bytes} and "
-                f"{ledger.host_capacity_bytes}: raise kv_bytes or host_bytes, shorten the document, or choose a recipe "
-                f"that keeps less on the device"
-            )
-        held = ledger.reservation(session_id)
-        # A session never shrinks while it is read: keep at least what it holds.
-        wanted = Reservation(max(wanted.device_bytes, held.device_bytes), max(wanted.host_bytes, held.host_bytes))
-        missing = ledger.shortfall(session_id, wanted)
-        idle = [other for other in self._held if other not in self._busy and other != session_id]
-        freeable = [ledger.reservation(other) for other in idle]
-        if missing.device_bytes > sum(r.device_bytes for r in freeable) or missing.host_bytes > sum(
-            r.host_bytes for r in freeable
-        ):
-            raise Overloaded(
-                f"{missing.device_bytes} device and {missing.host_bytes} host bytes are short until running calls end",
-                retry_after_s=1.0,
-            )
-        for other in idle:
-            if ledger.shortfall(session_id, wanted) == Reservation(0, 0):
-                break
-            logger.info("session_evicted", extra={"session_id": other})
-            self._drop(other)
-        ledger.reserve(session_id, wanted)
 
     # -- control -----------------------------------------------------------------------------------------------------
 
@@ -260,25 +199,17 @@ class Engine:
         Returns:
             Device and host bytes freed.
         """
-        if session_id in self._busy:
-            self.cancel(self._busy[session_id])
+        for running in list(self._running.values()):
+            if running.call.session_id == session_id:
+                self.cancel(running.call.call_id)
         if purge:
             self._writer.delete(tenant_tag, session_id)
-        return self._drop(session_id)
+        return self._sequences.drop(session_id)
 
     def close(self) -> None:
         """Drops everything."""
-        for session_id in list(self._held):
+        for session_id in self._sequences.ids():
             self.release(session_id)
-
-    def _drop(self, session_id: SessionId) -> tuple[int, int]:
-        memory = self._held.pop(session_id, None)
-        if memory is None:
-            return (0, 0)
-        freed = (_device_bytes(memory), memory.host_bytes)
-        memory.close()
-        self._ledger.release(session_id)
-        return freed
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -308,7 +239,7 @@ class Engine:
             for item in plan:
                 self._fail(item.running, InternalError(f"a step failed: {type(error).__name__}"))
             return
-        self._note_speed(plan, self._clock() - started)
+        self._note_speed(plan, max(self._clock() - started, 1e-9))
         for item, row in zip(plan, logits, strict=True):
             self._advance(item.running, row)
 
@@ -338,7 +269,7 @@ class Engine:
             tokens += [state.tokens[position] for position in span]
             positions += span
         device = self._model.device
-        attention = BatchAttention(self._arena, self._ring, list(rows))
+        attention = BatchAttention(self._sequences.arena, self._sequences.ring, list(rows))
         return self._model.forward(
             torch.tensor(tokens, device=device), torch.tensor(positions, device=device), attention
         )
@@ -419,7 +350,6 @@ class Engine:
         """Takes the call off; the sequence stays with what it keeps, and gives back what it reserved beyond that."""
         call, memory = running.call, running.memory
         del self._running[call.call_id]
-        del self._busy[call.session_id]
         before, counters = running.counters_before, memory.counters
         self._stats = replace(
             self._stats,
@@ -427,13 +357,12 @@ class Engine:
             recall_hits=self._stats.recall_hits + counters.hits - before.hits,
         )
         if not call.retain:
-            self._drop(call.session_id)
+            self._sequences.drop(call.session_id)
             return
         if not keeps:
             # Of a base that was being recomputed, what is done stays; its next token counts as pending.
             memory.truncate(min(len(call.base_tokens), memory.state.num_computed + 1))
-        needed = footprint(self._shape, memory.recipe, len(memory.state.tokens))
-        self._ledger.reserve(call.session_id, Reservation(needed.device_bytes, needed.host_bytes))
+        self._sequences.settle(call.session_id)
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
@@ -447,9 +376,9 @@ class Engine:
         Returns:
             fp32 `[len(token_ids), vocab]` on the CPU.
         """
-        memory = self._held[session_id]
+        memory = self._held(session_id)
         state = memory.state
-        self._reserve(session_id, memory.recipe, len(state.tokens) + len(token_ids))
+        self._sequences.reserve(session_id, memory.recipe, len(state.tokens) + len(token_ids))
         state.tokens.extend(token_ids)
         reach = Reach.SELECT if memory.recipe.distant is Distant.RECALL else Reach.FULL
         logits = []
@@ -462,29 +391,23 @@ class Engine:
 
     def telemetry(self, session_id: SessionId) -> KvTelemetry:
         """Where a held session's bytes are, and what its recall has done so far."""
-        memory = self._held[session_id]
-        return self._kv_of(memory, RecallCounters(), 0)
+        return self._kv_of(self._held(session_id), RecallCounters(), 0)
+
+    def _held(self, session_id: SessionId) -> SequenceMemory:
+        memory = self._sequences.get(session_id)
+        if memory is None or self._sequences.is_busy(session_id):
+            raise FailedPrecondition(f"session {session_id} is not held, or has a call running")
+        return memory
 
     # -- sight -------------------------------------------------------------------------------------------------------
 
     def headroom(self) -> Headroom:
         """What is left."""
-        ledger = self._ledger
-        idle = [ledger.reservation(session_id) for session_id in self._held if session_id not in self._busy]
-        return Headroom(
-            device_capacity_bytes=ledger.device_capacity_bytes,
-            device_free_bytes=ledger.device_free_bytes,
-            device_freeable_bytes=ledger.device_free_bytes + sum(r.device_bytes for r in idle),
-            host_capacity_bytes=ledger.host_capacity_bytes,
-            host_free_bytes=ledger.host_free_bytes,
-            host_freeable_bytes=ledger.host_free_bytes + sum(r.host_bytes for r in idle),
-            running_calls=len(self._running),
-            resident_sessions=len(self._held),
-        )
+        return self._sequences.headroom(len(self._running))
 
     def stats(self) -> WorkerStats:
         """Counters and bytes by owner."""
-        used = self._ledger.used_bytes
+        used = self._sequences.ledger.used_bytes
         return replace(
             self._stats,
             headroom=self.headroom(),
@@ -499,23 +422,7 @@ class Engine:
 
     def check(self) -> None:
         """Raises InternalError unless arena, host tier and ledger agree with what the sequences hold."""
-        self._arena.check()
-        self._host.check()
-        held = self._held.values()
-        for owner, counted in (
-            (Owner.WINDOW, sum(memory.state.window_bytes for memory in held)),
-            (Owner.INDEX, sum(memory.index_bytes for memory in held)),
-            (Owner.SLOTS, sum(memory.slot_bytes for memory in held)),
-            (Owner.HOST, sum(memory.host_bytes for memory in held)),
-        ):
-            if self._ledger.used_bytes(owner) != counted:
-                raise InternalError(
-                    f"{owner.value}: the ledger says {self._ledger.used_bytes(owner)} bytes, sequences hold {counted}"
-                )
-        for session_id, memory in self._held.items():
-            reserved = self._ledger.reservation(session_id)
-            if session_id not in self._busy and _device_bytes(memory) > reserved.device_bytes:
-                raise InternalError(f"a session holds {_device_bytes(memory)} bytes and reserved {reserved}")
+        self._sequences.check()
 
     def _telemetry(self, running: RunningCall) -> KvTelemetry:
         redis_bytes = 0
@@ -539,13 +446,17 @@ class Engine:
         )
 
     def _note_speed(self, plan: list[Scheduled], seconds: float) -> None:
-        stats = self._stats
+        stats = replace(self._stats, steps=self._stats.steps + 1)
         prefilled = sum(item.num_tokens for item in plan if item.running.first_token_at is None)
-        name = "prefill_tokens_per_s" if prefilled else "decode_tokens_per_s"
-        rate = (prefilled or len(plan)) / max(seconds, 1e-9)
-        old: float = getattr(stats, name)
-        new = rate if old == 0.0 else (1 - RATE_SMOOTHING) * old + RATE_SMOOTHING * rate
-        self._stats = replace(stats, steps=stats.steps + 1, **{name: new})
+        if prefilled:
+            rate = _smoothed(stats.prefill_tokens_per_s, prefilled / seconds)
+            self._stats = replace(stats, prefill_tokens_per_s=rate)
+        else:
+            self._stats = replace(stats, decode_tokens_per_s=_smoothed(stats.decode_tokens_per_s, len(plan) / seconds))
+
+
+def _smoothed(old: float, new: float) -> float:
+    return new if old == 0.0 else (1 - RATE_SMOOTHING) * old + RATE_SMOOTHING * new
 
 
 def _check_recipe(stored: RecipeSpec, asked: RecipeSpec) -> None:
@@ -560,5 +471,5 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
-def _device_bytes(memory: SequenceMemory) -> int:
-    return memory.state.window_bytes + memory.index_bytes + memory.slot_bytes
+def _num_given(call: EngineCall) -> int:
+    return len(call.base_tokens) + len(call.document_tokens) + len(call.prompt_tokens)

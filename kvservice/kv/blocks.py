@@ -55,7 +55,7 @@ class BlockPool:
             InternalError: one of them is free already, or named twice.
         """
         blocks = blocks.reshape(-1)
-        if bool(self._is_free[blocks].any()) or blocks.unique().numel() != blocks.numel():
+        if bool(self._is_free[blocks].any()) or torch.unique(blocks).numel() != blocks.numel():
             raise InternalError("a block was freed twice")
         self._is_free[blocks] = True
         end = self._num_free + blocks.numel()

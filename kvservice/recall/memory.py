@@ -57,6 +57,11 @@ class SequenceMemory:
         """Bytes in the host tier."""
         return self.distant.num_groups * self._arena.layout.group_bytes
 
+    @property
+    def device_bytes(self) -> int:
+        """All that the sequence takes on the device."""
+        return self.state.window_bytes + self.index_bytes + self.slot_bytes
+
     def slots(self) -> RecallSlots:
         """The recall slots, allocated when first asked for."""
         if self._slots is None:

@@ -1,0 +1,65 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvservice.errors import InternalError
+from kvservice.kernels import flash, reference
+from kvservice.kv.partial import Span, check_partition, merge_partials
+
+FP32_ROUNDING = 1e-5
+BF16_ROUNDING = 2e-2
+
+
+@given(
+    num_kv=st.integers(1, 3),
+    rows=st.integers(1, 6),
+    total=st.integers(1, 90),
+    cuts=st.lists(st.integers(1, 89), max_size=4),
+    seed=st.integers(0, 2**16),
+)
+def test_any_split_into_parts_equals_one_softmax(num_kv, rows, total, cuts, seed):
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (3 * torch.randn(num_kv, n, 16, generator=generator) for n in (rows, total, total))
+    edges = sorted({0, total, *(cut for cut in cuts if cut < total)})
+    parts = [reference.attend(q, k[:, a:b], v[:, a:b], 0.25) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    whole = reference.attend(q, k, v, 0.25)
+    torch.testing.assert_close(merge_partials(parts), whole.out, atol=FP32_ROUNDING, rtol=FP32_ROUNDING)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, FP32_ROUNDING), (torch.bfloat16, BF16_ROUNDING)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_torchs_flash_kernel_equals_the_reference(dtype, tolerance, masked):
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(3, n, 64).to(dtype) for n in (24, 200, 200))
+    mask = torch.full((24, 200), -torch.inf).triu(150) if masked else None
+    ours, expected = flash.attend(q, k, v, 0.125, mask), reference.attend(q, k, v, 0.125, mask)
+    torch.testing.assert_close(ours.out, expected.out, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(ours.lse, expected.lse, atol=tolerance, rtol=tolerance)
+
+
+def test_torchs_flash_kernel_reads_strided_keys_and_values():
+    torch.manual_seed(2)
+    q, pairs = torch.randn(3, 6, 64), torch.randn(3, 100, 2, 64)
+    ours = flash.attend(q, pairs[:, :, 0], pairs[:, :, 1], 0.125)
+    expected = reference.attend(q, pairs[:, :, 0].contiguous(), pairs[:, :, 1].contiguous(), 0.125)
+    torch.testing.assert_close(ours.out, expected.out, atol=FP32_ROUNDING, rtol=FP32_ROUNDING)
+
+
+def test_spans_that_cover_each_position_once_pass():
+    check_partition([Span(80, 100), Span(0, 16), Span(16, 80), Span(16, 16)], 100)
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [
+        [Span(0, 16), Span(16, 80), Span(79, 100)],
+        [Span(0, 16), Span(17, 100)],
+        [Span(0, 99)],
+        [Span(0, 101)],
+        [],
+    ],
+)
+def test_spans_that_overlap_or_leave_a_gap_are_refused(spans):
+    with pytest.raises(InternalError, match="no partition"):
+        check_partition(spans, 100)
