@@ -12,7 +12,7 @@ import pytest
 from kvservice.config.worker import WorkerConfig
 from kvservice.internal.v1 import worker_pb2
 from kvservice.internal.v1.worker_pb2_grpc import WorkerServiceStub
-from kvservice.store.memory import MemoryStore
+from kvservice.store.memory import MemoryStateStore
 from kvservice.v1 import common_pb2
 from kvservice.worker.server import WorkerServer
 from tests.unit.worker.scripted_engine import ScriptedEngine, ToyTokenizer
@@ -49,6 +49,10 @@ class GatewaySide:
         values = {"session_id": f"session-{call_id}", "recipe": "dense", "retain": True, **fields}
         await self.send(submit=worker_pb2.Submit(call_id=call_id, **values))
 
+    async def read_to_the_end(self) -> None:
+        while await asyncio.wait_for(self.call.read(), 20) is not grpc.aio.EOF:
+            pass
+
     async def admission(self) -> worker_pb2.Admission:
         message = await self.read()
         assert message.WhichOneof("event") == "admission", message
@@ -73,7 +77,7 @@ class GatewaySide:
 class Running:
     """A started worker and all that a test may want to hold of it."""
 
-    def __init__(self, server: WorkerServer, engine: ScriptedEngine, store: MemoryStore) -> None:
+    def __init__(self, server: WorkerServer, engine: ScriptedEngine, store: MemoryStateStore) -> None:
         self.server = server
         self.engine = engine
         self.store = store
@@ -95,6 +99,8 @@ async def start_worker() -> AsyncIterator[StartWorker]:
     running: list[Running] = []
 
     async def start(*, step_by_step: bool = False, **settings: object) -> Running:
+        if step_by_step:
+            settings.setdefault("stream_queue_messages", 1_000_000)
         engines: list[ScriptedEngine] = []
 
         def make_engine() -> ScriptedEngine:
@@ -104,7 +110,7 @@ async def start_worker() -> AsyncIterator[StartWorker]:
             engines.append(engine)
             return engine
 
-        store = MemoryStore()
+        store = MemoryStateStore()
         server = WorkerServer(WorkerConfig(worker_id="worker-a", **settings), make_engine, ToyTokenizer(), store)
         await server.start()
         running.append(Running(server, engines[0], store))
@@ -113,7 +119,8 @@ async def start_worker() -> AsyncIterator[StartWorker]:
     yield start
     for worker in running:
         if worker.engine.permits is not None:
-            worker.engine.permits.release(1_000_000)
+            permits, worker.engine.permits = worker.engine.permits, None
+            permits.release()
         await worker.channel.close()
         await worker.server.stop()
         await worker.store.aclose()

@@ -18,8 +18,8 @@ from kvservice.types import (
     KvTelemetry,
     ModelInfo,
     ModelShape,
-    PromptFormat,
     ProgressEvent,
+    PromptFormat,
     SessionId,
     TextRole,
     TokenEvent,
@@ -175,12 +175,13 @@ class ScriptedEngine:
     def _finish(self, running: _Running, reason: FinishReason) -> FinishedEvent:
         call = running.call
         del self._running[call.call_id]
+        appended = (*call.document_tokens, *call.prompt_tokens, *running.generated)
         return FinishedEvent(
             call.call_id,
             reason,
             Usage(len(call.base_tokens), len(call.prompt_tokens), len(running.generated)),
             KvTelemetry(window_bytes=64),
-            () if reason is FinishReason.CANCELLED else (*call.document_tokens, *call.prompt_tokens, *running.generated),
+            () if reason is FinishReason.CANCELLED else appended,
             prefill_ms=1.5,
             decode_ms=2.5,
         )

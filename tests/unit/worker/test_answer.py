@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.unit.worker.scripted_engine import ToyTokenStream
 
 from kvservice.errors import InvalidRequest
 from kvservice.worker.answer import AnswerText
+from tests.unit.worker.scripted_engine import ToyTokenStream
 
 
 class PieceStream:

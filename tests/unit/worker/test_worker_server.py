@@ -13,7 +13,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kvservice.config.worker import WorkerConfig
 from kvservice.errors import ConfigError, ModelError, Overloaded
 from kvservice.internal.v1 import worker_pb2
-from kvservice.store.memory import MemoryStore
+from kvservice.internal.v1.worker_pb2_grpc import WorkerServiceStub
+from kvservice.store.memory import MemoryStateStore
 from kvservice.v1 import common_pb2
 from kvservice.worker.server import SERVICE_NAME, WorkerServer
 from tests.unit.worker.conftest import GatewaySide
@@ -23,6 +24,15 @@ from tests.unit.worker.scripted_engine import ScriptedEngine, ToyTokenizer
 async def health(worker, service=SERVICE_NAME):
     stub = health_pb2_grpc.HealthStub(worker.channel)
     return (await stub.Check(health_pb2.HealthCheckRequest(service=service))).status
+
+
+async def stepping(engine, awaitable):
+    """The awaitable's result, while the engine makes one step for each turn of the event loop."""
+    task = asyncio.ensure_future(awaitable)
+    while not task.done():
+        engine.permits.release()
+        await asyncio.sleep(0)
+    return await task
 
 
 async def test_hello_is_answered_with_identity_model_and_headroom(worker):
@@ -156,20 +166,17 @@ async def test_text_held_back_for_a_stop_string_comes_before_done(worker):
 async def test_events_of_two_calls_in_one_step_come_in_one_message(start_worker):
     worker = await start_worker(step_by_step=True)
     gateway = await worker.connect()
-    await gateway.submit("held", append=worker_pb2.AppendWork(token_ids=[1]))
+    await gateway.generate("c1", "ab", max_new_tokens=2**31)
     await gateway.admission()
-    # The engine waits inside a step; both calls are admitted after it, before the next.
-    await gateway.generate("c1", "ab")
-    await gateway.generate("c2", "xy")
-    stats = worker.stub.GetStats(worker_pb2.GetStatsRequest())
-    worker.engine.permits.release()
-    assert [event.WhichOneof("event") for event in (await gateway.read()).step.events] == ["progress", "done"]
-    admitted = {(await gateway.admission()).call_id for _ in range(2)}
-    assert admitted == {"c1", "c2"}
-    worker.engine.permits.release(100)
-    message = await gateway.read()
-    assert [(event.call_id, event.tokens.text) for event in message.step.events] == [("c1", "a"), ("c2", "x")]
-    await stats
+    await gateway.generate("c2", "xy", max_new_tokens=2**31)
+    together = set()
+    while len(together) < 2:
+        message = await stepping(worker.engine, gateway.read())
+        if len(message.step.events) > 1:
+            texts = {event.call_id: event.tokens.text for event in message.step.events}
+            assert texts.keys() == {"c1", "c2"}
+            together.add(texts["c2"])
+    assert together == {"x", "y"}
 
 
 async def test_a_cancelled_call_ends_as_cancelled(start_worker):
@@ -201,19 +208,15 @@ async def test_cancelling_a_call_that_has_ended_does_nothing(worker):
 async def test_when_a_gateway_disconnects_its_calls_are_cancelled_and_others_go_on(start_worker):
     worker = await start_worker(step_by_step=True)
     leaving, staying = await worker.connect(), await worker.connect()
-    for gateway in (leaving, staying):
-        await gateway.generate("same-id", "abc", max_new_tokens=6)
-    worker.engine.permits.release()
+    await leaving.generate("same-id", "abc", max_new_tokens=2**31)
     await leaving.admission()
-    assert (await staying.admission()).admitted
+    await staying.generate("same-id", "abc", max_new_tokens=6)
+    admission = await stepping(worker.engine, staying.admission())
+    assert admission.admitted
     leaving.call.cancel()
-    worker.engine.permits.release(3)
-    answer = asyncio.create_task(staying.answer("same-id"))
     while not worker.engine.cancelled:
-        worker.engine.permits.release()
-        await worker.stub.GetStats(worker_pb2.GetStatsRequest())
-    worker.engine.permits.release(100)
-    text, last = await answer
+        await stepping(worker.engine, worker.stub.GetStats(worker_pb2.GetStatsRequest()))
+    text, last = await stepping(worker.engine, staying.answer("same-id"))
     assert text == "abcabc"
     assert last.done.finish_reason == common_pb2.FINISH_REASON_LENGTH
     assert len(worker.engine.cancelled) == 1
@@ -222,19 +225,15 @@ async def test_when_a_gateway_disconnects_its_calls_are_cancelled_and_others_go_
 async def test_a_call_id_in_use_is_refused_and_the_first_call_goes_on(start_worker):
     worker = await start_worker(step_by_step=True)
     gateway = await worker.connect()
-    await gateway.generate("c1", "ab")
-    await gateway.generate("c1", "xy")
-    worker.engine.permits.release(100)
-    refusals = []
-    text = ""
-    while True:
-        message = await gateway.read()
-        if message.WhichOneof("event") == "admission" and not message.admission.admitted:
-            refusals.append(message.admission.refusal.reason)
-        text += "".join(event.tokens.text for event in message.step.events)
-        if any(event.WhichOneof("event") == "done" for event in message.step.events):
-            break
-    assert (text, refusals) == ("ab", ["call_id_in_use"])
+    await gateway.generate("c1", "a", max_new_tokens=2**31)
+    await gateway.admission()
+    await gateway.generate("c1", "x")
+    refused = False
+    while not refused:
+        message = await stepping(worker.engine, gateway.read())
+        refused = message.admission.refusal.reason == "call_id_in_use"
+    message = await stepping(worker.engine, gateway.read())
+    assert [event.tokens.text for event in message.step.events] == ["a"]
 
 
 async def test_release_tells_what_was_freed(worker):
@@ -317,58 +316,54 @@ async def test_an_engine_that_fails_three_times_in_a_row_is_given_up(worker, cap
     assert "engine_given_up" in caplog.messages
 
 
-async def test_a_slow_gateway_loses_its_stream_and_its_calls(start_worker, caplog):
-    worker = await start_worker(stream_queue_messages=8)
-    channel = grpc.aio.insecure_channel(worker.server.address, options=[("grpc.http2.lookahead_bytes", 1024)])
-    slow = GatewaySide(worker.stub.__class__(channel), "slow")
+async def test_a_gateway_that_reads_no_more_loses_its_stream_and_its_calls(start_worker, caplog):
+    worker = await start_worker(step_by_step=True, stream_queue_messages=8)
+    # A receive window that doesn't grow, so that few messages fill it.
+    channel = grpc.aio.insecure_channel(worker.server.address, options=[("grpc.http2.bdp_probe", 0)])
+    slow = GatewaySide(WorkerServiceStub(channel), "slow")
     await slow.hello()
-    # It asks for an endless answer in large messages and reads no more.
-    await slow.generate("c1", "x" * 1000, max_new_tokens=2**31, stop=[])
-    other = await worker.connect()
-    while not worker.engine.cancelled:
-        await worker.stub.GetStats(worker_pb2.GetStatsRequest())
-    await other.generate("c2", "ab")
-    await other.admission()
-    assert (await other.answer("c2"))[0] == "ab"
+    for number in range(40):
+        await slow.generate(f"c{number}", "x", max_new_tokens=2**31)
+    while len(worker.engine.cancelled) < 40:
+        worker.engine.permits.release()
+        # In this time the worker sends what the step gave, if it still can.
+        await health(worker)
     assert "gateway_too_slow" in caplog.messages
+    other = await stepping(worker.engine, worker.connect())
+    await stepping(worker.engine, other.generate("c2", "ab"))
+    await stepping(worker.engine, other.admission())
+    assert (await stepping(worker.engine, other.answer("c2")))[0] == "ab"
     # What was on its way arrives, then the reason.
-    while (await asyncio.wait_for(slow.call.read(), 20)) is not grpc.aio.EOF:
-        pass
-    assert await slow.call.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert "reads too slowly" in await slow.call.details()
+    with pytest.raises(grpc.aio.AioRpcError, match="reads too slowly") as caught:
+        await slow.read_to_the_end()
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     await channel.close()
 
 
 async def test_drain_refuses_new_calls_lets_running_ones_end_and_stops(start_worker):
     worker = await start_worker(step_by_step=True)
     gateway = await worker.connect()
-    await gateway.generate("c1", "abcd")
+    await gateway.generate("c1", "a", max_new_tokens=2**31)
     await gateway.admission()
-    worker.engine.permits.release()
-    await gateway.read()
-    drained = worker.stub.Drain(worker_pb2.DrainRequest(grace=Duration(seconds=60)))
-    worker.engine.permits.release()
-    assert (await drained).running_calls == 1
+    request = worker_pb2.DrainRequest(grace=Duration(seconds=60))
+    response = await stepping(worker.engine, worker.stub.Drain(request))
+    assert response.running_calls == 1
     assert await health(worker) == health_pb2.HealthCheckResponse.NOT_SERVING
-    await gateway.generate("c2", "xy")
-    worker.engine.permits.release(100)
-    text, refusal, draining = "", None, []
-    while True:
-        message = await asyncio.wait_for(gateway.call.read(), 20)
-        if message is grpc.aio.EOF:
-            break
-        draining.append(message.headroom.draining)
-        if message.WhichOneof("event") == "admission":
-            refusal = message.admission.refusal
-        text += "".join(event.tokens.text for event in message.step.events)
-    assert text == "bcd"
-    assert draining[-1]
-    # The engine may have finished, and the worker stopped, before it read the second call.
-    assert refusal is None or (refusal.code, refusal.reason, refusal.retryable) == ("UNAVAILABLE", "draining", True)
-    await worker.server.wait_stopped()
+    await gateway.generate("c2", "x")
+    message = await stepping(worker.engine, gateway.read())
+    while message.WhichOneof("event") != "admission":
+        message = await stepping(worker.engine, gateway.read())
+    refusal = message.admission.refusal
+    assert (refusal.code, refusal.reason, refusal.retryable) == ("UNAVAILABLE", "draining", True)
+    message = await stepping(worker.engine, gateway.read())
+    assert message.headroom.draining
+    assert [event.tokens.text for event in message.step.events] == ["a"]
+    await gateway.send(cancel=worker_pb2.Cancel(call_id="c1"))
+    await stepping(worker.engine, worker.server.wait_stopped())
+    _, last = await gateway.answer("c1")
+    assert last.done.finish_reason == common_pb2.FINISH_REASON_CANCELLED
     assert worker.engine.closed
     assert await worker.store.list_workers() == []
-    assert worker.engine.submitted[-1].call_id.endswith("c1")
 
 
 async def test_calls_that_outlast_the_grace_are_ended_with_unavailable(start_worker):
@@ -376,21 +371,11 @@ async def test_calls_that_outlast_the_grace_are_ended_with_unavailable(start_wor
     gateway = await worker.connect()
     await gateway.generate("c1", "abcd", max_new_tokens=2**31)
     await gateway.admission()
-    worker.engine.permits.release(10)
-    drain = asyncio.create_task(worker.server.drain(grace_s=0))
-    permits = asyncio.create_task(release_until(worker.engine, drain))
+    drain = asyncio.create_task(stepping(worker.engine, worker.server.drain(grace_s=0)))
     _, last = await gateway.answer("c1")
     assert (last.failure.code, last.failure.reason, last.failure.retryable) == ("UNAVAILABLE", "draining", True)
     await drain
-    await permits
     assert worker.engine.closed
-
-
-async def release_until(engine, task):
-    """Lets the engine step on, one step for each turn of the event loop, until the task is over."""
-    while not task.done():
-        engine.permits.release()
-        await asyncio.sleep(0)
 
 
 async def test_the_worker_is_in_the_store_while_it_runs(worker):
@@ -410,26 +395,24 @@ async def test_a_stream_ends_when_the_worker_stops_and_its_calls_are_told(start_
     gateway = await worker.connect()
     await gateway.generate("c1", "abcd", max_new_tokens=2**31)
     await gateway.admission()
-    stop = asyncio.create_task(worker.server.stop())
-    permits = asyncio.create_task(release_until(worker.engine, stop))
+    stop = asyncio.create_task(stepping(worker.engine, worker.server.stop()))
     _, last = await gateway.answer("c1")
     assert (last.failure.code, last.failure.reason) == ("UNAVAILABLE", "stopped")
     assert await gateway.call.read() is grpc.aio.EOF
     assert await gateway.call.code() == grpc.StatusCode.OK
     await stop
-    await permits
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.1", "example.com"])
 async def test_a_host_beyond_loopback_is_refused(host):
-    server = WorkerServer(WorkerConfig(host=host), ScriptedEngine, ToyTokenizer(), MemoryStore())
+    server = WorkerServer(WorkerConfig(host=host), ScriptedEngine, ToyTokenizer(), MemoryStateStore())
     with pytest.raises(ConfigError, match="loopback only"):
         await server.start()
 
 
 async def test_a_busy_port_is_refused(worker):
     port = int(worker.server.address.rsplit(":", 1)[1])
-    server = WorkerServer(WorkerConfig(port=port), ScriptedEngine, ToyTokenizer(), MemoryStore())
+    server = WorkerServer(WorkerConfig(port=port), ScriptedEngine, ToyTokenizer(), MemoryStateStore())
     with pytest.raises(ConfigError, match=f"127.0.0.1:{port}"):
         await server.start()
 
@@ -438,7 +421,7 @@ async def test_an_engine_that_cannot_be_made_ends_the_start_with_its_error():
     def fail():
         raise ModelError("no such folder")
 
-    store = MemoryStore()
+    store = MemoryStateStore()
     server = WorkerServer(WorkerConfig(), fail, ToyTokenizer(), store)
     with pytest.raises(ModelError, match="no such folder"):
         await server.start()
