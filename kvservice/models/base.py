@@ -1,0 +1,127 @@
+"""What a model is to the engine: its figures, its weights, and the seam where attention is put in.
+
+Knows nothing of files, tokens' text, or where keys and values are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvservice.registry import Registry
+from kvservice.types import ModelShape
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A loaded model without its weights."""
+
+    name: str
+    shape: ModelShape
+    rope_theta: float
+    norm_eps: float
+    eos_token_ids: frozenset[int]
+    origin: str
+    """Where the weights come from, and what was done to them; printed beside quality figures."""
+    digest: str
+    """xxh3-128 of the weight files; equal for equal weights of one file layout."""
+    tie_embeddings: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One decoder layer. Matrices are [out, in]; q, k, v and gate, up are stacked by rows."""
+
+    norm1: Tensor
+    qkv: Tensor
+    """[(h + 2 kv) * d, hidden]: rows of all query heads, then key heads, then value heads."""
+    o: Tensor
+    norm2: Tensor
+    gate_up: Tensor
+    """[2 * intermediate, hidden]: gate rows, then up rows."""
+    down: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWeights:
+    """All weights. `layers` may be read once only, so that a loader need not hold all layers twice."""
+
+    embed: Tensor
+    layers: Iterable[LayerWeights]
+    norm: Tensor
+    lm_head: Tensor
+    """The same tensor as `embed` when the embeddings are tied."""
+
+
+class Attend(Protocol):
+    """Attention of one layer over whatever keys and values the caller keeps."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The attended values of the new tokens.
+
+        Called once a layer, in order. The new tokens of all sequences of a step lie one after the other.
+
+        Args:
+            layer: index of the layer.
+            q: [n, h, d] after rotation, not scaled by `d ** -0.5`. A view: not contiguous, valid during the call only.
+            k: [n, kv, d] after rotation, likewise a view. The caller stores a copy.
+            v: [n, kv, d], likewise a view.
+
+        Returns:
+            [n, h, d] in q's dtype.
+        """
+        ...
+
+
+class TensorSource(Protocol):
+    """Weights by name."""
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A copy of the tensor `name` in the dtype that the source was opened with.
+
+        Raises:
+            ModelError: it is missing, has another shape, or holds NaN or infinity.
+        """
+        ...
+
+
+class ModelFamily(Protocol):
+    """What one architecture calls things. Stateless; one file a family in `models.families`."""
+
+    def spec(self, config: Mapping[str, object], identity: ModelIdentity, dtype: torch.dtype) -> ModelSpec:
+        """The figures in a config.json.
+
+        Raises:
+            ModelError: a figure is missing or wrong, or it asks for something that the runner doesn't do.
+        """
+        ...
+
+    def tensor_shapes(self, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+        """Every tensor that a checkpoint must have, and its shape."""
+        ...
+
+    def ignores(self, name: str, spec: ModelSpec) -> bool:
+        """Whether a checkpoint may have the tensor `name` although the runner doesn't read it."""
+        ...
+
+    def weights(self, spec: ModelSpec, source: TensorSource) -> ModelWeights:
+        """The weights, fused as the runner wants them. Layers are read from `source` as they are asked for."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """What a ModelSpec says beyond the figures of config.json."""
+
+    name: str
+    origin: str
+    digest: str
+    eos_token_ids: frozenset[int]
+
+
+MODELS: Registry[ModelFamily] = Registry("architecture")
+"""Families by the architecture names of config.json."""

@@ -1,0 +1,1 @@
+"""One file an architecture: its names for figures and tensors. Discovered by the loader."""

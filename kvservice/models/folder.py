@@ -1,0 +1,49 @@
+"""The JSON files of a model folder in Hugging Face's layout. Knows nothing of tensors or tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from kvservice.errors import ModelError
+
+FETCH_HINT = "fetch the default model with `kvservice model fetch smollm2-135m`, or get the folder again"
+
+
+def read_json(folder: Path, name: str) -> Mapping[str, object]:
+    """The object in `folder/name`.
+
+    Raises:
+        ModelError: the folder or the file is missing, or it isn't a JSON object.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"model folder {folder} doesn't exist: {FETCH_HINT}", reason="model_missing")
+    path = folder / name
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"model folder {folder} has no {name}: {FETCH_HINT}", reason="model_missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} isn't valid JSON ({error}): {FETCH_HINT}", reason="model_damaged") from None
+    if not isinstance(value, dict):
+        raise ModelError(
+            f"{path} holds a JSON {type(value).__name__}, not an object: {FETCH_HINT}", reason="model_damaged"
+        )
+    return value
+
+
+def read_optional_json(folder: Path, name: str) -> Mapping[str, object]:
+    """Like `read_json`, but an absent file is an empty object."""
+    return read_json(folder, name) if (folder / name).exists() else {}
+
+
+def read_eos_token_ids(folder: Path) -> frozenset[int]:
+    """The ids that end an answer: those of generation_config.json together with those of config.json."""
+    ids: set[int] = set()
+    for source in (read_json(folder, "config.json"), read_optional_json(folder, "generation_config.json")):
+        value = source.get("eos_token_id")
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, int):
+                ids.add(item)
+    return frozenset(ids)

@@ -1,0 +1,39 @@
+"""A matrix of weights and its product. Knows nothing of layers."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_PACK_ROWS = 64
+"""Rows that the packed form is laid out for. Forms for 8 to 512 rows are equally fast at every number of rows."""
+
+
+class Linear:
+    """Multiplies rows by a [out, in] matrix.
+
+    On a CPU with bf16 support the weights are packed once into oneDNN's blocked form, which takes a quarter less time
+    than F.linear for 1-16 rows (measured in docs/decisions). The plain tensor isn't kept.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.num_bytes = weight.numel() * weight.element_size()
+        self._is_packed = _packs(weight)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS) if self._is_packed else weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[n, in] → [n, out], in x's dtype, which must be the weights'."""
+        if self._is_packed:
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")
+            return out
+        return F.linear(x, self._weight)
+
+
+def _packs(weight: Tensor) -> bool:
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype is torch.bfloat16
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )

@@ -1,0 +1,198 @@
+"""From text to token ids and back. Knows nothing of weights or sessions.
+
+Built on `tokenizers`: transformers is imported only when a chat template is first needed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import tokenizers
+
+from kvservice.errors import InvalidRequest, ModelError
+from kvservice.models.chat_template import read_chat_pieces
+from kvservice.models.folder import FETCH_HINT, read_eos_token_ids, read_json, read_optional_json
+from kvservice.types import PromptFormat, TextRole
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_MAX_PENDING_TOKENS = 8
+"""Tokens that a TokenStream holds back at most. A character has at most four bytes, so at most four tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class _ChatTokens:
+    """ChatPieces as token ids."""
+
+    opening: list[int]
+    turn_break: list[int]
+    answer_opening: list[int]
+
+
+class Tokenizer:
+    """A model's tokenizer. Safe to use from several threads.
+
+    Texts of users never become control tokens: `<|im_end|>` in a document is tokenised as the characters it is made of,
+    so no text can close its turn or forge another's.
+    """
+
+    def __init__(self, folder: Path, codec: tokenizers.Tokenizer) -> None:
+        self.eos_token_ids = _eos_token_ids(folder, codec)
+        self._folder = folder
+        self._codec = codec
+        # Control words in texts are characters. The pieces of the chat template get a codec of their own.
+        self._codec.encode_special_tokens = True
+        added = codec.get_added_tokens_decoder()
+        self._control_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        unknown = getattr(codec.model, "unk_token", None)
+        self._unknown_id = codec.token_to_id(unknown) if isinstance(unknown, str) else None
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """The tokenizer of a model folder. Takes 0.1 s for 49,152 tokens.
+
+        Raises:
+            ModelError: a file is missing or damaged, or has more tokens than the model.
+        """
+        vocab_size = read_json(folder, "config.json").get("vocab_size")
+        codec = _build(json.dumps(read_json(folder, "tokenizer.json")), folder)
+        # The service must see every token of a text: none cut off, none filled in.
+        codec.no_truncation()
+        codec.no_padding()
+        highest = max(codec.get_vocab(with_added_tokens=True).values(), default=-1)
+        if not isinstance(vocab_size, int) or highest >= vocab_size:
+            raise ModelError(
+                f"{folder / 'tokenizer.json'} has the token id {highest}, config.json has vocab_size={vocab_size!r}: "
+                f"{FETCH_HINT}",
+                reason="model_damaged",
+            )
+        return cls(folder, codec)
+
+    def encode(self, text: str, role: TextRole, prompt_format: PromptFormat, *, first: bool) -> list[int]:
+        """The tokens that a session gains by `text`.
+
+        RAW: the text's own tokens, nothing else; `role` and `first` don't matter.
+
+        CHAT: every text is a user turn. The first one of a session is opened as the template opens a conversation. A
+        later one first closes the turn before it, be that a document's or an answer's. A document's turn is left open;
+        a question's is closed and the assistant's is opened. So the end token of an answer must not be among the
+        session's tokens: the next text closes the answer.
+
+        Args:
+            text: as the user gave it.
+            role: what the text is to the session.
+            prompt_format: how it becomes tokens.
+            first: whether the session has no tokens yet.
+
+        Raises:
+            InvalidRequest: CHAT, and the model has no usable template; or the text can't be encoded.
+        """
+        content = self._encode_text(text)
+        if prompt_format is PromptFormat.RAW:
+            return content
+        chat = self._chat_tokens
+        tokens = (chat.opening if first else chat.turn_break) + content
+        return tokens + chat.answer_opening if role is TextRole.QUESTION else tokens
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of `token_ids`. Control tokens have no text; bytes that are no UTF-8 become U+FFFD."""
+        return self._codec.decode(list(token_ids), skip_special_tokens=True)
+
+    def stream(self) -> TokenStream:
+        """A decoder of one answer, token by token."""
+        return TokenStream(self)
+
+    def has_text(self, token_id: int) -> bool:
+        """Whether the token is one of text: neither a control token nor beyond the vocabulary."""
+        return token_id not in self._control_ids and self._codec.id_to_token(token_id) is not None
+
+    @cached_property
+    def _chat_tokens(self) -> _ChatTokens:
+        pieces = read_chat_pieces(self._folder)
+        # A copy doesn't carry `encode_special_tokens` over, so it finds the control words of the pieces.
+        codec = _build(self._codec.to_str(), self._folder)
+
+        def encode(text: str) -> list[int]:
+            return codec.encode(text, add_special_tokens=False).ids
+
+        return _ChatTokens(
+            opening=encode(pieces.opening),
+            turn_break=encode(pieces.turn_break),
+            answer_opening=encode(pieces.answer_opening),
+        )
+
+    def _encode_text(self, text: str) -> list[int]:
+        try:
+            ids = self._codec.encode(text, add_special_tokens=False).ids
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"the text isn't valid Unicode: {error}", field="text") from None
+        forged = self._control_ids.intersection(ids) - {self._unknown_id}
+        if forged:
+            # Some tokenizers find control words in their vocabulary even when told not to look for them.
+            words = ", ".join(str(self._codec.id_to_token(token_id)) for token_id in sorted(forged))
+            raise InvalidRequest(f"the text holds control words of the model, take them out: {words}", field="text")
+        return ids
+
+
+class TokenStream:
+    """Turns the tokens of one answer into text as they come. Not for several threads.
+
+    A character may be spread over several tokens, and a token's text may depend on the one before it (a leading space
+    is dropped at the start of a text). So the last few tokens are decoded again together with each new one, and what
+    is new is given out as soon as it ends in a whole character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []
+        self._context_tokens = 0
+        """Leading tokens of the window whose text has been given out whole."""
+        self._given_chars = 0
+        """Characters of the window's text that have been given out."""
+
+    def push(self, token_id: int) -> str:
+        """The text that became certain with this token; often "" within a character of several bytes."""
+        if not self._tokenizer.has_text(token_id):
+            return ""
+        self._window.append(token_id)
+        text = self._tokenizer.decode(self._window)
+        is_cut = text.endswith(_REPLACEMENT)
+        if is_cut and len(self._window) - self._context_tokens < _MAX_PENDING_TOKENS:
+            return ""
+        # Bytes that never become a character: all but the last are certain to be none.
+        certain = text[:-1] if is_cut else text
+        new = certain[self._given_chars :]
+        self._slide(is_cut=is_cut)
+        return new
+
+    def flush(self) -> str:
+        """The rest at the end of the answer: "" unless it broke off within a character."""
+        rest = self._tokenizer.decode(self._window)[self._given_chars :]
+        self._window, self._context_tokens, self._given_chars = [], 0, 0
+        return rest
+
+    def _slide(self, *, is_cut: bool) -> None:
+        keep = _MAX_PENDING_TOKENS // 2 if is_cut else len(self._window) - self._context_tokens
+        self._window = self._window[-keep:]
+        self._context_tokens = 0 if is_cut else len(self._window)
+        self._given_chars = len(self._tokenizer.decode(self._window)) - is_cut
+
+
+def _build(definition: str, folder: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(definition)
+    except Exception as error:  # noqa: BLE001 (the library raises nothing narrower)
+        raise ModelError(
+            f"{folder / 'tokenizer.json'} isn't a tokenizer ({error}): {FETCH_HINT}", reason="model_damaged"
+        ) from None
+
+
+def _eos_token_ids(folder: Path, codec: tokenizers.Tokenizer) -> frozenset[int]:
+    word = read_optional_json(folder, "tokenizer_config.json").get("eos_token")
+    if isinstance(word, Mapping):
+        word = word.get("content")
+    token_id = codec.token_to_id(word) if isinstance(word, str) else None
+    return read_eos_token_ids(folder) | ({token_id} if token_id is not None else set())
