@@ -162,16 +162,17 @@ class Appends:
         token_ids = await self._tokens(record, upload, model)
         num_tokens = len(record.token_ids) + len(token_ids)
         check_positions(model, held=len(record.token_ids), added=len(token_ids), max_new_tokens=0)
-        activity.total_tokens = len(token_ids)
 
-        def on_event(event: worker_pb2.CallEvent) -> None:
-            if event.WhichOneof("event") != "progress":
-                return
-            activity.done_tokens = event.progress.done_tokens
-            activity.total_tokens = event.progress.total_tokens
-            progress = sessions_pb2.AppendProgress(done_tokens=activity.done_tokens, total_tokens=activity.total_tokens)
+        def show(done_tokens: int, total_tokens: int) -> None:
+            activity.done_tokens, activity.total_tokens = done_tokens, total_tokens
+            progress = sessions_pb2.AppendProgress(done_tokens=done_tokens, total_tokens=total_tokens)
             run.emit(sessions_pb2.AppendResponse(progress=progress))
 
+        def on_event(event: worker_pb2.CallEvent) -> None:
+            if event.WhichOneof("event") == "progress":
+                show(event.progress.done_tokens, event.progress.total_tokens)
+
+        show(0, len(token_ids))
         submit = self._sessions.submission(record, record.recipe)
         submit.append.token_ids.extend(token_ids)
         order = Order(

@@ -1,0 +1,43 @@
+"""The async client: sessions, questions, answers, over gRPC. Its results are plain dataclasses."""
+
+from __future__ import annotations
+
+from kvservice.client.client import Client
+from kvservice.client.local import LocalService
+from kvservice.client.results import (
+    Answer,
+    AppendResult,
+    Event,
+    Finished,
+    ServiceStats,
+    SessionInfo,
+    SessionState,
+    Started,
+    TierReport,
+    Timings,
+    TokenCount,
+    Tokens,
+    WorkerReport,
+)
+from kvservice.client.retry import RetryPolicy
+from kvservice.client.sampling import Sampling
+
+__all__ = [
+    "Answer",
+    "AppendResult",
+    "Client",
+    "Event",
+    "Finished",
+    "LocalService",
+    "RetryPolicy",
+    "Sampling",
+    "ServiceStats",
+    "SessionInfo",
+    "SessionState",
+    "Started",
+    "TierReport",
+    "Timings",
+    "TokenCount",
+    "Tokens",
+    "WorkerReport",
+]

@@ -1,0 +1,172 @@
+"""Public messages to the client's results. Knows no channel."""
+
+from __future__ import annotations
+
+from kvservice.client.results import (
+    AppendResult,
+    Event,
+    Finished,
+    ServiceStats,
+    SessionInfo,
+    SessionState,
+    Started,
+    TierReport,
+    Timings,
+    Tokens,
+    WorkerReport,
+)
+from kvservice.internal.convert import FINISH_REASONS, ON_MISS, PROMPT_FORMATS
+from kvservice.types import KvTelemetry, SessionId, Usage, WorkerId
+from kvservice.v1 import admin_pb2, common_pb2, sessions_pb2
+
+_STATES = {
+    sessions_pb2.SESSION_STATE_UNSPECIFIED: SessionState.IDLE,
+    sessions_pb2.SESSION_STATE_IDLE: SessionState.IDLE,
+    sessions_pb2.SESSION_STATE_APPENDING: SessionState.APPENDING,
+    sessions_pb2.SESSION_STATE_GENERATING: SessionState.GENERATING,
+}
+
+
+def session(message: sessions_pb2.Session) -> SessionInfo:
+    """See `SessionInfo`."""
+    return SessionInfo(
+        session_id=SessionId(message.session_id),
+        model=message.model,
+        recipe=message.recipe,
+        prompt_format=PROMPT_FORMATS[message.prompt_format],
+        on_miss=ON_MISS[message.on_miss],
+        num_tokens=message.num_tokens,
+        durable_tokens=message.durable_tokens,
+        state=_STATES[message.state],
+        prefill_done_tokens=message.prefill_done_tokens,
+        prefill_total_tokens=message.prefill_total_tokens,
+        created_at=message.created_at.ToMicroseconds() / 1e6,
+        expires_at=message.expires_at.ToMicroseconds() / 1e6,
+        worker_id=WorkerId(message.worker_id),
+        last_error=message.last_error,
+    )
+
+
+def usage(message: common_pb2.Usage) -> Usage:
+    """See `Usage`."""
+    return Usage(
+        cached_tokens=message.cached_tokens,
+        prompt_tokens=message.prompt_tokens,
+        completion_tokens=message.completion_tokens,
+        recomputed_tokens=message.recomputed_tokens,
+    )
+
+
+def timings(message: common_pb2.Timings) -> Timings:
+    """See `Timings`."""
+    return Timings(
+        queue_ms=message.queue_ms,
+        prefill_ms=message.prefill_ms,
+        ttft_ms=message.ttft_ms,
+        decode_ms=message.decode_ms,
+        total_ms=message.total_ms,
+    )
+
+
+def telemetry(message: common_pb2.KvTelemetry) -> KvTelemetry:
+    """See `KvTelemetry`."""
+    return KvTelemetry(
+        window_bytes=message.bytes.device_window,
+        index_bytes=message.bytes.device_index,
+        slot_bytes=message.bytes.device_slots,
+        host_bytes=message.bytes.host,
+        redis_bytes=message.bytes.redis,
+        dense_bytes=message.dense_bytes,
+        recall_lookups=message.recall_lookups,
+        recall_hits=message.recall_hits,
+        recalled_bytes=message.recalled_bytes,
+        streamed_bytes=message.streamed_bytes,
+    )
+
+
+def append_result(message: sessions_pb2.AppendFinished) -> AppendResult:
+    """See `AppendResult`."""
+    return AppendResult(
+        num_tokens=message.num_tokens,
+        durable_tokens=message.durable_tokens,
+        usage=usage(message.usage),
+        timings=timings(message.timings),
+        kv=telemetry(message.kv),
+    )
+
+
+def event(message: common_pb2.GenerateEvent) -> Event | None:
+    """One event of an answer; None for a kind that this client doesn't know."""
+    kind = message.WhichOneof("event")
+    if kind == "started":
+        started = message.started
+        return Started(
+            message.sequence,
+            SessionId(started.session_id),
+            WorkerId(started.worker_id),
+            started.recipe,
+            started.seed,
+        )
+    if kind == "tokens":
+        return Tokens(message.sequence, tuple(message.tokens.token_ids), message.tokens.text)
+    if kind == "finished":
+        finished = message.finished
+        return Finished(
+            sequence=message.sequence,
+            finish_reason=FINISH_REASONS[finished.finish_reason],
+            usage=usage(finished.usage),
+            timings=timings(finished.timings),
+            kv=telemetry(finished.kv),
+            num_tokens=finished.num_tokens,
+            durable_tokens=finished.durable_tokens,
+            degraded=finished.degraded,
+        )
+    return None
+
+
+def service_stats(message: admin_pb2.GetStatsResponse) -> ServiceStats:
+    """See `ServiceStats`."""
+    return ServiceStats(
+        workers=tuple(_worker_report(worker) for worker in message.workers),
+        sessions=message.sessions,
+        waiting_calls=message.waiting_calls,
+        running_calls=message.running_calls,
+        draining=message.draining,
+        version=message.version,
+    )
+
+
+def _worker_report(message: admin_pb2.WorkerStats) -> WorkerReport:
+    return WorkerReport(
+        worker_id=WorkerId(message.worker_id),
+        address=message.address,
+        epoch=message.epoch,
+        model=message.model,
+        device=message.device,
+        device_capacity_bytes=message.device_capacity_bytes,
+        device_free_bytes=message.device_free_bytes,
+        host_capacity_bytes=message.host_capacity_bytes,
+        host_free_bytes=message.host_free_bytes,
+        weight_bytes=message.weight_bytes,
+        window_bytes=message.bytes.device_window,
+        index_bytes=message.bytes.device_index,
+        slot_bytes=message.bytes.device_slots,
+        workspace_bytes=message.bytes.device_workspace,
+        host_bytes=message.bytes.host,
+        redis_bytes=message.bytes.redis,
+        resident_sessions=message.resident_sessions,
+        running_calls=message.running_calls,
+        prefill_tokens_per_s=message.prefill_tokens_per_s,
+        decode_tokens_per_s=message.decode_tokens_per_s,
+        recall_lookups=message.recall_lookups,
+        recall_hits=message.recall_hits,
+        recomputed_tokens=message.recomputed_tokens,
+        steps=message.steps,
+        tier=TierReport(
+            connected=message.tier.connected,
+            written_frames=message.tier.written_frames,
+            written_bytes=message.tier.written_bytes,
+            pending_frames=message.tier.pending_frames,
+            failures=dict(message.tier.failures),
+        ),
+    )

@@ -1,0 +1,167 @@
+"""What the client gives: plain dataclasses. Knows no protobuf."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from kvservice.types import FinishReason, KvTelemetry, OnMiss, PromptFormat, SessionId, Usage, WorkerId
+
+
+class SessionState(Enum):
+    """What is happening to a session."""
+
+    IDLE = "idle"
+    APPENDING = "appending"
+    GENERATING = "generating"
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """A session as Get shows it. Times are unix seconds."""
+
+    session_id: SessionId
+    model: str
+    recipe: str
+    prompt_format: PromptFormat
+    on_miss: OnMiss
+    num_tokens: int
+    durable_tokens: int
+    state: SessionState
+    prefill_done_tokens: int
+    prefill_total_tokens: int
+    created_at: float
+    expires_at: float
+    worker_id: WorkerId
+    last_error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Milliseconds of one call, measured in the service; see common.proto."""
+
+    queue_ms: float
+    prefill_ms: float
+    ttft_ms: float
+    decode_ms: float
+    total_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class AppendResult:
+    """A document was read. `num_tokens` and `durable_tokens` are the session's now."""
+
+    num_tokens: int
+    durable_tokens: int
+    usage: Usage
+    timings: Timings
+    kv: KvTelemetry
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The first event of an answer."""
+
+    sequence: int
+    session_id: SessionId
+    worker_id: WorkerId
+    recipe: str
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The next tokens of an answer; `text` may be empty while a character is incomplete."""
+
+    sequence: int
+    token_ids: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event of an answer. `degraded` says what was left out, if anything was."""
+
+    sequence: int
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    kv: KvTelemetry
+    num_tokens: int
+    durable_tokens: int
+    degraded: str
+
+
+Event = Started | Tokens | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    started: Started
+    finished: Finished
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCount:
+    """Tokens of a text, beside the positions that the model has."""
+
+    num_tokens: int
+    max_positions: int
+
+
+@dataclass(frozen=True, slots=True)
+class TierReport:
+    """The kv Redis as a worker sees it. `failures`: writes that failed, by reason."""
+
+    connected: bool
+    written_frames: int
+    written_bytes: int
+    pending_frames: int
+    failures: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReport:
+    """A worker's counters, and its bytes by owner."""
+
+    worker_id: WorkerId
+    address: str
+    epoch: int
+    model: str
+    device: str
+    device_capacity_bytes: int
+    device_free_bytes: int
+    host_capacity_bytes: int
+    host_free_bytes: int
+    weight_bytes: int
+    window_bytes: int
+    index_bytes: int
+    slot_bytes: int
+    workspace_bytes: int
+    host_bytes: int
+    redis_bytes: int
+    resident_sessions: int
+    running_calls: int
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    recall_lookups: int
+    recall_hits: int
+    recomputed_tokens: int
+    steps: int
+    tier: TierReport
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceStats:
+    """The service's counters. `sessions` are those whose KV a worker holds."""
+
+    workers: tuple[WorkerReport, ...] = field(default_factory=tuple)
+    sessions: int = 0
+    waiting_calls: int = 0
+    running_calls: int = 0
+    draining: bool = False
+    version: str = ""
