@@ -88,7 +88,8 @@ class Tokenizer:
             first: whether the session has no tokens yet.
 
         Raises:
-            InvalidRequest: CHAT, and the model has no usable template; or the text can't be encoded.
+            InvalidRequest: CHAT, and the model has no usable template; or the text holds control words that this
+                tokenizer can't tokenise as text.
         """
         content = self._encode_text(text)
         if prompt_format is PromptFormat.RAW:
@@ -125,10 +126,7 @@ class Tokenizer:
         )
 
     def _encode_text(self, text: str) -> list[int]:
-        try:
-            ids = self._codec.encode(text, add_special_tokens=False).ids
-        except UnicodeEncodeError as error:
-            raise InvalidRequest(f"the text isn't valid Unicode: {error}", field="text") from None
+        ids = self._codec.encode(text, add_special_tokens=False).ids
         forged = self._control_ids.intersection(ids) - {self._unknown_id}
         if forged:
             # Some tokenizers find control words in their vocabulary even when told not to look for them.
