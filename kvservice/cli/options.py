@@ -11,7 +11,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from kvservice.config.recipes import RECIPES, SERVED_RECIPES
 
-DEFAULT_ADDRESS = "127.0.0.1:9000"
+DEFAULT_ADDRESS = "127.0.0.1:50051"
 DEFAULT_MODEL = "smollm2-135m"
 API_KEY_VARIABLE = "KVSERVICE_API_KEY"
 

@@ -21,6 +21,9 @@ from rich.table import Table
 
 from kvservice.errors import ConfigError
 
+PIPED_WIDTH = 160
+"""Width of a table that doesn't go to a terminal."""
+
 REPORTED_PACKAGES = ("kvservice", "torch", "transformers", "grpcio", "redis", "numpy")
 
 
@@ -40,13 +43,20 @@ def show_table(
     """Prints a table to standard output; `numeric` names the columns to align to the right."""
     right = set(numeric)
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for index, column in enumerate(columns):
+        # Names stay whole: people copy them, and programs look for them.
+        table.add_column(
+            column,
+            justify="right" if column in right else "left",
+            overflow="fold",
+            no_wrap=index == 0 or column in right,
+        )
     for row in rows:
         table.add_row(*row)
     console = Console(highlight=False, markup=False)
-    # Not on a terminal, lines are as long as they need to be: programs cut columns, and folded words break greps.
-    console.print(table, width=None if console.is_terminal else max(console.width, 160))
+    if not console.is_terminal:
+        console = Console(highlight=False, markup=False, width=PIPED_WIDTH)
+    console.print(table)
 
 
 def progress_bar() -> Progress:

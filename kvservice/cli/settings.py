@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import stat
 import tomllib
 from collections.abc import Mapping
@@ -47,15 +48,37 @@ def read_secret(path: Path | None) -> str | None:
     Raises:
         ConfigError: the file can't be read, or others may read it.
     """
-    if path is None:
-        return os.environ.get(SECRET_VARIABLE) or None
-    content = read_file(path, "--secret-file")
+    return os.environ.get(SECRET_VARIABLE) or None if path is None else read_secret_file(path, "--secret-file")
+
+
+def kept_secret(data_dir: Path) -> str:
+    """The secret in `data_dir`, made up and put there, for the owner's eyes only, if there is none."""
+    path = data_dir / "secret"
+    try:
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.exists():
+            return read_secret_file(path, "--data-dir")
+        secret = secrets.token_hex(32)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secret + "\n")
+    except OSError as error:
+        raise ConfigError(f"--data-dir {data_dir}: {error.strerror}; name a folder that we may write to") from None
+    return secret
+
+
+def read_secret_file(path: Path, flag: str) -> str:
+    """The line of text in a file of mode 0600.
+
+    Raises:
+        ConfigError: it can't be read, or others may read it.
+    """
+    content = read_file(path, flag)
     if path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
-        raise ConfigError(f"--secret-file {path}: other users may read it; run: chmod 600 {path}")
+        raise ConfigError(f"{flag} {path}: other users may read it; run: chmod 600 {path}")
     try:
         return content.decode().strip()
     except UnicodeDecodeError:
-        raise ConfigError(f"--secret-file {path}: must be a line of text, such as 32 hexadecimal digits") from None
+        raise ConfigError(f"{flag} {path}: must be a line of text, such as 32 hexadecimal digits") from None
 
 
 def read_file(path: Path, flag: str) -> bytes:

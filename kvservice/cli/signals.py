@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -30,7 +31,7 @@ class StopSignals:
         loop = asyncio.get_running_loop()
 
         def at_input() -> None:
-            if not sys.stdin.buffer.raw.read(4096):
+            if not os.read(sys.stdin.fileno(), 4096):
                 loop.remove_reader(sys.stdin.fileno())
                 self.stop()
 

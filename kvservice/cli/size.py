@@ -12,7 +12,7 @@ from kvservice.cli.options import DEFAULT_MODEL, HostBytes, JsonFile, KvBytes, M
 from kvservice.cli.output import hint, human_bytes, show_table, write_json
 from kvservice.config.recipes import RECIPES, SERVED_RECIPES
 from kvservice.config.worker import WorkerConfig
-from kvservice.errors import InvalidRequest
+from kvservice.errors import ModelError
 from kvservice.types import Footprint, ModelShape, RecipeSpec, footprint
 
 DEFAULT_PREFILL_TOKENS_PER_S = 4000.0
@@ -98,7 +98,7 @@ def size(
     """Show what sessions of a model take, how many fit, and which of device, host and Redis binds."""
     shape = _model_shape(model)
     if context > shape.max_positions:
-        raise InvalidRequest(f"--context {context}: {model} has {shape.max_positions:,} positions", field="context")
+        raise typer.BadParameter(f"--context {context}: {model} has {shape.max_positions:,} positions")
     defaults = WorkerConfig()
     budgets = Budgets(kv_bytes or int(defaults.kv_bytes), host_bytes or int(defaults.host_bytes), redis_bytes)
     rows = [size_row(shape, RECIPES[name], context, sessions, budgets) for name in SERVED_RECIPES]
@@ -141,4 +141,23 @@ def _print_rows(model: str, context: int, sessions: int, budgets: Budgets, rows:
 
 
 def _model_shape(model: str) -> ModelShape:
-    raise NotImplementedError
+    """The figures in a model's config.json; its weights aren't read.
+
+    Raises:
+        ModelError: the folder isn't there, or its model is of a kind that the runner doesn't do.
+    """
+    import torch
+
+    from kvservice.models.base import MODELS, ModelIdentity
+    from kvservice.models.fetch import resolve
+    from kvservice.models.folder import read_json
+
+    MODELS.discover("kvservice.models.families")
+    folder = resolve(model, None)
+    config = read_json(folder, "config.json")
+    architectures = config.get("architectures")
+    known = [name for name in MODELS.names() if isinstance(architectures, list) and name in architectures]
+    if not known:
+        raise ModelError(f"{folder}: architectures={architectures!r}: supported are {', '.join(MODELS.names())}")
+    identity = ModelIdentity(name=folder.name, origin="", digest="", eos_token_ids=frozenset())
+    return MODELS.get(known[0]).spec(config, identity, torch.bfloat16).shape

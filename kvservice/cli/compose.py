@@ -1,0 +1,124 @@
+"""The composition root of a worker: model, tokenizer, tier and engine behind the internal service. Decides nothing.
+
+Imports torch inside its functions, so that a gateway can do without.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib
+import os
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvservice.cli.settings import Settings
+from kvservice.config.engine import EngineConfig
+from kvservice.config.service import ServiceConfig
+from kvservice.config.worker import WorkerConfig
+from kvservice.store.base import StateStore
+
+if TYPE_CHECKING:
+    from kvservice.engine import Engine
+    from kvservice.tier.writer import WriteBehind
+    from kvservice.worker.server import WorkerServer
+
+CLOSE_TIMEOUT_S = 5.0
+"""What the last frames get to reach Redis in when the worker ends."""
+
+
+async def worker(config: WorkerConfig, store: StateStore, stack: AsyncExitStack) -> WorkerServer:
+    """A worker that hasn't been started; its model is loaded when it is. It is stopped when `stack` is closed.
+
+    Raises:
+        ModelError: the model's folder or tokenizer can't be used.
+        Unavailable: the kv Redis can't be reached.
+    """
+    from kvservice.models.fetch import resolve
+    from kvservice.models.tokenizer import Tokenizer
+    from kvservice.worker.server import WorkerServer
+
+    folder = await asyncio.to_thread(resolve, config.model, None)
+    tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
+    frames = await _open_frames(config, stack)
+    server = WorkerServer(config, lambda: make_engine(config, folder, frames), tokenizer, store)
+    stack.push_async_callback(server.stop)
+    return server
+
+
+def load_libraries() -> None:
+    """Imports what an engine needs: seconds in which no other thread of the process runs. Before an event loop does."""
+    importlib.import_module("kvservice.engine")
+    importlib.import_module("kvservice.models.loader")
+
+
+async def _open_frames(config: WorkerConfig, stack: AsyncExitStack) -> WriteBehind | None:
+    """The way to the kv Redis, found to be there; none when no Redis was named."""
+    from kvservice.tier.base import open_tier
+    from kvservice.tier.writer import WriteBehind
+
+    if config.redis_url is None:
+        return None
+    frames = WriteBehind(open_tier(config.redis_url.get_secret_value()))
+    await asyncio.to_thread(frames.start)
+    stack.push_async_callback(asyncio.to_thread, frames.close, CLOSE_TIMEOUT_S)
+    return frames
+
+
+def make_engine(config: WorkerConfig, folder: Path, frames: WriteBehind | None) -> Engine:
+    """Loads the model and makes its engine. Blocks for as long as that takes; called in the engine's thread."""
+    import torch
+
+    from kvservice.engine import Engine
+    from kvservice.engine.ports import NoWriter
+    from kvservice.kv.layout import KVLayout
+    from kvservice.models.loader import load_model
+    from kvservice.tier.groups import GroupFrames, kv_fingerprint
+
+    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
+    model = load_model(folder, dtype=dtype, device=torch.device(config.device))
+    if frames is None:
+        return Engine(model, engine_config(config), NoWriter())
+    spec = model.spec
+    fingerprint = kv_fingerprint(
+        weights=spec.digest,
+        origin=spec.origin,
+        dtype=config.dtype,
+        rope_theta=spec.rope_theta,
+        tokenizer=hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
+    )
+    layout = KVLayout.of(spec.shape, model.dtype)
+    return Engine(model, engine_config(config), GroupFrames(frames, fingerprint, layout.group_bytes))
+
+
+def engine_config(config: WorkerConfig) -> EngineConfig:
+    """The engine's part of a worker's settings."""
+    return EngineConfig(
+        kv_bytes=config.kv_bytes,
+        host_bytes=config.host_bytes,
+        prefill_chunk_tokens=config.prefill_chunk_tokens,
+        max_prefills=config.max_prefills,
+        max_running=config.max_batch,
+    )
+
+
+def worker_settings(config: ServiceConfig) -> list[Settings]:
+    """The settings of each worker process of a service, secrets included. They share the cores."""
+    worker = config.worker
+    threads = worker.threads or max(1, len(os.sched_getaffinity(0)) // config.workers)
+    common: Settings = {
+        **worker.model_dump(mode="json", exclude={"redis_url", "port"}),
+        "threads": threads,
+        "redis_url": worker.redis_url.get_secret_value() if worker.redis_url is not None else None,
+    }
+    state_url = config.state_url.get_secret_value() if config.state_url is not None else None
+    return [
+        {
+            "worker": {**common, "worker_id": f"worker-{index}"},
+            "state_url": state_url,
+            "log_level": config.log_level,
+        }
+        for index in range(config.workers)
+    ]
