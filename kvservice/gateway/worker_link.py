@@ -236,7 +236,8 @@ class WorkerLink:
         if self._reader is not None:
             self._reader.cancel()
             await asyncio.gather(self._reader, return_exceptions=True)
-        self._lose("the gateway closed the stream")
+        if not self.closed:
+            self._lose("the gateway closed the stream", logging.INFO)
         if self._channel is not None:
             await self._channel.close()
 
@@ -308,11 +309,9 @@ class WorkerLink:
             self._view = WorkerView(view.worker_id, view.epoch, view.address, view.model, headroom)
             self._on_change()
 
-    def _lose(self, why: str) -> None:
-        if self.closed:
-            return
+    def _lose(self, why: str, level: int = logging.WARNING) -> None:
         self.closed = True
-        logger.warning("worker_lost", extra={"worker_id": self.worker_id, "why": why, "calls": len(self._calls)})
+        logger.log(level, "worker_lost", extra={"worker_id": self.worker_id, "why": why, "calls": len(self._calls)})
         for admission in self._admissions.values():
             if not admission.done():
                 admission.set_exception(_lost(self.worker_id))
