@@ -170,7 +170,8 @@ class Client:
         """Has a document read into the session: text, its UTF-8 bytes, an iterator of either, or `token_ids`.
 
         An iterator is read to its end first, so that the upload can be made again. `on_progress` gets done and total
-        tokens. With `detach` the reading goes on when this call is cancelled or cut; `get` shows it.
+        tokens. With `detach` the reading goes on when this call is cancelled or cut; `get` shows it, and this call made
+        again under the same `request_id` gives its result once it is there.
         """
         start = sessions_pb2.AppendStart(
             session_id=session_id,

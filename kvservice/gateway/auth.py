@@ -54,9 +54,10 @@ class Authenticator:
         if self._keys is None:
             return Caller(LOCAL_TENANT, Role.OPERATOR)
         value = next((value for name, value in metadata if name == "authorization"), None)
-        if not isinstance(value, str) or not value.startswith("Bearer "):
+        scheme, _, key_sent = value.partition(" ") if isinstance(value, str) else ("", "", "")
+        if scheme.lower() != "bearer":
             raise Unauthenticated("no API key: send the metadata `authorization: Bearer KEY`")
-        digest = hashlib.sha256(value.removeprefix("Bearer ").encode()).digest()
+        digest = hashlib.sha256(key_sent.encode()).digest()
         found: Caller | None = None
         for key in self._keys:
             # Every key is compared, so that the time says nothing about which one matched.

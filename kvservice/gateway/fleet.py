@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from functools import partial
+from typing import TypeVar
 
 from kvservice.errors import KVServiceError, NotFound, Unavailable
 from kvservice.gateway.placement import WorkerView
@@ -19,6 +20,8 @@ from kvservice.types import ModelInfo, PromptFormat, SessionId, TextRole, Worker
 from kvservice.v1 import admin_pb2
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Fleet:
@@ -95,10 +98,10 @@ class Fleet:
             Unavailable: `purge`, and no worker could do it.
         """
         links = [link for link in self._links.values() if not link.closed]
-        answers: Sequence[worker_pb2.Released | BaseException] = await asyncio.gather(
+        answers = await asyncio.gather(
             *(link.release(session_id, tenant_tag, purge=purge) for link in links), return_exceptions=True
         )
-        released = [answer for answer in answers if isinstance(answer, worker_pb2.Released)]
+        released = _that_answered(links, answers)
         if purge and not released:
             raise Unavailable(
                 "no worker is connected that could delete the stored bytes; try again, or close without `purge`",
@@ -111,15 +114,7 @@ class Fleet:
         """Counters of every worker that answers, ordered by id."""
         links = sorted((link for link in self._links.values() if not link.closed), key=lambda link: link.worker_id)
         answers = await asyncio.gather(*(link.stats() for link in links), return_exceptions=True)
-        stats = []
-        for link, answer in zip(links, answers, strict=True):
-            if isinstance(answer, KVServiceError):
-                logger.warning("worker_stats_missing", extra={"worker_id": link.worker_id, "why": answer.message})
-            elif isinstance(answer, BaseException):
-                raise answer
-            else:
-                stats.append(answer)
-        return stats
+        return _that_answered(links, answers)
 
     async def drain(self, worker_id: WorkerId, grace_s: float) -> int:
         """Drains one worker; gives the number of its running calls."""
@@ -182,3 +177,16 @@ class Fleet:
                 self.failed_looks += 1
                 logger.exception("worker_discovery_failed", extra={"failed_looks": self.failed_looks})
             await asyncio.sleep(self._interval_s)
+
+
+def _that_answered(links: Sequence[WorkerLink], answers: Sequence[T | BaseException]) -> list[T]:
+    """The answers, less those of workers that were lost or didn't answer in time."""
+    found: list[T] = []
+    for link, answer in zip(links, answers, strict=True):
+        if isinstance(answer, KVServiceError):
+            logger.warning("worker_did_not_answer", extra={"worker_id": link.worker_id, "why": answer.message})
+        elif isinstance(answer, BaseException):
+            raise answer
+        else:
+            found.append(answer)
+    return found
