@@ -16,7 +16,7 @@ def engine_call(submit: worker_pb2.Submit, call_id: CallId, info: ModelInfo) -> 
 
     Raises:
         NotFound: the recipe is unknown, or isn't served with this model.
-        InvalidRequest: no work, or a token id outside the vocabulary.
+        InvalidRequest: there is no work.
     """
     recipe = get_recipe(submit.recipe)
     if recipe.name not in info.recipes:
@@ -36,14 +36,11 @@ def engine_call(submit: worker_pb2.Submit, call_id: CallId, info: ModelInfo) -> 
             sampling = convert.sampling_from_proto(submit.generate.sampling)
         case _:
             raise InvalidRequest("the submitted call holds no work: set append or generate", field="work")
-    base = tuple(submit.base_token_ids)
-    for tokens in (base, document, prompt):
-        _check_vocabulary(tokens, info.shape.vocab_size)
     return EngineCall(
         call_id=call_id,
         session_id=SessionId(submit.session_id),
         recipe=recipe,
-        base_tokens=base,
+        base_tokens=tuple(submit.base_token_ids),
         document_tokens=document,
         prompt_tokens=prompt,
         sampling=sampling,
@@ -52,14 +49,6 @@ def engine_call(submit: worker_pb2.Submit, call_id: CallId, info: ModelInfo) -> 
         on_miss=convert.ON_MISS[submit.on_miss],
         tenant_tag=submit.tenant_tag,
     )
-
-
-def _check_vocabulary(tokens: tuple[int, ...], vocab_size: int) -> None:
-    largest = max(tokens, default=0)
-    if largest >= vocab_size:
-        raise InvalidRequest(
-            f"token id {largest} is outside the vocabulary: ids are 0 to {vocab_size - 1}", field="token_ids"
-        )
 
 
 def failure(error: Exception) -> worker_pb2.Failure:

@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-MAX_FAILURES_IN_A_ROW = 3
-"""After so many steps that raised, with no call served between them, the engine gets no more work."""
+MAX_FAULTS_IN_A_ROW = 3
+"""After so many steps that went wrong inside, with no call served between them, the engine gets no more work."""
 
 
 class EngineLike(Protocol):
@@ -61,8 +61,8 @@ class EngineLike(Protocol):
     def stop(self, call_id: CallId) -> None:
         """Ends a call with FinishReason.STOP at the next `step`."""
 
-    def release(self, session_id: SessionId) -> tuple[int, int]:
-        """Drops a session's KV: (device, host) bytes freed."""
+    def release(self, session_id: SessionId, tenant_tag: bytes, *, purge: bool) -> tuple[int, int]:
+        """Drops a session's KV, with `purge` its stored blobs too: (device, host) bytes freed."""
 
     def step(self) -> Sequence[EngineEvent]:
         """One batch step. Failures of a call are FailedEvents; an exception is a fault of the engine."""
@@ -174,12 +174,12 @@ class EngineLoop:
         self._listeners: set[Listener] = set()
         self._idle_waiters: list[Future[None]] = []
         self._last_headroom = Headroom()
-        self._failures_in_a_row = 0
+        self._faults_in_a_row = 0
         self._refusal: Unavailable | None = None
         self._healthy = True
         self._stopping = False
-        self.num_step_failures = 0
-        """Steps that raised, since the start."""
+        self.num_faults = 0
+        """Steps that went wrong inside, since the start."""
 
     def start(self) -> Future[ModelInfo]:
         """Starts the thread. The future holds the engine's model once it is ready, or what its factory raised."""
@@ -206,9 +206,9 @@ class EngineLoop:
         """Cancels a call; one that has ended already is none."""
         self._tell(lambda: self._cancel(call_id))
 
-    def release(self, listener: Listener, session_id: SessionId) -> None:
-        """Drops a session's KV; answered by Released."""
-        self._tell(lambda: self._release(listener, session_id))
+    def release(self, listener: Listener, session_id: SessionId, tenant_tag: bytes, *, purge: bool) -> None:
+        """Drops a session's KV, with `purge` its stored blobs too; answered by Released once that is done."""
+        self._tell(lambda: self._release(listener, session_id, tenant_tag, purge=purge))
 
     def stats(self) -> Future[WorkerStats]:
         """The engine's counters. The future holds Unavailable when the loop ends first."""
@@ -342,12 +342,8 @@ class EngineLoop:
         if call_id in self._calls:
             self._engine.cancel(call_id)
 
-    def _release(self, listener: Listener, session_id: SessionId) -> None:
-        try:
-            device_bytes, host_bytes = self._engine.release(session_id)
-        except KVServiceError as error:
-            logger.warning("release_refused", extra={"session_id": session_id, "reason": error.reason})
-            device_bytes = host_bytes = 0
+    def _release(self, listener: Listener, session_id: SessionId, tenant_tag: bytes, *, purge: bool) -> None:
+        device_bytes, host_bytes = self._engine.release(session_id, tenant_tag, purge=purge)
         self._deliver(listener, Released(session_id, device_bytes, host_bytes))
 
     def _stats(self) -> WorkerStats:
@@ -381,23 +377,30 @@ class EngineLoop:
 
     def _step(self) -> None:
         try:
-            outputs = self._take_events(self._engine.step())
-            self._deliver_step(outputs)
+            events = self._engine.step()
+            self._deliver_step(self._take_events(events))
         except Exception:
             logger.exception("step_failed", extra={"running_calls": len(self._calls)})
-            self._step_failed()
+            self._fail_running(InternalError("a step of the engine failed; the worker's log says why"))
+            self._note_fault()
+            return
+        if any(_is_served(event) for event in events):
+            self._faults_in_a_row = 0
+        elif any(_is_fault(event) for event in events):
+            self._note_fault()
 
-    def _step_failed(self) -> None:
-        self.num_step_failures += 1
-        self._failures_in_a_row += 1
-        self._fail_running(InternalError("a step of the engine failed; the worker's log says why"))
-        if self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
-            logger.error("engine_given_up", extra={"failures_in_a_row": self._failures_in_a_row})
-            self._healthy = False
-            self._refuse_from_now(
-                Unavailable("the worker's engine fails again and again: call another worker", reason="unhealthy")
-            )
-            self._on_unhealthy()
+    def _note_fault(self) -> None:
+        self.num_faults += 1
+        self._faults_in_a_row += 1
+        if self._faults_in_a_row < MAX_FAULTS_IN_A_ROW:
+            return
+        logger.error("engine_given_up", extra={"faults": self.num_faults})
+        self._healthy = False
+        self._fail_running(InternalError("the worker's engine was given up; its log says why"))
+        self._refuse_from_now(
+            Unavailable("the worker's engine fails again and again: call another worker", reason="unhealthy")
+        )
+        self._on_unhealthy()
 
     def _take_events(self, events: Sequence[EngineEvent]) -> dict[Listener, list[CallOutput]]:
         """Post-processes a step: text from tokens, stop strings, the end of calls."""
@@ -407,7 +410,6 @@ class EngineLoop:
             call = self._calls.get(event.call_id)
             if call is None:
                 continue  # Its listener has gone, or was told of a failure already.
-            self._failures_in_a_row = 0
             was_stopped = _is_stopped(call)
             outputs.setdefault(call.listener, []).extend(_call_outputs(event, call))
             if isinstance(event, FinishedEvent | FailedEvent):
@@ -476,6 +478,20 @@ def _finished_outputs(event: FinishedEvent, answer: AnswerText | None) -> list[C
         # The last token completed a stop string.
         event = replace(event, finish_reason=FinishReason.STOP)
     return [TextEvent(event.call_id, (), rest), event] if rest else [event]
+
+
+def _is_served(event: EngineEvent) -> bool:
+    """Whether the engine got on with a call."""
+    return not isinstance(event, FailedEvent) and not (
+        isinstance(event, FinishedEvent) and event.finish_reason is FinishReason.CANCELLED
+    )
+
+
+def _is_fault(event: EngineEvent) -> bool:
+    """Whether the engine, not the call, was at fault."""
+    return isinstance(event, FailedEvent) and (
+        isinstance(event.error, InternalError) or not isinstance(event.error, KVServiceError)
+    )
 
 
 def _is_stopped(call: _RunningCall) -> bool:

@@ -10,6 +10,7 @@ import ipaddress
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
@@ -95,7 +96,8 @@ class WorkerServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         try:
             self.address = _bind(self._grpc, self._config.host, self._config.port)
-            self._model = await asyncio.wrap_future(self._engine.start())
+            model = await asyncio.wrap_future(self._engine.start())
+            self._model = replace(model, default_recipe=self._config.recipe)
             await self._registration.start(self.address)
             await self._grpc.start()
             await self._health.set(SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
@@ -109,7 +111,8 @@ class WorkerServer:
 
     async def drain(self, grace_s: float | None = None) -> None:
         """Lets running calls end within the grace (None: the configured one), cancels the rest, stops."""
-        await self.begin_drain(grace_s)
+        if self._stop is None:
+            await self.begin_drain(grace_s)
         await self.wait_stopped()
 
     async def begin_drain(self, grace_s: float | None = None) -> int:

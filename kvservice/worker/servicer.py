@@ -179,7 +179,8 @@ class Servicer(WorkerServiceServicer):
                 case "cancel":
                     self._engine.cancel(stream.internal_id(request.cancel.call_id))
                 case "release":
-                    self._engine.release(stream, SessionId(request.release.session_id))
+                    release = request.release
+                    self._engine.release(stream, SessionId(release.session_id), release.tenant_tag, purge=release.purge)
                 case "hello":
                     raise InvalidRequest("Hello comes once, as the first message of a stream", field="command")
                 case None:

@@ -77,9 +77,12 @@ class GatewaySide:
 class Running:
     """A started worker and all that a test may want to hold of it."""
 
-    def __init__(self, server: WorkerServer, engine: ScriptedEngine, store: MemoryStateStore) -> None:
+    def __init__(
+        self, server: WorkerServer, engine: ScriptedEngine, tokenizer: ToyTokenizer, store: MemoryStateStore
+    ) -> None:
         self.server = server
         self.engine = engine
+        self.tokenizer = tokenizer
         self.store = store
         self.channel = grpc.aio.insecure_channel(server.address)
         self.stub = WorkerServiceStub(self.channel)
@@ -110,10 +113,10 @@ async def start_worker() -> AsyncIterator[StartWorker]:
             engines.append(engine)
             return engine
 
-        store = MemoryStateStore()
-        server = WorkerServer(WorkerConfig(worker_id="worker-a", **settings), make_engine, ToyTokenizer(), store)
+        store, tokenizer = MemoryStateStore(), ToyTokenizer()
+        server = WorkerServer(WorkerConfig(worker_id="worker-a", **settings), make_engine, tokenizer, store)
         await server.start()
-        running.append(Running(server, engines[0], store))
+        running.append(Running(server, engines[0], tokenizer, store))
         return running[-1]
 
     yield start

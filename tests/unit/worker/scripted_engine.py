@@ -58,7 +58,12 @@ class ToyTokenStream:
 class ToyTokenizer:
     """A token is a code point; a question is put in brackets in chat form."""
 
+    def __init__(self) -> None:
+        self.may_encode = threading.Event()
+        self.may_encode.set()
+
     def encode(self, text: str, role: TextRole, prompt_format: PromptFormat, *, first: bool) -> list[int]:
+        assert self.may_encode.wait(20)
         if prompt_format is PromptFormat.CHAT and role is TextRole.QUESTION:
             text = f"[{text}]"
         return [ord(character) for character in ("^" if first else "") + text]
@@ -91,9 +96,11 @@ class ScriptedEngine:
         """What the next steps raise, while a call runs."""
         self.call_error: Exception | None = None
         """What running calls fail with."""
+        self.headroom_error: Exception | None = None
         self.cancelled: list[CallId] = []
         self.stopped: list[CallId] = []
         self.submitted: list[EngineCall] = []
+        self.purged: list[tuple[bytes, SessionId]] = []
         self.closed = False
         self.sessions: set[SessionId] = set()
         self._running: dict[CallId, _Running] = {}
@@ -120,8 +127,10 @@ class ScriptedEngine:
         self.stopped.append(call_id)
         self._running[call_id].finish = FinishReason.STOP
 
-    def release(self, session_id: SessionId) -> tuple[int, int]:
+    def release(self, session_id: SessionId, tenant_tag: bytes, *, purge: bool) -> tuple[int, int]:
         self._check_thread()
+        if purge:
+            self.purged.append((tenant_tag, session_id))
         held = session_id in self.sessions
         self.sessions.discard(session_id)
         return (100, 200) if held else (0, 0)
@@ -139,9 +148,11 @@ class ScriptedEngine:
 
     def headroom(self) -> Headroom:
         self._check_thread()
+        if self.headroom_error is not None:
+            raise self.headroom_error
         return Headroom(
             device_capacity_bytes=1000,
-            device_free_bytes=1000 - 100 * len(self._running),
+            device_free_bytes=1000 - 10 * len(self._running),
             running_calls=len(self._running),
             resident_sessions=len(self.sessions),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 
 import grpc
 import pytest
@@ -11,7 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvservice.config.worker import WorkerConfig
-from kvservice.errors import ConfigError, ModelError, Overloaded
+from kvservice.errors import ConfigError, InternalError, ModelError, Overloaded
 from kvservice.internal.v1 import worker_pb2
 from kvservice.internal.v1.worker_pb2_grpc import WorkerServiceStub
 from kvservice.store.memory import MemoryStateStore
@@ -35,12 +36,14 @@ async def stepping(engine, awaitable):
     return await task
 
 
-async def test_hello_is_answered_with_identity_model_and_headroom(worker):
+async def test_hello_is_answered_with_identity_model_and_headroom(start_worker):
+    worker = await start_worker(recipe="exact")
     gateway = GatewaySide(worker.stub)
     message = await gateway.hello()
     assert message.welcome.worker_id == "worker-a"
     assert message.welcome.epoch == 1
     assert message.welcome.model.name == "scripted"
+    assert message.welcome.model.default_recipe == "exact"
     assert list(message.welcome.model.recipes) == ["dense", "exact", "recall"]
     assert message.headroom.device_capacity_bytes == 1000
 
@@ -106,22 +109,14 @@ async def test_a_refusal_carries_code_reason_and_fresh_headroom(worker):
     assert message.headroom.device_free_bytes == 1000
 
 
-async def test_an_unknown_recipe_a_call_without_work_and_a_foreign_token_are_refused(worker):
+async def test_an_unknown_recipe_a_baseline_and_a_call_without_work_are_refused(worker):
     gateway = await worker.connect()
-    await gateway.generate("ok", "a")
-    await gateway.admission()
-    await gateway.answer("ok")
-    await gateway.submit("c1", recipe="magic", append=worker_pb2.AppendWork(token_ids=[1]))
-    await gateway.submit("c2", recipe="recall-oracle", append=worker_pb2.AppendWork(token_ids=[1]))
+    append = worker_pb2.AppendWork(token_ids=[1])
+    await gateway.submit("c1", recipe="magic", append=append)
+    await gateway.submit("c2", recipe="recall-oracle", append=append)
     await gateway.submit("c3")
-    await gateway.submit("c4", append=worker_pb2.AppendWork(token_ids=[0x110000]))
-    refusals = [(await gateway.admission()).refusal for _ in range(4)]
-    assert [refusal.reason for refusal in refusals] == [
-        "unknown_recipe",
-        "unknown_recipe",
-        "invalid_request",
-        "invalid_request",
-    ]
+    reasons = [(await gateway.admission()).refusal.reason for _ in range(3)]
+    assert reasons == ["unknown_recipe", "unknown_recipe", "invalid_request"]
 
 
 async def test_an_unexpected_error_of_submit_refuses_the_call_and_says_nothing_of_the_inside(worker, caplog):
@@ -247,6 +242,13 @@ async def test_release_tells_what_was_freed(worker):
         assert (released.session_id, released.freed_device_bytes) == ("session-c1", freed)
 
 
+async def test_release_with_purge_reaches_the_engine_with_the_tenants_tag(worker):
+    gateway = await worker.connect()
+    await gateway.send(release=worker_pb2.Release(session_id="s", tenant_tag=b"t" * 16, purge=True))
+    await gateway.read()
+    assert worker.engine.purged == [(b"t" * 16, "s")]
+
+
 async def test_tokenize_knows_role_format_and_place(worker):
     request = worker_pb2.TokenizeRequest(
         text="hi",
@@ -263,6 +265,17 @@ async def test_tokenize_without_a_role_is_refused(worker):
         await worker.stub.Tokenize(worker_pb2.TokenizeRequest(text="hi"))
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert dict(caught.value.trailing_metadata())["kvservice-reason"] == "invalid_request"
+
+
+async def test_a_text_that_takes_long_to_tokenize_keeps_nobody_else_waiting(worker):
+    worker.tokenizer.may_encode.clear()
+    tokenized = worker.stub.Tokenize(worker_pb2.TokenizeRequest(text="hi", role=worker_pb2.TEXT_ROLE_DOCUMENT))
+    gateway = await worker.connect()
+    await gateway.generate("c1", "ab")
+    await gateway.admission()
+    assert (await gateway.answer("c1"))[0] == "ab"
+    worker.tokenizer.may_encode.set()
+    assert "".join(map(chr, (await tokenized).token_ids)) == "hi"
 
 
 async def test_stats_name_the_worker(worker):
@@ -303,10 +316,7 @@ async def test_a_step_that_raises_fails_the_running_calls_and_the_worker_serves_
 async def test_an_engine_that_fails_three_times_in_a_row_is_given_up(worker, caplog):
     gateway = await worker.connect()
     worker.engine.step_errors = [RuntimeError("broken")] * 3
-    for number in range(3):
-        await gateway.generate(f"c{number}", "ab")
-        await gateway.admission()
-        await gateway.answer(f"c{number}")
+    await fail_calls(gateway, 3)
     # Streams are told without being asked.
     assert (await gateway.read()).headroom.draining
     await gateway.generate("c4", "ab")
@@ -316,14 +326,57 @@ async def test_an_engine_that_fails_three_times_in_a_row_is_given_up(worker, cap
     assert "engine_given_up" in caplog.messages
 
 
+async def test_a_failure_is_told_even_when_the_engine_cannot_say_what_is_left(worker, caplog):
+    gateway = await worker.connect()
+    worker.engine.permits = threading.Semaphore(0)
+    await gateway.generate("c1", "ab")
+    await gateway.admission()
+    worker.engine.step_errors = [RuntimeError("broken")]
+    worker.engine.headroom_error = RuntimeError("broken too")
+    worker.engine.permits.release()
+    message = await gateway.read()
+    assert message.step.events[0].failure.code == "INTERNAL"
+    assert message.headroom.device_capacity_bytes == 1000
+    assert "headroom_failed" in caplog.messages
+
+
+async def fail_calls(gateway, count):
+    for number in range(count):
+        await gateway.generate(f"failing-{number}", "ab")
+        assert (await gateway.admission()).admitted
+        _, last = await gateway.answer(f"failing-{number}")
+        assert last.failure.code == "INTERNAL"
+
+
+async def test_an_engine_that_reports_its_own_faults_is_given_up_too(worker):
+    gateway = await worker.connect()
+    worker.engine.call_error = InternalError("a step failed: RuntimeError")
+    await fail_calls(gateway, 3)
+    assert (await gateway.read()).headroom.draining
+
+
+async def test_a_call_that_is_served_between_faults_keeps_the_engine_in_use(worker):
+    gateway = await worker.connect()
+    for _ in range(2):
+        worker.engine.step_errors = [RuntimeError("broken")] * 2
+        await fail_calls(gateway, 2)
+        await gateway.generate("good", "ab")
+        assert (await gateway.admission()).admitted
+        assert (await gateway.answer("good"))[0] == "ab"
+
+
 async def test_a_gateway_that_reads_no_more_loses_its_stream_and_its_calls(start_worker, caplog):
-    worker = await start_worker(step_by_step=True, stream_queue_messages=8)
+    worker = await start_worker(step_by_step=True, stream_queue_messages=100)
     # A receive window that doesn't grow, so that few messages fill it.
     channel = grpc.aio.insecure_channel(worker.server.address, options=[("grpc.http2.bdp_probe", 0)])
     slow = GatewaySide(WorkerServiceStub(channel), "slow")
     await slow.hello()
     for number in range(40):
         await slow.generate(f"c{number}", "x", max_new_tokens=2**31)
+    admitted = 0
+    while admitted < 40:
+        worker.engine.permits.release()
+        admitted += (await slow.read()).admission.admitted
     while len(worker.engine.cancelled) < 40:
         worker.engine.permits.release()
         # In this time the worker sends what the step gave, if it still can.
@@ -385,9 +438,15 @@ async def test_the_worker_is_in_the_store_while_it_runs(worker):
     assert await worker.store.list_workers() == []
 
 
-async def test_stopping_twice_is_fine(worker):
+async def test_stopping_twice_and_draining_afterwards_is_fine(worker):
     await asyncio.gather(worker.server.stop(), worker.server.stop())
     await worker.server.stop()
+    await worker.server.drain()
+
+
+async def test_draining_an_idle_worker_stops_it_at_once(worker):
+    await asyncio.gather(worker.server.drain(), worker.server.drain())
+    assert worker.engine.closed
 
 
 async def test_a_stream_ends_when_the_worker_stops_and_its_calls_are_told(start_worker):
