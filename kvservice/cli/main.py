@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from kvservice import __version__
-from kvservice.cli import catalogue, model, serve, size
+from kvservice.cli import catalogue, chat, model, serve, sessions, size
 from kvservice.cli.output import complain
 from kvservice.errors import ConfigError, KVServiceError, ModelError
 
@@ -27,6 +27,9 @@ app.add_typer(model.app, name="model")
 app.command("serve")(serve.serve)
 app.command("gateway")(serve.gateway)
 app.command("worker")(serve.worker)
+app.command("chat")(chat.chat)
+app.add_typer(sessions.app, name="sessions")
+app.command("stats")(sessions.stats)
 app.command("methods")(catalogue.methods)
 app.command("recipes")(catalogue.recipes)
 app.command("size")(size.size)
