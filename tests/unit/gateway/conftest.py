@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from kvservice.client import Client, RetryPolicy
 from kvservice.config.api_keys import ApiKey, ApiKeys
 from kvservice.config.gateway import GatewayConfig
 from kvservice.gateway.server import Gateway
+from kvservice.store.base import StateStore
 from kvservice.store.memory import MemoryStateStore
 from kvservice.types import Role
 from kvservice.v1 import inference_pb2_grpc, sessions_pb2_grpc
@@ -37,7 +39,7 @@ class Clock:
 class Service:
     """A running gateway and what is around it."""
 
-    def __init__(self, gateway: Gateway, store: MemoryStateStore, workers: list[FakeWorker], clock: Clock) -> None:
+    def __init__(self, gateway: Gateway, store: StateStore, workers: list[FakeWorker], clock: Clock) -> None:
         self.gateway = gateway
         self.store = store
         self.workers = workers
@@ -99,10 +101,17 @@ def config(**settings: Any) -> GatewayConfig:
 
 @asynccontextmanager
 async def running(
-    workers: list[FakeWorker] | None = None, api_keys: ApiKeys | None = None, **settings: Any
+    workers: list[FakeWorker] | None = None,
+    api_keys: ApiKeys | None = None,
+    store: StateStore | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Service]:
     clock = Clock()
-    store = MemoryStateStore(clock)
+    if store is None:
+        store = MemoryStateStore(clock)
+    else:
+        # Redis has a clock of its own.
+        clock.now = time.time()
     workers = [FakeWorker()] if workers is None else workers
     gateway = Gateway(config(**settings), store, api_keys, clock=clock)
     service = Service(gateway, store, workers, clock)
