@@ -75,9 +75,8 @@ class HeldSequences:
             BudgetTooSmall: it would not fit if it were alone.
             Overloaded: it doesn't fit beside the busy ones.
         """
-        held = self._held.get(session_id)
-        self.reserve(session_id, recipe if held is None else held.recipe, num_tokens)
-        memory = held or SequenceMemory(session_id, recipe, self.arena, self._host)
+        memory = self._held.get(session_id) or SequenceMemory(session_id, recipe, self.arena, self._host)
+        self.reserve(session_id, memory.recipe, num_tokens)
         self._held.pop(session_id, None)
         self._held[session_id] = memory
         self._busy.add(session_id)

@@ -30,6 +30,7 @@ class PagedEntries:
         self._owner = owner
         self._length = 0
         self._table = torch.empty(num_rows, 0, dtype=torch.int64, device=arena.device)
+        self._where = self._table
 
     @property
     def num_bytes(self) -> int:
@@ -46,17 +47,17 @@ class PagedEntries:
         if missing:
             blocks = self._arena.allocate(self._owner, missing * rows).view(rows, missing)
             self._table = torch.cat([self._table, blocks], dim=1)
-        pieces = self._arena.pieces(self._piece_bytes)
-        where = self._where(slice(None), start, self._length)
-        pieces[where.reshape(-1)] = entries.reshape(-1, self._piece_bytes)
+        self._locate()
+        where = self._where[:, start * self._pieces_per_entry :]
+        self._arena.pieces(self._piece_bytes)[where.reshape(-1)] = entries.reshape(-1, self._piece_bytes)
 
     def read(self, rows: slice) -> Tensor:
         """A copy of all entries of some rows, uint8 `[rows, length, entry_bytes]`."""
         num_rows = len(range(*rows.indices(self._table.shape[0])))
         if not self.entry_bytes:
             return self._arena.cells.new_empty(num_rows, self._length, 0, dtype=torch.uint8)
-        where = self._where(rows, 0, self._length)
-        pieces = self._arena.pieces(self._piece_bytes).index_select(0, where.reshape(-1))
+        where = self._where[rows].reshape(-1)
+        pieces = self._arena.pieces(self._piece_bytes).index_select(0, where)
         return pieces.view(num_rows, self._length, self.entry_bytes)
 
     def truncate(self, length: int) -> None:
@@ -66,11 +67,13 @@ class PagedEntries:
         if columns < self._table.shape[1]:
             self._arena.free(self._owner, self._table[:, columns:])
             self._table = self._table[:, :columns].contiguous()
+        self._locate()
 
     def _blocks(self, length: int) -> int:
         return -(-length * self._pieces_per_entry // self._pieces_per_block)
 
-    def _where(self, rows: slice, start: int, stop: int) -> Tensor:
-        piece = torch.arange(start * self._pieces_per_entry, stop * self._pieces_per_entry, device=self._arena.device)
-        blocks = self._table[rows][:, piece // self._pieces_per_block]
-        return blocks * self._pieces_per_block + piece % self._pieces_per_block
+    def _locate(self) -> None:
+        """Works out where each piece lies, once for the many reads between two changes."""
+        piece = torch.arange(self._length * self._pieces_per_entry, device=self._arena.device)
+        blocks = self._table[:, piece // self._pieces_per_block]
+        self._where = blocks * self._pieces_per_block + piece % self._pieces_per_block

@@ -117,9 +117,9 @@ class WriteBehind:
         self._max_pending_bytes = max_pending_bytes
         self._open_s = open_s
         self._clock = clock
-        # One lock for all below; `_idle` tells `flush` that nothing waits.
+        # One lock for all below; `_changed` wakes who waits for room or for the end of the work.
         self._lock = threading.Lock()
-        self._idle = threading.Condition(self._lock)
+        self._changed = threading.Condition(self._lock)
         self._jobs: deque[_Put | _Delete] = deque()
         self._circuit = _Circuit.OPEN
         self._closing = False
@@ -155,6 +155,11 @@ class WriteBehind:
         """
         with self._lock:
             return self._has_room(num_bytes)
+
+    def wait_for_room(self, num_bytes: int, timeout_s: float) -> None:
+        """Waits until `has_room`, at most `timeout_s`. Blocks."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._has_room(num_bytes), timeout_s)
 
     def submit(self, header: FrameHeader, payload: Buffer, on_done: Done | None = None) -> bool:
         """Takes a frame to be written; False if there is no room for it now, and then nothing has happened.
@@ -213,8 +218,8 @@ class WriteBehind:
 
     def flush(self, timeout_s: float) -> bool:
         """Waits until no frame and no deletion is pending. False if some still are after `timeout_s`. Blocks."""
-        with self._idle:
-            return self._idle.wait_for(self._is_idle, timeout_s)
+        with self._changed:
+            return self._changed.wait_for(self._is_idle, timeout_s)
 
     def close(self, timeout_s: float) -> None:
         """Writes what is pending for at most `timeout_s`, gives up the rest, ends the thread. Blocks."""
@@ -268,7 +273,7 @@ class WriteBehind:
                 self._jobs.clear()
                 self._counts.is_deleting = False
                 self._loop = None
-                self._idle.notify_all()
+                self._changed.notify_all()
             if not reached.done():
                 reached.set_exception(InternalError("the thread that writes to the tier ended at once"))
 
@@ -362,7 +367,7 @@ class WriteBehind:
                 else:
                     self._jobs.appendleft(job)
                     self._circuit = _Circuit.OPEN
-                self._idle.notify_all()
+                self._changed.notify_all()
         if reason is not None:
             self._break(reason)
 
@@ -432,7 +437,7 @@ class WriteBehind:
                 self._counts.pending_bytes -= sum(len(put.payload) for put in puts)
                 if reason is not None and puts:
                     self._counts.failures[reason] += len(puts)
-                self._idle.notify_all()
+                self._changed.notify_all()
 
 
 @dataclass(slots=True)

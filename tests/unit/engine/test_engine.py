@@ -446,7 +446,9 @@ def test_a_second_call_on_a_busy_session_is_refused(engine):
 
 
 def test_a_sequence_that_can_never_fit_is_told_how_much_it_needs(model):
-    engine = make_engine(model, kv_bytes=4 << 20, prefill_chunk_tokens=64)
+    room = make_engine(model, prefill_chunk_tokens=64).headroom().device_capacity_bytes
+    enough = footprint(model.spec.shape, RECALL, 500).device_bytes
+    engine = make_engine(model, prefill_chunk_tokens=64, kv_bytes=(64 << 20) - room + enough)
     needed = footprint(model.spec.shape, DENSE, 2000)
     message = refused(engine, BudgetTooSmall, recipe=DENSE, document_tokens=tokens(2000))
     assert str(needed.device_bytes) in message
@@ -525,12 +527,12 @@ def test_telemetry_counts_only_what_moves(engine):
 
 
 def test_host_kv_is_really_what_recall_reads(engine):
-    """Poisoned host KV changes the answer; poisoned again after it was recalled, it doesn't."""
+    """A negative control: with host KV poisoned, the logits change."""
     document = tokens(900)
     append(engine, "s", RECALL, document)
     clean = engine.score(SessionId("s"), (5,))
     append(engine, "t", RECALL, document)
-    engine._host._groups.zero_()
+    engine._sequences._host._groups.zero_()
     assert not torch.allclose(engine.score(SessionId("t"), (5,)), clean, atol=FP32_LOGITS)
 
 

@@ -211,7 +211,7 @@ def ask(index, keys, bits, q):
     )
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 def test_low_bit_scores_equal_those_of_keys_rounded_one_by_one(bits):
     torch.manual_seed(4)
     keys, q = torch.randn(2, 128, 32), torch.randn(2, 3, 32)
