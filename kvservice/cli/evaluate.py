@@ -1,0 +1,261 @@
+"""`kvservice eval`: how good a recipe's answers are beside dense ones. Measuring is done in `kvservice.evaluation`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvservice.cli.options import DEFAULT_MODEL, JsonFile, Model, Recipe
+from kvservice.cli.output import hint, human_bytes, progress_bar, show_table, write_json
+from kvservice.cli.settings import read_file
+from kvservice.config.recipes import DEFAULT_RECIPE, RECIPES
+from kvservice.config.worker import WorkerConfig
+from kvservice.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvservice.engine import Engine
+    from kvservice.evaluation.passkey import PasskeyFigures
+    from kvservice.evaluation.quality import QualityFigures
+
+app = typer.Typer(help="Measure quality beside `dense`.", no_args_is_help=True)
+
+EVAL_KV_BYTES = 1 << 30
+"""Room for the dense session and three others at 8,000 tokens of the small model."""
+
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Unset: the cores.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="bf16 or fp32, of weights and KV.")]
+
+
+class Haystack(Enum):
+    """What a pass key is hidden in."""
+
+    PROSE = "prose"
+    NOISE = "noise"
+
+
+@app.command("quality")
+def quality(
+    texts: Annotated[
+        list[Path], typer.Option("--texts", metavar="FILE|DIR", help="Texts, or folders of them; may be repeated.")
+    ],
+    more_texts: Annotated[list[Path] | None, typer.Argument(metavar="[FILE|DIR]...", help="Further texts.")] = None,
+    recipe: Recipe = DEFAULT_RECIPE,
+    context: Annotated[int, typer.Option("--context", min=1, help="Tokens read before the measured ones.")] = 4096,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Measured tokens of each text.")] = 256,
+    bootstrap: Annotated[bool, typer.Option("--bootstrap", help="Also a 95 % interval of the KL.")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Of the bootstrap.")] = 7,
+    max_kl: Annotated[float | None, typer.Option("--max-kl", min=0, help="Exit 1 when the mean KL is above.")] = None,
+    model: Model = DEFAULT_MODEL,
+    dtype: Dtype = "bf16",
+    threads: Threads = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Distance of a recipe's next-token distributions from dense ones, on your texts.
+
+    An oracle and random recall of the same budget are measured beside it.
+    """
+    files = _text_files([*texts, *(more_texts or [])])
+    from kvservice.evaluation.quality import TextResult, measure_text, summarize, tokens_needed
+    from kvservice.models.fetch import resolve
+    from kvservice.models.tokenizer import Tokenizer
+    from kvservice.types import PromptFormat, TextRole
+
+    spec = RECIPES[recipe or DEFAULT_RECIPE]
+    needed = tokens_needed(context, new_tokens)
+    tokenizer = Tokenizer.load(resolve(model, None))
+    chosen: list[tuple[str, list[int]]] = []
+    skipped: list[str] = []
+    for path in files:
+        text = read_file(path, "--texts").decode(errors="replace")
+        tokens = tokenizer.encode(text, TextRole.DOCUMENT, PromptFormat.RAW, first=True)
+        if len(tokens) < needed:
+            skipped.append(path.name)
+            hint(f"{path}: skipped, {len(tokens):,} tokens of {needed:,}")
+        else:
+            chosen.append((path.name, tokens[:needed]))
+    if not chosen:
+        raise ConfigError(
+            f"--texts: none of {len(files)} has {needed:,} tokens; give longer ones, or a lower --context"
+        )
+    engine = _engine(model, dtype, threads)
+    results: list[TextResult] = []
+    with progress_bar() as bar:
+        task = bar.add_task("tokens", total=4 * (needed - 1) * len(chosen))
+        for name, tokens in chosen:
+            bar.update(task, description=name)
+            results.append(measure_text(engine, spec, name, tokens, context, lambda count: bar.advance(task, count)))
+    info = engine.info
+    figures = summarize(results, spec, info.shape.kv_bytes_per_token, bootstrap_seed=seed if bootstrap else None)
+    _show_quality(spec.name, context, figures)
+    hint(f"Model {info.name}: {info.origin}. Its figures say nothing about another model: measure yours.")
+    if json_file is not None:
+        settings = {
+            "recipe": spec.name,
+            "model": model,
+            "origin": info.origin,
+            "dtype": dtype,
+            "context": context,
+            "new_tokens": new_tokens,
+            "texts": [name for name, _ in chosen],
+            "skipped_texts": skipped,
+            "window_tokens": spec.window_tokens,
+            "recalled_tokens": spec.recalled_tokens,
+            "index_bits": spec.index_bits,
+            "seed": seed,
+            "max_kl": max_kl,
+            "threads": threads,
+        }
+        write_json(json_file, settings, asdict(figures))
+    if max_kl is not None and figures.kl_mean > max_kl:
+        hint(f"The mean KL of {figures.kl_mean:.4f} is above --max-kl {max_kl:g}.")
+        raise typer.Exit(1)
+
+
+def _show_quality(recipe: str, context: int, figures: QualityFigures) -> None:
+    columns = ("text", "KL", "KL, oracle", "KL, random", "top-1", "NLL", "NLL, dense")
+    rows = [
+        (
+            text.name,
+            f"{text.kl_mean:.4f}",
+            f"{text.oracle_kl_mean:.4f}",
+            f"{text.random_kl_mean:.4f}",
+            f"{text.top1_agreement:.1%}",
+            f"{text.nll:.3f}",
+            f"{text.nll_dense:.3f}",
+        )
+        for text in figures.texts
+    ]
+    total = (
+        "all",
+        f"{figures.kl_mean:.4f}",
+        f"{figures.oracle_kl_mean:.4f}",
+        f"{figures.random_kl_mean:.4f}",
+        f"{figures.top1_agreement:.1%}",
+        f"{figures.nll:.3f}",
+        f"{figures.nll_dense:.3f}",
+    )
+    show_table(
+        f"Recipe {recipe} beside dense after {context:,} tokens, {figures.num_tokens:,} tokens measured",
+        columns,
+        [*rows, total],
+        numeric=columns[1:],
+    )
+    if figures.kl_interval is not None:
+        low, high = figures.kl_interval
+        typer.echo(f"KL, 95 % interval over texts and tokens: {low:.4f} to {high:.4f}")
+    typer.echo(
+        f"One session: {human_bytes(figures.device_kv_bytes)} on the device, {human_bytes(figures.host_kv_bytes)} in host "
+        f"memory; dense {human_bytes(figures.dense_kv_bytes)} on the device."
+    )
+
+
+@app.command("passkey")
+def passkey(
+    recipe: Recipe = DEFAULT_RECIPE,
+    tokens: Annotated[int, typer.Option("--tokens", min=64, help="Tokens of each prompt, at most.")] = 4000,
+    cases: Annotated[int, typer.Option("--cases", min=1, help="Prompts, at depths 5, 25, 50, 75, 95 % in turn.")] = 10,
+    seed: Annotated[int, typer.Option("--seed", help="Of the pass keys.")] = 7,
+    haystack: Annotated[Haystack, typer.Option("--haystack", help="What the key is hidden in.")] = Haystack.NOISE,
+    text: Annotated[
+        Path | None, typer.Option("--text", metavar="FILE", help="Prose of the haystack. Unset: the demo's document.")
+    ] = None,
+    model: Model = DEFAULT_MODEL,
+    dtype: Dtype = "bf16",
+    threads: Threads = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Does a recipe still find one sentence in a long text? Compared with dense case by case."""
+    if text is not None and haystack is not Haystack.PROSE:
+        raise typer.BadParameter("--text is a haystack of prose: add --haystack prose, or leave --text out")
+    from kvservice.demo.document import shipped_text
+    from kvservice.evaluation.haystack import make_cases, noise_units, prose_units
+    from kvservice.evaluation.passkey import run_case, summarize
+    from kvservice.models.fetch import resolve
+    from kvservice.models.tokenizer import Tokenizer
+    from kvservice.types import PromptFormat, TextRole
+
+    spec = RECIPES[recipe or DEFAULT_RECIPE]
+    tokenizer = Tokenizer.load(resolve(model, None))
+    prose = shipped_text() if text is None else read_file(text, "--text").decode(errors="replace")
+    is_prose = haystack is Haystack.PROSE
+    asked = make_cases(
+        prose_units(prose) if is_prose else noise_units(),
+        is_prose=is_prose,
+        num_tokens=tokens,
+        num_cases=cases,
+        seed=seed,
+        count=lambda part: len(tokenizer.encode(part, TextRole.DOCUMENT, PromptFormat.RAW, first=True)),
+    )
+    engine = _engine(model, dtype, threads)
+    with progress_bar() as bar:
+        results = [run_case(engine, tokenizer, spec, case) for case in bar.track(asked, description="cases")]
+    figures = summarize(results)
+    _show_passkey(spec.name, tokens, haystack, figures)
+    info = engine.info
+    hint(f"Model {info.name}: {info.origin}.")
+    if json_file is not None:
+        settings = {
+            "recipe": spec.name,
+            "model": model,
+            "origin": info.origin,
+            "dtype": dtype,
+            "tokens": tokens,
+            "cases": cases,
+            "seed": seed,
+            "haystack": haystack.value,
+            "text": str(text) if text is not None else None,
+            "threads": threads,
+        }
+        answers = [
+            {"tokens": result.num_tokens, "answer": result.answer, "dense_answer": result.dense_answer}
+            | {"pass_key": result.case.pass_key, "depth_percent": result.case.depth_percent}
+            for result in results
+        ]
+        write_json(json_file, settings, {**asdict(figures), "answers": answers})
+
+
+def _show_passkey(recipe: str, tokens: int, haystack: Haystack, figures: PasskeyFigures) -> None:
+    rows = [
+        (f"{depth} %", str(row.correct), str(row.dense_correct), str(row.cases))
+        for depth, row in figures.by_depth.items()
+    ]
+    columns = ("depth", recipe, "dense", "cases")
+    show_table(
+        f"Pass keys found in {tokens:,} tokens of {haystack.value}",
+        columns if recipe != "dense" else ("depth", "dense", "dense again", "cases"),
+        [*rows, ("all", str(figures.correct), str(figures.dense_correct), str(figures.cases))],
+        numeric=columns[1:],
+    )
+    typer.echo(f"Lost against dense: {figures.lost}; gained: {figures.gained}.")
+
+
+def _text_files(paths: Sequence[Path]) -> list[Path]:
+    """Files as they are named, and all files of folders, sorted.
+
+    Raises:
+        ConfigError: a path isn't there, or a folder is empty.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise ConfigError(f"--texts {path}: there is no such file or folder")
+        found = sorted(inner for inner in path.iterdir() if inner.is_file()) if path.is_dir() else [path]
+        if not found:
+            raise ConfigError(f"--texts {path}: the folder has no files")
+        files += found
+    return files
+
+
+def _engine(model: str, dtype: str, threads: int | None) -> Engine:
+    from kvservice.cli.compose import make_engine
+    from kvservice.models.fetch import resolve
+
+    if dtype not in ("bf16", "fp32"):
+        raise ConfigError(f"--dtype {dtype}: choose bf16 or fp32")
+    settings = {"model": model, "kv_bytes": EVAL_KV_BYTES, "dtype": dtype, "threads": threads}
+    return make_engine(WorkerConfig.model_validate(settings), resolve(model, None), None)

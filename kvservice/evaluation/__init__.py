@@ -1,0 +1,1 @@
+"""How good answers are, beside `dense`: distances of distributions, and retrieval. In process, on one engine."""
