@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from collections.abc import Sequence
 
 import torch
@@ -16,8 +15,8 @@ from kvservice.types import GROUP_TOKENS, SINK_TOKENS, SessionId
 
 FINGERPRINT_BYTES = 16
 
-RECHECK_S = 0.1
-"""How often a full queue is looked at again although no frame has ended."""
+RECHECK_S = 1.0
+"""How long a group from decoding waits for room at a time."""
 
 
 def kv_fingerprint(**facts: str | int | float) -> bytes:
@@ -40,17 +39,14 @@ class GroupFrames:
         self._frames = frames
         self._fingerprint = fingerprint
         self._group_bytes = group_bytes
-        self._frame_done = threading.Event()
 
     def has_room(self, num_groups: int) -> bool:
         """Whether that many groups can be taken now."""
         return self._frames.has_room(num_groups * self._group_bytes)
 
     def wait_for_room(self, num_groups: int, timeout_s: float) -> None:
-        """Blocks until a frame was written or given up, at most `timeout_s`; not at all when there is room."""
-        self._frame_done.clear()
-        if not self.has_room(num_groups):
-            self._frame_done.wait(timeout_s)
+        """Blocks until there is room, at most `timeout_s`."""
+        self._frames.wait_for_room(num_groups * self._group_bytes, timeout_s)
 
     def write(
         self, tenant_tag: bytes, session_id: SessionId, first_group: int, token_ids: Sequence[int], groups: Tensor
@@ -75,7 +71,8 @@ class GroupFrames:
                 shape=tuple(group.shape),
                 dtype=str(group.dtype).removeprefix("torch."),
             )
-            self._submit(header, _memory(group))
+            while not self._frames.submit(header, _memory(group)):
+                self._frames.wait_for_room(self._group_bytes, RECHECK_S)
 
     def delete(self, tenant_tag: bytes, session_id: SessionId) -> None:
         """Deletes all frames of a session, in time."""
@@ -88,15 +85,6 @@ class GroupFrames:
     def total_bytes(self) -> int:
         """Bytes written, not deleted, and not past their time."""
         return self._frames.stats().stored_bytes
-
-    def _submit(self, header: FrameHeader, payload: memoryview) -> None:
-        self._frame_done.clear()
-        while not self._frames.submit(header, payload, self._done):
-            self._frame_done.wait(RECHECK_S)
-            self._frame_done.clear()
-
-    def _done(self, written: bool) -> None:  # noqa: ARG002 -- the writer counts what wasn't
-        self._frame_done.set()
 
 
 def _group_hashes(tenant_tag: bytes, token_ids: Sequence[int], first_group: int) -> list[bytes]:
