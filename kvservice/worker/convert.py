@@ -8,7 +8,7 @@ from kvservice.internal import convert
 from kvservice.internal.v1 import worker_pb2
 from kvservice.types import CallId, EngineCall, FailedEvent, FinishedEvent, ModelInfo, ProgressEvent, SessionId
 from kvservice.v1.common_pb2 import TokenChunk
-from kvservice.worker.loop import CallOutput, TextEvent
+from kvservice.worker.outputs import CallOutput, TextEvent
 
 
 def engine_call(submit: worker_pb2.Submit, call_id: CallId, info: ModelInfo) -> EngineCall:

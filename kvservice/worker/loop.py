@@ -23,15 +23,24 @@ from kvservice.types import (
     EngineEvent,
     FailedEvent,
     FinishedEvent,
-    FinishReason,
     Headroom,
     ModelInfo,
-    ProgressEvent,
     SessionId,
-    TokenEvent,
     WorkerStats,
 )
 from kvservice.worker.answer import AnswerText, TokenStream
+from kvservice.worker.outputs import (
+    Admission,
+    CallOutput,
+    Connected,
+    Listener,
+    Output,
+    Released,
+    Stepped,
+    call_outputs,
+    is_fault,
+    is_served,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -82,57 +91,6 @@ class Detokenizer(Protocol):
 
     def stream(self) -> TokenStream:
         """A fresh stream for one answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class TextEvent:
-    """Tokens of an answer, and the text that may be shown for them (and for earlier ones)."""
-
-    call_id: CallId
-    token_ids: tuple[int, ...]
-    text: str
-
-
-CallOutput = ProgressEvent | TextEvent | FinishedEvent | FailedEvent
-
-
-@dataclass(frozen=True, slots=True)
-class Connected:
-    """First output to a listener."""
-
-
-@dataclass(frozen=True, slots=True)
-class Admission:
-    """The answer to a submitted call; `refusal` None: admitted. Comes before the call's first event."""
-
-    call_id: CallId
-    refusal: KVServiceError | None
-
-
-@dataclass(frozen=True, slots=True)
-class Stepped:
-    """All that one step gave to the listener's calls. Without events only the headroom is news."""
-
-    events: tuple[CallOutput, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Released:
-    """The answer to a release."""
-
-    session_id: SessionId
-    device_bytes: int
-    host_bytes: int
-
-
-Output = Connected | Admission | Stepped | Released
-
-
-class Listener(Protocol):
-    """Who submitted calls. Compared by identity."""
-
-    def deliver(self, output: Output, headroom: Headroom) -> None:
-        """Takes an output. Called in the engine thread: must neither block nor raise."""
 
 
 @dataclass(slots=True)
@@ -384,9 +342,9 @@ class EngineLoop:
             self._fail_running(InternalError("a step of the engine failed; the worker's log says why"))
             self._note_fault()
             return
-        if any(_is_served(event) for event in events):
+        if any(is_served(event) for event in events):
             self._faults_in_a_row = 0
-        elif any(_is_fault(event) for event in events):
+        elif any(is_fault(event) for event in events):
             self._note_fault()
 
     def _note_fault(self) -> None:
@@ -411,7 +369,7 @@ class EngineLoop:
             if call is None:
                 continue  # Its listener has gone, or was told of a failure already.
             was_stopped = _is_stopped(call)
-            outputs.setdefault(call.listener, []).extend(_call_outputs(event, call))
+            outputs.setdefault(call.listener, []).extend(call_outputs(event, call.answer))
             if isinstance(event, FinishedEvent | FailedEvent):
                 del self._calls[event.call_id]
             elif _is_stopped(call) and not was_stopped:
@@ -453,45 +411,6 @@ class EngineLoop:
         self._abandon_commands()
         self._wake_idle_waiters()
         _resolve(self._stopped, None)
-
-
-def _call_outputs(event: EngineEvent, call: _RunningCall) -> list[CallOutput]:
-    match event:
-        case TokenEvent(call_id, token_id):
-            if call.answer is None or call.answer.stopped:
-                return []
-            return [TextEvent(call_id, (token_id,), call.answer.push(token_id))]
-        case FinishedEvent():
-            return _finished_outputs(event, call.answer)
-        case FailedEvent(call_id, error) if not isinstance(error, KVServiceError):
-            logger.error("call_failed", extra={"call_id": call_id}, exc_info=error)
-            return [FailedEvent(call_id, InternalError("the call failed inside; the worker's log says why"))]
-        case _:
-            return [event]
-
-
-def _finished_outputs(event: FinishedEvent, answer: AnswerText | None) -> list[CallOutput]:
-    if answer is None:
-        return [event]
-    rest = answer.finish()
-    if answer.stopped and event.finish_reason in (FinishReason.LENGTH, FinishReason.EOS):
-        # The last token completed a stop string.
-        event = replace(event, finish_reason=FinishReason.STOP)
-    return [TextEvent(event.call_id, (), rest), event] if rest else [event]
-
-
-def _is_served(event: EngineEvent) -> bool:
-    """Whether the engine got on with a call."""
-    return not isinstance(event, FailedEvent) and not (
-        isinstance(event, FinishedEvent) and event.finish_reason is FinishReason.CANCELLED
-    )
-
-
-def _is_fault(event: EngineEvent) -> bool:
-    """Whether the engine, not the call, was at fault."""
-    return isinstance(event, FailedEvent) and (
-        isinstance(event.error, InternalError) or not isinstance(event.error, KVServiceError)
-    )
 
 
 def _is_stopped(call: _RunningCall) -> bool:

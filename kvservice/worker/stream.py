@@ -16,7 +16,7 @@ from kvservice.internal.convert import headroom_to_proto, model_to_proto
 from kvservice.internal.v1 import worker_pb2
 from kvservice.types import CallId, Headroom, ModelInfo, WorkerId
 from kvservice.worker import convert
-from kvservice.worker.loop import Admission, Connected, Output, Released, Stepped
+from kvservice.worker.outputs import Admission, Connected, Output, Released, Stepped
 
 logger = logging.getLogger(__name__)
 

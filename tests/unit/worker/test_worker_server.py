@@ -36,6 +36,32 @@ async def stepping(engine, awaitable):
     return await task
 
 
+async def in_step(worker, gateway, awaitable):
+    """The awaitable's result, while the engine makes one step for each message that the gateway reads."""
+    task = asyncio.ensure_future(awaitable)
+    while not task.done():
+        worker.engine.permits.release()
+        await gateway.read()
+    return await task
+
+
+async def next_admission(worker, gateway):
+    while True:
+        worker.engine.permits.release()
+        message = await gateway.read()
+        if message.WhichOneof("event") == "admission":
+            return message.admission
+
+
+async def last_event(worker, gateway):
+    """The end of the only call that runs."""
+    while True:
+        worker.engine.permits.release()
+        for event in (await gateway.read()).step.events:
+            if event.WhichOneof("event") in ("done", "failure"):
+                return event
+
+
 async def test_hello_is_answered_with_identity_model_and_headroom(start_worker):
     worker = await start_worker(recipe="exact")
     gateway = GatewaySide(worker.stub)
@@ -399,22 +425,20 @@ async def test_drain_refuses_new_calls_lets_running_ones_end_and_stops(start_wor
     await gateway.generate("c1", "a", max_new_tokens=2**31)
     await gateway.admission()
     request = worker_pb2.DrainRequest(grace=Duration(seconds=60))
-    response = await stepping(worker.engine, worker.stub.Drain(request))
+    response = await in_step(worker, gateway, worker.stub.Drain(request))
     assert response.running_calls == 1
     assert await health(worker) == health_pb2.HealthCheckResponse.NOT_SERVING
     await gateway.generate("c2", "x")
-    message = await stepping(worker.engine, gateway.read())
-    while message.WhichOneof("event") != "admission":
-        message = await stepping(worker.engine, gateway.read())
-    refusal = message.admission.refusal
+    refusal = (await next_admission(worker, gateway)).refusal
     assert (refusal.code, refusal.reason, refusal.retryable) == ("UNAVAILABLE", "draining", True)
-    message = await stepping(worker.engine, gateway.read())
+    worker.engine.permits.release()
+    message = await gateway.read()
     assert message.headroom.draining
     assert [event.tokens.text for event in message.step.events] == ["a"]
     await gateway.send(cancel=worker_pb2.Cancel(call_id="c1"))
-    await stepping(worker.engine, worker.server.wait_stopped())
-    _, last = await gateway.answer("c1")
+    last = await last_event(worker, gateway)
     assert last.done.finish_reason == common_pb2.FINISH_REASON_CANCELLED
+    await worker.server.wait_stopped()
     assert worker.engine.closed
     assert await worker.store.list_workers() == []
 
@@ -424,8 +448,8 @@ async def test_calls_that_outlast_the_grace_are_ended_with_unavailable(start_wor
     gateway = await worker.connect()
     await gateway.generate("c1", "abcd", max_new_tokens=2**31)
     await gateway.admission()
-    drain = asyncio.create_task(stepping(worker.engine, worker.server.drain(grace_s=0)))
-    _, last = await gateway.answer("c1")
+    drain = asyncio.create_task(worker.server.drain(grace_s=0))
+    last = await last_event(worker, gateway)
     assert (last.failure.code, last.failure.reason, last.failure.retryable) == ("UNAVAILABLE", "draining", True)
     await drain
     assert worker.engine.closed
@@ -454,8 +478,8 @@ async def test_a_stream_ends_when_the_worker_stops_and_its_calls_are_told(start_
     gateway = await worker.connect()
     await gateway.generate("c1", "abcd", max_new_tokens=2**31)
     await gateway.admission()
-    stop = asyncio.create_task(stepping(worker.engine, worker.server.stop()))
-    _, last = await gateway.answer("c1")
+    stop = asyncio.create_task(worker.server.stop())
+    last = await last_event(worker, gateway)
     assert (last.failure.code, last.failure.reason) == ("UNAVAILABLE", "stopped")
     assert await gateway.call.read() is grpc.aio.EOF
     assert await gateway.call.code() == grpc.StatusCode.OK

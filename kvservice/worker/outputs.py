@@ -1,0 +1,114 @@
+"""What the engine loop hands over, and what a step's raw events become before. Knows no thread and no message."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from kvservice.errors import InternalError, KVServiceError
+from kvservice.types import (
+    CallId,
+    EngineEvent,
+    FailedEvent,
+    FinishedEvent,
+    FinishReason,
+    Headroom,
+    ProgressEvent,
+    SessionId,
+    TokenEvent,
+)
+from kvservice.worker.answer import AnswerText
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TextEvent:
+    """Tokens of an answer, and the text that may be shown for them (and for earlier ones)."""
+
+    call_id: CallId
+    token_ids: tuple[int, ...]
+    text: str
+
+
+CallOutput = ProgressEvent | TextEvent | FinishedEvent | FailedEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """First output to a listener."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """The answer to a submitted call; `refusal` None: admitted. Comes before the call's first event."""
+
+    call_id: CallId
+    refusal: KVServiceError | None
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """All that one step gave to the listener's calls. Without events only the headroom is news."""
+
+    events: tuple[CallOutput, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """The answer to a release."""
+
+    session_id: SessionId
+    device_bytes: int
+    host_bytes: int
+
+
+Output = Connected | Admission | Stepped | Released
+
+
+class Listener(Protocol):
+    """Who submitted calls. Compared by identity."""
+
+    def deliver(self, output: Output, headroom: Headroom) -> None:
+        """Takes an output. Called in the engine thread: must neither block nor raise."""
+
+
+def call_outputs(event: EngineEvent, answer: AnswerText | None) -> list[CallOutput]:
+    """What an engine's event is to the call's listener; `answer` None: the call generates nothing."""
+    match event:
+        case TokenEvent(call_id, token_id):
+            if answer is None or answer.stopped:
+                return []
+            return [TextEvent(call_id, (token_id,), answer.push(token_id))]
+        case FinishedEvent():
+            return _finished_outputs(event, answer)
+        case FailedEvent(call_id, error) if not isinstance(error, KVServiceError):
+            logger.error("call_failed", extra={"call_id": call_id}, exc_info=error)
+            return [FailedEvent(call_id, InternalError("the call failed inside; the worker's log says why"))]
+        case _:
+            return [event]
+
+
+def _finished_outputs(event: FinishedEvent, answer: AnswerText | None) -> list[CallOutput]:
+    if answer is None:
+        return [event]
+    rest = answer.finish()
+    if answer.stopped and event.finish_reason in (FinishReason.LENGTH, FinishReason.EOS):
+        # The last token completed a stop string.
+        event = replace(event, finish_reason=FinishReason.STOP)
+    return [TextEvent(event.call_id, (), rest), event] if rest else [event]
+
+
+def is_served(event: EngineEvent) -> bool:
+    """Whether the engine got on with a call."""
+    return not isinstance(event, FailedEvent) and not (
+        isinstance(event, FinishedEvent) and event.finish_reason is FinishReason.CANCELLED
+    )
+
+
+def is_fault(event: EngineEvent) -> bool:
+    """Whether the engine, not the call, was at fault."""
+    return isinstance(event, FailedEvent) and (
+        isinstance(event.error, InternalError) or not isinstance(event.error, KVServiceError)
+    )
