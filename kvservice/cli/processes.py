@@ -89,7 +89,7 @@ class WorkerProcesses:
         if self._stopping:
             return
         level = logging.ERROR if code else logging.INFO
-        logger.log(level, "worker_ended", extra={"process": name, "pid": child.pid, "exit_code": code})
+        logger.log(level, "worker_ended", extra={"worker": name, "pid": child.pid, "exit_code": code})
         async with self._one_ended:
             self._codes.append(code)
             self._one_ended.notify_all()

@@ -99,16 +99,19 @@ async def _serve(config: ServiceConfig, announce: Announce, stop: StopSignals) -
         event, code = await _first(stop=stop.wait(), ended=workers.ended(1), ready=_connected(workers, gateway))
         if event == "ended":
             logger.error("worker_ended_at_start", extra={"exit_code": code})
-            return code or FAILED
+            # A worker that couldn't use its settings or model has said so, and the service can't either.
+            return code if code > 0 else FAILED
         if event == "ready":
             announce(address)
             _explain(config, address)
             event, code = await _first(stop=stop.wait(), ended=workers.ended(workers.num_workers))
             if event == "ended":
                 logger.error("no_worker_left", extra={"exit_code": code})
-                return code
+                return FAILED
             hint("draining: running calls may end, new ones are refused; a second signal ends at once")
             await gateway.drain()
+            # Before its workers, which it would report as lost.
+            await gateway.stop()
     return FINE
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 
 
@@ -30,12 +32,15 @@ class StopSignals:
         """Takes the end of standard input for a signal: it ends when the parent does."""
         loop = asyncio.get_running_loop()
 
-        def at_input() -> None:
-            if not os.read(sys.stdin.fileno(), 4096):
-                loop.remove_reader(sys.stdin.fileno())
-                self.stop()
+        def follow() -> None:
+            while os.read(sys.stdin.fileno(), 4096):
+                pass
+            # The loop may have ended before the input.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(self.stop)
 
-        loop.add_reader(sys.stdin.fileno(), at_input)
+        # In a thread, since a loop can't watch every kind of file. It ends with the process.
+        threading.Thread(target=follow, name="stdin", daemon=True).start()
 
     def stop(self) -> None:
         """What a signal does."""

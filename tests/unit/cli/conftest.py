@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,11 @@ class Ran:
     code: int
     out: str
     err: str
+
+    @property
+    def flat_err(self) -> str:
+        """Standard error on one line, without the box that usage errors come in."""
+        return re.sub(r"[\s│]+", " ", self.err)
 
 
 @pytest.fixture
