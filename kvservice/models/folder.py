@@ -11,20 +11,32 @@ from kvservice.errors import ModelError
 FETCH_HINT = "fetch the default model with `kvservice model fetch smollm2-135m`, or get the folder again"
 
 
+def read_text(folder: Path, name: str) -> str:
+    """What is in `folder/name`.
+
+    Raises:
+        ModelError: the folder or the file is missing, or it isn't UTF-8.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"model folder {folder} doesn't exist: {FETCH_HINT}", reason="model_missing")
+    try:
+        return (folder / name).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ModelError(f"model folder {folder} has no {name}: {FETCH_HINT}", reason="model_missing") from None
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{folder / name} isn't UTF-8 ({error}): {FETCH_HINT}", reason="model_damaged") from None
+
+
 def read_json(folder: Path, name: str) -> Mapping[str, object]:
     """The object in `folder/name`.
 
     Raises:
         ModelError: the folder or the file is missing, or it isn't a JSON object.
     """
-    if not folder.is_dir():
-        raise ModelError(f"model folder {folder} doesn't exist: {FETCH_HINT}", reason="model_missing")
     path = folder / name
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"model folder {folder} has no {name}: {FETCH_HINT}", reason="model_missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(read_text(folder, name))
+    except json.JSONDecodeError as error:
         raise ModelError(f"{path} isn't valid JSON ({error}): {FETCH_HINT}", reason="model_damaged") from None
     if not isinstance(value, dict):
         raise ModelError(

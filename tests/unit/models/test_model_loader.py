@@ -127,7 +127,7 @@ def test_a_truncated_weight_file_is_refused(tiny_folder, kept_bytes):
 @pytest.mark.parametrize("content", ["{", "[1]", "\udce9"])
 def test_a_config_that_is_no_json_object_is_refused(tiny_folder, content):
     (tiny_folder / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
-    with pytest.raises(ModelError, match=r"config\.json (isn't valid JSON|holds a JSON list)"):
+    with pytest.raises(ModelError, match=r"config\.json (isn't valid JSON|isn't UTF-8|holds a JSON list)"):
         load(tiny_folder)
 
 
