@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from kvservice import __version__
-from kvservice.cli import catalogue, chat, model, serve, sessions, size
+from kvservice.cli import bench, catalogue, chat, evaluate, model, serve, sessions, size
 from kvservice.cli.output import complain
 from kvservice.errors import ConfigError, KVServiceError, ModelError
 
@@ -33,6 +33,9 @@ app.command("stats")(sessions.stats)
 app.command("methods")(catalogue.methods)
 app.command("recipes")(catalogue.recipes)
 app.command("size")(size.size)
+
+app.add_typer(bench.app, name="bench")
+app.add_typer(evaluate.app, name="eval")
 
 
 def _print_version(wanted: bool) -> None:
