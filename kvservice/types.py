@@ -10,6 +10,7 @@ Positions of a sequence of `n` tokens under a recipe with a tier:
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NewType
@@ -332,6 +333,21 @@ EngineEvent = ProgressEvent | TokenEvent | FinishedEvent | FailedEvent
 
 
 @dataclass(frozen=True, slots=True)
+class TierStats:
+    """The tier below host memory, as a worker sees it."""
+
+    connected: bool = False
+    """It did what it was last asked for."""
+    written_frames: int = 0
+    written_bytes: int = 0
+    stored_bytes: int = 0
+    """Written, not deleted, and not yet past its time."""
+    pending_frames: int = 0
+    failures: Mapping[str, int] = field(default_factory=dict)
+    """Frames that were not written, by reason."""
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerStats:
     """A worker's counters, for operators."""
 
@@ -342,10 +358,10 @@ class WorkerStats:
     slot_bytes: int = 0
     workspace_bytes: int = 0
     host_bytes: int = 0
-    redis_bytes: int = 0
     prefill_tokens_per_s: float = 0.0
     decode_tokens_per_s: float = 0.0
     recall_lookups: int = 0
     recall_hits: int = 0
     recomputed_tokens: int = 0
     steps: int = 0
+    tier: TierStats = field(default_factory=TierStats)

@@ -100,7 +100,7 @@ def engine_config(config: WorkerConfig) -> EngineConfig:
         host_bytes=config.host_bytes,
         prefill_chunk_tokens=config.prefill_chunk_tokens,
         max_prefills=config.max_prefills,
-        max_running=config.max_batch,
+        max_batch=config.max_batch,
     )
 
 

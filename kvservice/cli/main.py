@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
@@ -15,6 +16,10 @@ from kvservice.errors import ConfigError, KVServiceError, ModelError
 
 FAILED = 1
 BAD_USAGE = 2
+
+SPIN_COUNT = "5000"
+"""Turns that a thread of torch's OpenMP pool spins before it sleeps. Its default of 300,000 makes steps several times
+slower as soon as gateway or Redis take a core (docs/decisions/011-short-spins.md)."""
 
 app = typer.Typer(
     name="kvservice",
@@ -60,6 +65,8 @@ def exit_code(error: KVServiceError) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs one command and exits: 0 fine, 1 failed, 2 bad usage. An error of the service is a sentence."""
+    # Read when torch is first imported, which commands do later.
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     try:
         app(args=arguments, prog_name="kvservice")
     except KVServiceError as error:

@@ -160,7 +160,7 @@ class Engine:
         """Refuses what can never run; returns the most tokens that the sequence may come to hold."""
         if self._sequences.is_busy(call.session_id):
             raise Conflict(f"session {call.session_id} has a call running; wait for it", reason="session_busy")
-        if len(self._running) >= self._config.max_running:
+        if len(self._running) >= self._config.max_batch:
             raise Overloaded(f"{len(self._running)} calls are running, the most there may be", retry_after_s=1.0)
         given = _num_given(call)
         if given == 0 or (call.sampling is None and not call.document_tokens):
@@ -417,7 +417,7 @@ class Engine:
             slot_bytes=used(Owner.SLOTS),
             workspace_bytes=used(Owner.WORKSPACE),
             host_bytes=used(Owner.HOST),
-            redis_bytes=self._writer.total_bytes(),
+            tier=self._writer.stats(),
         )
 
     def check(self) -> None:

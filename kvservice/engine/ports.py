@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from kvservice.types import SessionId
+from kvservice.types import SessionId, TierStats
 
 
 class GroupWriter(Protocol):
@@ -43,8 +43,8 @@ class GroupWriter(Protocol):
         """Bytes written for a session and not deleted."""
         ...
 
-    def total_bytes(self) -> int:
-        """Bytes written and not deleted."""
+    def stats(self) -> TierStats:
+        """What has been written, and what has not."""
         ...
 
 
@@ -70,6 +70,6 @@ class NoWriter:
         """None."""
         return 0
 
-    def total_bytes(self) -> int:
-        """None."""
-        return 0
+    def stats(self) -> TierStats:
+        """Nothing, and not connected."""
+        return TierStats()

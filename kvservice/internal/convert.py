@@ -184,7 +184,7 @@ def stats_to_proto(stats: WorkerStats) -> admin_pb2.WorkerStats:
             device_slots=stats.slot_bytes,
             device_workspace=stats.workspace_bytes,
             host=stats.host_bytes,
-            redis=stats.redis_bytes,
+            redis=stats.tier.stored_bytes,
         ),
         resident_sessions=headroom.resident_sessions,
         running_calls=headroom.running_calls,
@@ -194,4 +194,11 @@ def stats_to_proto(stats: WorkerStats) -> admin_pb2.WorkerStats:
         recall_hits=stats.recall_hits,
         recomputed_tokens=stats.recomputed_tokens,
         steps=stats.steps,
+        tier=admin_pb2.TierStats(
+            connected=stats.tier.connected,
+            written_frames=stats.tier.written_frames,
+            written_bytes=stats.tier.written_bytes,
+            pending_frames=stats.tier.pending_frames,
+            failures=stats.tier.failures,
+        ),
     )

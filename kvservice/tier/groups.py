@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvservice.tier.wire import FORMAT_VERSION, FrameHeader, FrameRole, chunk_hash
 from kvservice.tier.writer import WriteBehind
-from kvservice.types import GROUP_TOKENS, SINK_TOKENS, SessionId
+from kvservice.types import GROUP_TOKENS, SINK_TOKENS, SessionId, TierStats
 
 FINGERPRINT_BYTES = 16
 
@@ -82,9 +82,17 @@ class GroupFrames:
         """Bytes of a session's frames that were written and not deleted."""
         return self._frames.bytes_of(tenant_tag, session_id)
 
-    def total_bytes(self) -> int:
-        """Bytes written, not deleted, and not past their time."""
-        return self._frames.stats().stored_bytes
+    def stats(self) -> TierStats:
+        """What has been written, and what has not."""
+        stats = self._frames.stats()
+        return TierStats(
+            connected=stats.connected,
+            written_frames=stats.written_frames,
+            written_bytes=stats.written_bytes,
+            stored_bytes=stats.stored_bytes,
+            pending_frames=stats.pending_frames,
+            failures=stats.failures,
+        )
 
 
 def _group_hashes(tenant_tag: bytes, token_ids: Sequence[int], first_group: int) -> list[bytes]:

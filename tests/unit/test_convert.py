@@ -17,6 +17,7 @@ from kvservice.types import (
     PromptFormat,
     SamplingParams,
     TextRole,
+    TierStats,
     Usage,
     WorkerStats,
 )
@@ -100,7 +101,9 @@ def test_usage_keeps_its_four_counts_apart() -> None:
 
 def test_statistics_carry_headroom_and_bytes_by_owner() -> None:
     headroom = Headroom(device_capacity_bytes=10, device_free_bytes=4, resident_sessions=3, running_calls=2)
-    message = convert.stats_to_proto(WorkerStats(headroom=headroom, workspace_bytes=7, redis_bytes=5, steps=9))
+    tier = TierStats(connected=True, written_frames=3, stored_bytes=5, failures={"timeout": 2})
+    message = convert.stats_to_proto(WorkerStats(headroom, workspace_bytes=7, steps=9, tier=tier))
     assert (message.device_capacity_bytes, message.device_free_bytes) == (10, 4)
     assert (message.resident_sessions, message.running_calls, message.steps) == (3, 2, 9)
     assert (message.bytes.device_workspace, message.bytes.redis) == (7, 5)
+    assert (message.tier.connected, message.tier.written_frames, dict(message.tier.failures)) == (True, 3, {"timeout": 2})

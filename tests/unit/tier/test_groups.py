@@ -52,7 +52,7 @@ def test_each_group_becomes_one_frame_with_its_bytes_and_its_span(behind: WriteB
     assert stored(kv_url) == {
         (16 + 64 * i, 80 + 64 * i): bytes(groups[i].view(torch.uint8).numpy().tobytes()) for i in range(3)
     }
-    assert writer.bytes_of(TAG, SESSION) == writer.total_bytes() > 3 * GROUP_BYTES
+    assert writer.bytes_of(TAG, SESSION) == writer.stats().stored_bytes > 3 * GROUP_BYTES
 
 
 def test_a_group_has_the_same_key_whenever_it_is_written(behind: WriteBehind, kv_url: str) -> None:
