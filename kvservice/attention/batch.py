@@ -19,6 +19,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from kvservice.errors import InternalError
 from kvservice.kernels.flash import attend
 from kvservice.kv.arena import Arena
 from kvservice.kv.partial import AttnPartial, Span, check_partition, merge_partials
@@ -62,8 +63,14 @@ class SequenceRows:
 def prepare(
     memory: SequenceMemory, first_row: int, num_tokens: int, reach: Reach, group_size: int, dtype: torch.dtype
 ) -> SequenceRows:
-    """Makes room for a sequence's next `num_tokens` tokens and plans their attention; checks the partition."""
+    """Makes room for a sequence's next `num_tokens` tokens and plans their attention.
+
+    Raises:
+        InternalError: the parts would be no partition, or a SELECT step would cross a slide of the window.
+    """
     state = memory.state
+    if reach is Reach.SELECT and num_tokens > memory.recipe.tokens_until_slide(state.num_computed):
+        raise InternalError(f"a step can't select for {num_tokens} tokens as if all saw one window")
     resident = state.num_resident
     visible = state.num_computed + num_tokens
     sinks = min(SINK_TOKENS, visible)
