@@ -149,8 +149,8 @@ def _show_quality(recipe: str, context: int, figures: QualityFigures) -> None:
         low, high = figures.kl_interval
         typer.echo(f"KL, 95 % interval over texts and tokens: {low:.4f} to {high:.4f}")
     typer.echo(
-        f"One session: {human_bytes(figures.device_kv_bytes)} on the device, {human_bytes(figures.host_kv_bytes)} in host "
-        f"memory; dense {human_bytes(figures.dense_kv_bytes)} on the device."
+        f"One session: {human_bytes(figures.device_kv_bytes)} on the device, {human_bytes(figures.host_kv_bytes)} in "
+        f"the host tier; dense {human_bytes(figures.dense_kv_bytes)} on the device."
     )
 
 
