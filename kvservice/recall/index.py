@@ -53,7 +53,9 @@ class SequenceIndex:
         """Estimated scores of every distant token, fp32 `[kv, r, 64 * groups]`; q is `[kv, r, d]`."""
         num_kv = self._layout.num_kv_heads
         rows = slice(layer * num_kv, (layer + 1) * num_kv)
-        params = self._params.read(rows).view(self._layout.dtype)
+        params = self._params.read(rows)
+        # Nothing can't be viewed as another dtype when its strides don't fit.
+        params = params.view(self._layout.dtype) if params.numel() else params.to(self._layout.dtype)
         ask = Selection(
             q=q,
             codes=self._codes.read(rows),
