@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kvservice.client import AppendResult, WorkerReport
+from kvservice.client import AppendResult
 from kvservice.config.recipes import RECIPES
 from kvservice.demo.reader import Reader
 from kvservice.types import ModelInfo
@@ -110,7 +110,7 @@ class Screen:
             yield show
         self._console.print(table())
 
-    def bytes_by_owner(self, readers: Sequence[Reader], worker: WorkerReport) -> None:
+    def bytes_by_owner(self, readers: Sequence[Reader], weight_bytes: int, workspace_bytes: int) -> None:
         """Where each session's KV was when it had answered last, and what that cost."""
         self._heading("Where the bytes were")
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -122,7 +122,7 @@ class Screen:
         self._console.print(Padding(table, (0, 2)))
         self._console.print(
             Padding(
-                f"[dim]Besides: {_mb(worker.weight_bytes)} of weights and {_mb(worker.workspace_bytes)} of prefill "
+                f"[dim]Besides: {_mb(weight_bytes)} of weights and {_mb(workspace_bytes)} of prefill "
                 "workspace. Device and host are the same memory on a machine without a GPU.[/]",
                 (0, 2),
             )

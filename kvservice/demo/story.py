@@ -59,12 +59,12 @@ async def run(screen: Screen, seed: int | None, serve_arguments: Sequence[str]) 
             readers = [await _read(client, recipe, document, screen) for recipe in RECIPES]
             for number, question in enumerate(QUESTIONS, start=1):
                 await _ask(client, readers, number, question, screen)
-            stats = await client.stats()
-            screen.bytes_by_owner(readers, stats.workers[0])
+            worker = (await client.stats()).workers[0]
+            screen.bytes_by_owner(readers, worker.weight_bytes, worker.workspace_bytes)
     finally:
         with screen.busy("stopping the service"):
             await service.stop()
-    return _verdict(screen, readers, pass_key)
+    return is_as_promised(screen, readers, pass_key)
 
 
 async def _read(client: Client, recipe: str, document: str, screen: Screen) -> Reader:
@@ -95,7 +95,8 @@ async def _ask(client: Client, readers: Sequence[Reader], number: int, question:
                 raise InternalError("an answer ended without its last event")
 
 
-def _verdict(screen: Screen, readers: Sequence[Reader], pass_key: str) -> bool:
+def is_as_promised(screen: Screen, readers: Sequence[Reader], pass_key: str) -> bool:
+    """Whether every recipe found the pass key, and `recall` with its KV off the device; says which did not."""
     missed = [reader.recipe for reader in readers if not reader.has_answered(pass_key)]
     recall = next(reader for reader in readers if reader.recipe == RECALL.name)
     is_off_device = recall.off_device >= LEAST_OFF_DEVICE

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count
+
+import pytest
+
+from kvservice.bench.engine import EngineRow, Load, SkippedRow, measure, why_not
+from kvservice.config.engine import EngineConfig
+from kvservice.config.recipes import DENSE, RECALL
+from kvservice.engine import Engine
+from kvservice.engine.ports import NoWriter
+from kvservice.models.tiny import tiny_model
+
+LOAD = Load(DENSE, prompt_tokens=200, batch=3, new_tokens=5, seed=7)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(seed=0)
+
+
+@pytest.fixture
+def engine(model) -> Iterator[Engine]:
+    engine = Engine(model, EngineConfig(kv_bytes=16 << 20, host_bytes=16 << 20, prefill_chunk_tokens=128), NoWriter())
+    yield engine
+    engine.check()
+    assert not engine.has_work
+    assert engine.headroom().resident_sessions == 0
+
+
+def test_figures_are_those_of_the_clock(engine: Engine) -> None:
+    ticks = count()
+    row = measure(engine, LOAD, repeats=3, clock=lambda: float(next(ticks)))
+    # One second between any two looks at the clock: one for the whole prefill, one for each decode step.
+    assert row == EngineRow(
+        prompt_tokens=200,
+        batch=3,
+        prefill_tokens_per_s=600.0,
+        decode_ms_per_token=1000.0,
+        output_tokens_per_s=3.0,
+    )
+
+
+@pytest.mark.parametrize("recipe", [DENSE, RECALL], ids=lambda recipe: recipe.name)
+def test_recipes_are_measured_beyond_their_window(engine: Engine, recipe) -> None:
+    row = measure(engine, replace(LOAD, recipe=recipe, prompt_tokens=500), repeats=1)
+    assert isinstance(row, EngineRow)
+    assert row.decode_ms_per_token > 0
+
+
+def test_a_load_over_the_budget_is_skipped_with_the_bytes_it_needs(engine: Engine) -> None:
+    skipped = measure(engine, replace(LOAD, prompt_tokens=1500, batch=40), repeats=1)
+    assert isinstance(skipped, SkippedRow)
+    assert "device bytes" in skipped.reason
+
+
+def test_a_load_over_the_positions_of_the_model_is_skipped(engine: Engine) -> None:
+    skipped = measure(engine, replace(LOAD, prompt_tokens=3000), repeats=1)
+    assert isinstance(skipped, SkippedRow)
+    assert "2,048 positions" in skipped.reason
+
+
+def test_host_bytes_can_be_what_is_short(engine: Engine) -> None:
+    headroom = replace(engine.headroom(), host_capacity_bytes=1000)
+    reason = why_not(replace(LOAD, recipe=RECALL, prompt_tokens=1000), engine.info.shape, headroom)
+    assert reason is not None
+    assert "host bytes" in reason
