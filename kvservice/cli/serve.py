@@ -136,6 +136,7 @@ def serve(
             },
             "worker": {
                 "model": model,
+                "recipe": recipe,
                 "kv_bytes": kv_bytes,
                 "host_bytes": host_bytes,
                 "max_batch": max_batch,
@@ -208,6 +209,7 @@ def worker(
         str | None, typer.Option("--worker-id", help="Name in the fleet; unique. Unset: a random one.")
     ] = None,
     model: ModelName = None,
+    recipe: Recipe = None,
     kv_bytes: KvBytes = None,
     host_bytes: HostBytes = None,
     port: Annotated[
@@ -234,6 +236,7 @@ def worker(
             "worker": {
                 "worker_id": worker_id,
                 "model": model,
+                "recipe": recipe,
                 "kv_bytes": kv_bytes,
                 "host_bytes": host_bytes,
                 "port": port,

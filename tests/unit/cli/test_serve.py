@@ -331,8 +331,8 @@ def test_gateway_and_worker_run_apart_and_the_gateway_without_torch(
 
 def test_a_settings_file_starts_a_service_as_flags_do(start, model: str, tmp_path: Path) -> None:
     settings = {
-        "gateway": {"port": 0, "default_recipe": "dense"},
-        "worker": {"model": model, "dtype": "fp32", "kv_bytes": "16MiB"},
+        "gateway": {"port": 0},
+        "worker": {"model": model, "dtype": "fp32", "kv_bytes": "16MiB", "recipe": "dense"},
     }
     path = tmp_path / "settings.json"
     path.write_text(json.dumps(settings))
