@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import signal
@@ -129,6 +130,18 @@ def test_chat_streams_answers_about_a_document(kvservice, service: str, document
     assert "> Over what?" in ran.out
     assert "900 tokens read" in ran.err
     assert ran.err.count("first after") == 2
+
+
+def test_chat_starts_a_service_of_its_own_and_takes_questions_until_the_input_ends(
+    kvservice, model: str, document: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What jumps?\n\nOver what?\n"))
+    before = set(psutil.Process().children(recursive=True))
+    ran = kvservice("chat", "--document", document, "--model", model, "--kv-bytes", "16MiB", "--max-new-tokens", "3")
+    assert ran.code == 0
+    assert "starting a service" in ran.err
+    assert ran.err.count("first after") == 2
+    assert set(psutil.Process().children(recursive=True)) <= before
 
 
 def test_chat_leaves_no_session_behind(kvservice, service: str, document: str) -> None:
