@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from kvservice.errors import KVServiceError, NotFound, Unavailable
 from kvservice.gateway.placement import WorkerView
+from kvservice.gateway.tasks import end_tasks
 from kvservice.gateway.worker_link import RETRY_AFTER_S, WorkerCall, WorkerLink
 from kvservice.internal.v1 import worker_pb2
 from kvservice.store.base import StateStore, WorkerRecord
@@ -44,10 +45,8 @@ class Fleet:
 
     async def aclose(self) -> None:
         """Ends every connection; what still runs on them is cancelled by the workers."""
-        tasks = [*self._connecting.values(), *([self._discovery] if self._discovery else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks([self._discovery] if self._discovery else [])
+        await end_tasks(list(self._connecting.values()))
         links, self._links = list(self._links.values()), {}
         await asyncio.gather(*(link.aclose() for link in links))
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from kvservice.errors import Conflict, KVServiceError
+from kvservice.gateway.tasks import end_tasks
 from kvservice.store.base import StateStore
 from kvservice.types import SessionId
 
@@ -36,8 +37,7 @@ async def hold_session(store: StateStore, session_id: SessionId, owner: str, ttl
     try:
         yield
     finally:
-        renewal.cancel()
-        await asyncio.gather(renewal, return_exceptions=True)
+        await end_tasks([renewal])
         await store.unlock_session(session_id, owner)
 
 

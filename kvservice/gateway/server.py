@@ -29,6 +29,7 @@ from kvservice.gateway.servicer_admin import AdminServicer
 from kvservice.gateway.servicer_inference import InferenceServicer
 from kvservice.gateway.servicer_sessions import SessionServicer
 from kvservice.gateway.sessions import Sessions
+from kvservice.gateway.tasks import end_tasks
 from kvservice.store.base import StateStore
 from kvservice.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc, sessions_pb2, sessions_pb2_grpc
 
@@ -128,9 +129,7 @@ class Gateway:
     async def stop(self) -> None:
         """Ends everything. Calls that still run are cancelled: call `drain` before to let them end."""
         await self.drain(0.0) if self._draining is None else await self._cut_short()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(self._tasks)
         await asyncio.gather(*(server.stop(STOP_GRACE_S) for server in self._servers))
         await self._fleet.aclose()
 

@@ -13,6 +13,7 @@ import grpc
 
 from kvservice.errors import KVServiceError, Unavailable, error_class
 from kvservice.gateway.placement import WorkerView
+from kvservice.gateway.tasks import end_tasks
 from kvservice.internal import convert
 from kvservice.internal.v1 import worker_pb2, worker_pb2_grpc
 from kvservice.store.base import WorkerRecord
@@ -234,8 +235,7 @@ class WorkerLink:
         """Ends the stream; the worker cancels what this gateway had running."""
         self._outgoing.put_nowait(None)
         if self._reader is not None:
-            self._reader.cancel()
-            await asyncio.gather(self._reader, return_exceptions=True)
+            await end_tasks([self._reader])
         if not self.closed:
             self._lose("the gateway closed the stream", logging.INFO)
         if self._channel is not None:
