@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -15,17 +16,25 @@ README = (Path(__file__).parents[2] / "README.md").read_text()
 MAKEFILE = (Path(__file__).parents[2] / "Makefile").read_text()
 
 
-def command_lines() -> list[str]:
-    blocks = "\n".join(re.findall(r"```(?:sh|bash|console|shell)?\n(.*?)```", README, flags=re.DOTALL))
-    lines = re.sub(r"\\\n\s*", "", blocks).splitlines()
-    calls = [match[1] for line in lines if (match := re.match(r"\$?\s*(?:\.venv/bin/)?kvservice (.+)", line))]
-    return calls + [call.removeprefix("kvservice ") for call in re.findall(r"`(kvservice [a-z][^`]*)`", README)]
+SHELL_BLOCKS = [
+    body
+    for language, body in re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+    if language == "sh"
+]
 
 
-@pytest.mark.parametrize("line", command_lines())
+def typed(program: str) -> list[str]:
+    """What follows `program` in blocks of shell commands and in the text."""
+    lines = re.sub(r"\\\n\s*", "", "\n".join(SHELL_BLOCKS)).splitlines()
+    calls = [match[1] for line in lines if (match := re.match(rf"(?:\.venv/bin/)?{program} ([^#]+)", line))]
+    calls += re.findall(rf"`{program} ([a-z][^`]*)`", README)
+    return sorted({" ".join(call.split()) for call in calls})
+
+
+@pytest.mark.parametrize("line", typed("kvservice"))
 def test_commands_and_options_in_the_readme_exist(line: str) -> None:
     command = typer.main.get_command(app)
-    words = line.split("#")[0].split()
+    words = shlex.split(line)
     # Typer's groups are not click's: it has a click of its own.
     while words and (commands := getattr(command, "commands", None)):
         name = words.pop(0)
@@ -40,6 +49,6 @@ def test_recipes_that_are_served_are_named_in_the_readme() -> None:
     assert [name for name in SERVED_RECIPES if f"`{name}`" not in README] == []
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"make ([a-z]+)`", README))))
+@pytest.mark.parametrize("target", typed("make"))
 def test_make_targets_in_the_readme_exist(target: str) -> None:
     assert re.search(rf"^{target}:", MAKEFILE, flags=re.MULTILINE)

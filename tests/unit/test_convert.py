@@ -106,4 +106,5 @@ def test_statistics_carry_headroom_and_bytes_by_owner() -> None:
     assert (message.device_capacity_bytes, message.device_free_bytes) == (10, 4)
     assert (message.resident_sessions, message.running_calls, message.steps) == (3, 2, 9)
     assert (message.bytes.device_workspace, message.bytes.redis) == (7, 5)
-    assert (message.tier.connected, message.tier.written_frames, dict(message.tier.failures)) == (True, 3, {"timeout": 2})
+    assert message.tier.connected
+    assert (message.tier.written_frames, dict(message.tier.failures)) == (3, {"timeout": 2})
