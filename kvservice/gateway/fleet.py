@@ -13,10 +13,10 @@ from typing import TypeVar
 
 from kvservice.errors import KVServiceError, NotFound, Unavailable
 from kvservice.gateway.placement import WorkerView
-from kvservice.gateway.tasks import end_tasks
 from kvservice.gateway.worker_link import RETRY_AFTER_S, WorkerCall, WorkerLink
 from kvservice.internal.v1 import worker_pb2
 from kvservice.store.base import StateStore, WorkerRecord
+from kvservice.store.tasks import end_tasks
 from kvservice.types import ModelInfo, PromptFormat, SessionId, TextRole, WorkerId
 from kvservice.v1 import admin_pb2
 

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from kvservice.errors import Conflict, KVServiceError
-from kvservice.gateway.tasks import end_tasks
 from kvservice.store.base import StateStore
+from kvservice.store.tasks import end_tasks
 from kvservice.types import SessionId
 
 logger = logging.getLogger(__name__)

@@ -29,8 +29,8 @@ from kvservice.gateway.servicer_admin import AdminServicer
 from kvservice.gateway.servicer_inference import InferenceServicer
 from kvservice.gateway.servicer_sessions import SessionServicer
 from kvservice.gateway.sessions import Sessions
-from kvservice.gateway.tasks import end_tasks
 from kvservice.store.base import StateStore
+from kvservice.store.tasks import end_tasks
 from kvservice.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc, sessions_pb2, sessions_pb2_grpc
 
 logger = logging.getLogger(__name__)

@@ -13,10 +13,10 @@ import grpc
 
 from kvservice.errors import KVServiceError, Unavailable, error_class
 from kvservice.gateway.placement import WorkerView
-from kvservice.gateway.tasks import end_tasks
 from kvservice.internal import convert
 from kvservice.internal.v1 import worker_pb2, worker_pb2_grpc
 from kvservice.store.base import WorkerRecord
+from kvservice.store.tasks import end_tasks
 from kvservice.types import CallId, Headroom, PromptFormat, SessionId, TextRole, WorkerId
 from kvservice.v1 import admin_pb2
 

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from kvservice.errors import KVServiceError
 from kvservice.store.base import WorkerRecord
+from kvservice.store.tasks import end_tasks
 from kvservice.types import WorkerId
 
 logger = logging.getLogger(__name__)
@@ -65,8 +66,7 @@ class Registration:
         """Stops renewing and takes the worker out of the store. If that fails the lease ends by itself."""
         if self._renewal is None:
             return
-        self._renewal.cancel()
-        await asyncio.wait([self._renewal])
+        await end_tasks([self._renewal])
         self._renewal = None
         try:
             await self._store.unregister_worker(self._worker_id, self.epoch)

@@ -21,24 +21,28 @@ class ReferenceSequence:
         self.num_tokens = 0
 
     def read(self, token_ids, *, selects):
-        """Reads tokens one at a time; returns the logits after each, fp32 `[n, vocab]`."""
-        return torch.cat([self._read_one(token, selects) for token in token_ids])
+        """Reads tokens, one at a time where each selects; returns the logits after each, fp32 `[n, vocab]`."""
+        if not selects:
+            return self._read(list(token_ids), selects)
+        return torch.cat([self._read([token], selects) for token in token_ids])
 
-    def _read_one(self, token, selects):
+    def _read(self, token_ids, selects):
         window_start = self.recipe.window_start(self.num_tokens)
+        count, total = len(token_ids), self.num_tokens + len(token_ids)
 
         def attend(layer, q, k, v):
             self.keys[layer] = torch.cat([self.keys[layer], k.transpose(0, 1)], 1)
             self.values[layer] = torch.cat([self.values[layer], v.transpose(0, 1)], 1)
-            visible = torch.ones(1, self.shape.num_kv_heads, self.num_tokens + 1, dtype=torch.bool)
+            causal = torch.ones(count, total, dtype=torch.bool).tril(self.num_tokens)
+            visible = causal.unsqueeze(1).repeat(1, self.shape.num_kv_heads, 1)
             if selects and self.recipe.distant is Distant.RECALL and window_start > SINK_TOKENS:
                 visible[0, :, SINK_TOKENS:window_start] = False
                 for head, chosen in enumerate(self._choose(layer, q[0], window_start)):
                     visible[0, head, SINK_TOKENS + chosen] = True
             return attend_visible(q, self.keys[layer], self.values[layer], visible)
 
-        hidden = self.model.forward(torch.tensor([token]), torch.tensor([self.num_tokens]), attend)
-        self.num_tokens += 1
+        hidden = self.model.forward(torch.tensor(token_ids), torch.arange(self.num_tokens, total), attend)
+        self.num_tokens = total
         return self.model.logits(hidden)
 
     def _choose(self, layer, q, window_start):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 
-from kvservice.gateway.tasks import end_tasks
+from kvservice.store.tasks import end_tasks
 
 
 async def test_a_task_that_loses_a_cancel_is_ended_all_the_same() -> None:
