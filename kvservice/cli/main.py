@@ -17,7 +17,7 @@ from kvservice.errors import ConfigError, KVServiceError, ModelError
 FAILED = 1
 BAD_USAGE = 2
 
-SPIN_COUNT = "1000"
+SPIN_COUNT = "5000"
 """Turns that a thread of torch's OpenMP pool spins before it sleeps. Its default of 300,000 makes steps several times
 slower as soon as gateway or Redis take a core (docs/decisions/011-short-spins.md)."""
 
