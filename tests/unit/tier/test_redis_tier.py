@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 
 import pytest
@@ -51,19 +52,19 @@ async def test_frames_whose_index_was_lost_are_deleted_all_the_same(kv_url):
 
 
 async def test_frames_missing_from_the_index_after_an_eviction_are_deleted_all_the_same(kv_url):
-    tier = RedisTier(kv_url)
-    await tier.put_many([(key(i), b"x" * 100_000) for i in range(50)], 60)
-    with Redis.from_url(kv_url) as client:
-        room = client.config_get("maxmemory")["maxmemory"]
-        client.config_set("maxmemory", client.info("memory")["used_memory"] - 1_000_000)
-        client.config_set("maxmemory", room)
-        assert client.info("stats")["evicted_keys"] > 0
-        # Had the index been among them, the next put would have begun a new one.
-        client.delete(*client.keys("kv1i:*"))
-        await tier.put_many([(key(99), b"x")], 60)
-        assert 1 < await tier.delete_session(TAG, SESSION) < 51
-        assert client.keys("kv1*") == []
-    await tier.aclose()
+    async with contextlib.aclosing(RedisTier(kv_url)) as tier:
+        await tier.put_many([(key(i), b"x" * 100_000) for i in range(50)], 60)
+        with Redis.from_url(kv_url) as client:
+            room = client.config_get("maxmemory")["maxmemory"]
+            client.config_set("maxmemory", client.info("memory")["used_memory"] - 1_000_000)
+            client.config_set("maxmemory", room)
+            assert client.info("stats")["evicted_keys"] > 0
+            # Whether or not the index was among them, the next put begins a new one.
+            for index in client.keys("kv1i:*"):
+                client.delete(index)
+            await tier.put_many([(key(99), b"x")], 60)
+            assert 1 < await tier.delete_session(TAG, SESSION) < 51
+            assert client.keys("kv1*") == []
 
 
 async def test_refused_connection_is_named(unused_tcp_port):
