@@ -13,8 +13,8 @@ KV_TEST_BYTES = 256 << 20
 
 
 @pytest.fixture(scope="session")
-def state_server() -> Iterator[EmbeddedRedis]:
-    with EmbeddedRedis(RedisRole.STATE) as server:
+def state_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
+    with EmbeddedRedis(RedisRole.STATE, data_dir=tmp_path_factory.mktemp("state")) as server:
         yield server
 
 

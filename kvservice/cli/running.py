@@ -217,6 +217,8 @@ def _own_redis(config: ServiceConfig) -> Iterator[ServiceConfig]:
     with contextlib.ExitStack() as stack:
         if config.state_url is None:
             folder = config.data_dir / "state" if config.data_dir is not None else None
+            if folder is None:
+                hint("sessions end with this process, and none is durable; --data-dir DIR keeps them")
             state = stack.enter_context(EmbeddedRedis(RedisRole.STATE, data_dir=folder))
             config = config.model_copy(update={"state_url": SecretStr(state.url)})
         if config.worker.redis_url is None:

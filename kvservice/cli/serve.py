@@ -102,7 +102,9 @@ def serve(
     data_dir: Annotated[
         Path | None,
         typer.Option(
-            "--data-dir", metavar="DIR", help="Keep sessions here from start to start. Unset: they end with us."
+            "--data-dir",
+            metavar="DIR",
+            help="Keep sessions here from start to start. Unset: they end with us, and none is durable.",
         ),
     ] = None,
     redis_bytes: Annotated[

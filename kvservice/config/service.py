@@ -27,7 +27,7 @@ class ServiceConfig(BaseModel):
     data_dir: Path | None = Field(
         None,
         description="Folder in which the state Redis that `serve` starts keeps sessions from start to start, and the "
-        "service's secret. Unset: they end with the process.",
+        "service's secret. Unset: they end with the process, and `durable_tokens` is 0.",
     )
     redis_bytes: Annotated[ByteSize, Field(gt=0)] = Field(
         default=ByteSize(2**30), description="Memory of the kv Redis that `serve` starts when it is given no URL."

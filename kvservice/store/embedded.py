@@ -3,7 +3,8 @@
 Knows the settings that the two roles need, and nothing of what is stored. Speaks to a server only to see that it
 answers, so it needs no Redis client.
 
-    state   session records: every write in an append-only file and fsynced before it is answered; never evicts
+    state   session records: never evicts. In a folder that stays, every write is fsynced to an append-only file before
+            it is answered; without one nothing would survive the process, so nothing is called durable
     kv      blobs: nothing on disk, a bound on memory, the least recently used keys go first
 """
 
@@ -60,17 +61,15 @@ class RedisRole(enum.Enum):
 
 
 ROLE_SETTINGS = {
-    RedisRole.STATE: (
-        "appendonly yes",
-        "appendfsync always",
-        "no-appendfsync-on-rewrite no",
-        "maxmemory-policy noeviction",
-    ),
+    RedisRole.STATE: ("maxmemory-policy noeviction",),
     # Every blob may be lost at any time and carries a TTL. All keys are evictable, so that no key without a TTL can
     # wedge the server; least recently used first, because the session that was used last is the likeliest to come
     # back.
-    RedisRole.KV: ("appendonly no", "maxmemory-policy allkeys-lru"),
+    RedisRole.KV: ("maxmemory-policy allkeys-lru",),
 }
+
+ON_DISK = ("appendonly yes", "appendfsync always", "no-appendfsync-on-rewrite no")
+IN_MEMORY = ("appendonly no",)
 
 
 def find_redis_server() -> Path:
@@ -102,7 +101,8 @@ class EmbeddedRedis:
 
     Args:
         role: what it is for.
-        data_dir: where `state` keeps its file, made if missing; a fresh folder, removed at `stop`, if None.
+        data_dir: where `state` keeps its file, made if missing. None: it keeps all in memory, and its store says that
+            nothing is durable.
         maxmemory_bytes: bound on the memory; 0 is none. `kv` must have one.
         port: loopback port; 0 takes a free one. A stopped server starts again on the port it had.
         server: the binary; `find_redis_server()` if None.
@@ -119,6 +119,8 @@ class EmbeddedRedis:
     ) -> None:
         if role is RedisRole.KV and maxmemory_bytes <= 0:
             raise ConfigError(f"maxmemory_bytes={maxmemory_bytes}: the kv role needs a bound on its memory")
+        if role is RedisRole.KV and data_dir is not None:
+            raise ConfigError(f"data_dir={data_dir}: the kv role keeps nothing on disk")
         self._role = role
         self._data_dir = data_dir
         self._maxmemory_bytes = maxmemory_bytes
@@ -240,6 +242,7 @@ class EmbeddedRedis:
             'save ""',
             "tcp-keepalive 60",
             *ROLE_SETTINGS[self._role],
+            *(IN_MEMORY if self._data_dir is None else ON_DISK),
         ]
         if self._maxmemory_bytes:
             settings.append(f"maxmemory {self._maxmemory_bytes}")

@@ -40,8 +40,9 @@ def document():
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def client(model):
-    async with LocalService(arguments(model)) as service, Client(service.address) as client:
+async def client(model, tmp_path_factory):
+    data_dir = str(tmp_path_factory.mktemp("data"))
+    async with LocalService(arguments(model, "--data-dir", data_dir)) as service, Client(service.address) as client:
         yield client
 
 
@@ -163,7 +164,8 @@ async def test_one_sequence_that_never_fits_is_told_what_it_needs(model, documen
         with pytest.raises(BudgetTooSmall, match="device bytes"):
             await client.append(session, document)
         assert (await client.get(session)).num_tokens == 0
-        session, _ = await loaded(client, "recall", document[:400])
+        session, appended = await loaded(client, "recall", document[:400])
+        assert appended.durable_tokens == 0, "there is no --data-dir: nothing outlives this service"
         await client.ask(session, "x ", max_new_tokens=1)
 
 
