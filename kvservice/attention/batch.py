@@ -90,6 +90,7 @@ class BatchAttention:
 
     def __init__(self, arena: Arena, ring: StagingRing, sequences: list[SequenceRows]) -> None:
         self._arena = arena
+        self._scale = arena.layout.head_dim**-0.5
         self._ring = ring
         self._sequences = sequences
 
@@ -118,14 +119,13 @@ class BatchAttention:
 
     def _parts(self, sequence: SequenceRows, layer: int, q: Tensor) -> list[AttnPartial]:
         memory = sequence.memory
-        scale = q.shape[-1] ** -0.5
         keys, values = memory.state.read(layer, memory.state.num_resident + sequence.num_queries)
-        parts = [attend(q, keys, values, scale, sequence.mask)]
+        parts = [attend(q, keys, values, self._scale, sequence.mask)]
         if memory.state.num_distant == 0:
             return parts
         if sequence.reach is Reach.FULL:
             for keys, values in memory.distant.tiles(layer, self._ring):
-                parts.append(attend(q, keys, values, scale))
+                parts.append(attend(q, keys, values, self._scale))
                 memory.counters.streamed_bytes += 2 * keys.numel() * keys.element_size()
             return parts
         return [*parts, self._recalled(sequence, layer, q, parts[0].lse)]
@@ -134,9 +134,8 @@ class BatchAttention:
         memory = sequence.memory
         if memory.index is None:
             raise ValueError(f"recipe {memory.recipe.name!r} keeps no index to select by")
-        scale = q.shape[-1] ** -0.5
         seed = memory.state.num_computed * self._arena.layout.num_layers + layer
-        scores = memory.index.scores(layer, q, scale, seed)
+        scores = memory.index.scores(layer, q, self._scale, seed)
         chosen = select(scores, proximal_lse, sequence.num_queries, memory.recipe.recalled_tokens).cpu()
         if sequence.num_queries == 1:
             return self._from_slots(memory, layer, q, chosen[:, 0])
@@ -155,7 +154,7 @@ class BatchAttention:
         memory.counters.hits += chosen.numel() - count
         memory.counters.recalled_bytes += count * self._arena.layout.row_bytes
         keys, values = slots.read(layer, chosen.shape[1])
-        return attend(q, keys, values, q.shape[-1] ** -0.5)
+        return attend(q, keys, values, self._scale)
 
     def _from_staging(self, memory: SequenceMemory, layer: int, q: Tensor, chosen: Tensor) -> AttnPartial:
         """Queries of a question: each recalls its own tokens, a tile's worth of queries at a time."""
@@ -172,7 +171,7 @@ class BatchAttention:
             memory.counters.recalled_bytes += staged.numel() * staged.element_size()
             pairs = staged.view(num_kv * count, budget, 2, dim)
             queries = q.view(num_kv, num_queries, group, dim)[:, start : start + count]
-            part = attend(queries.reshape(num_kv * count, group, dim), pairs[:, :, 0], pairs[:, :, 1], dim**-0.5)
+            part = attend(queries.reshape(num_kv * count, group, dim), pairs[:, :, 0], pairs[:, :, 1], self._scale)
             outs.append(part.out.reshape(num_kv, count * group, dim))
             lses.append(part.lse.reshape(num_kv, count * group))
         return AttnPartial(torch.cat(outs, 1), torch.cat(lses, 1))

@@ -283,7 +283,7 @@ class Engine:
         memory.check()
         if groups is not None and call is not None and call.retain and call.tenant_tag:
             tokens = state.tokens[: state.window_start]
-            self._writer.write(call.tenant_tag, call.session_id, first_group, tokens, groups.cpu())
+            self._writer.write(call.tenant_tag, call.session_id, first_group, tokens, groups)
 
     def _advance(self, running: RunningCall, logits: Tensor) -> None:
         """What a computed step means for one call: progress, a token, or the end."""

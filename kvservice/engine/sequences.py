@@ -75,7 +75,7 @@ class HeldSequences:
             BudgetTooSmall: it would not fit if it were alone.
             Overloaded: it doesn't fit beside the busy ones.
         """
-        memory = self._held.get(session_id) or SequenceMemory(session_id, recipe, self.arena, self._host)
+        memory = self._held.get(session_id) or SequenceMemory(recipe, self.arena, self._host)
         self.reserve(session_id, memory.recipe, num_tokens)
         self._held.pop(session_id, None)
         self._held[session_id] = memory

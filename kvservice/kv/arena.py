@@ -36,11 +36,6 @@ class Arena:
         self._ledger = ledger
         ledger.add(Owner.WORKSPACE, workspace_blocks * layout.block_bytes)
 
-    @property
-    def num_free_blocks(self) -> int:
-        """Blocks that nobody holds."""
-        return self._pool.num_free
-
     def allocate(self, owner: Owner, count: int) -> Tensor:
         """Takes `count` blocks for `owner`. Returns int64 `[count]` on the device."""
         blocks = self._pool.allocate(count)

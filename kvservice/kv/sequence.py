@@ -14,7 +14,7 @@ from torch import Tensor
 from kvservice.errors import InternalError
 from kvservice.kv.arena import Arena
 from kvservice.kv.ledger import Owner
-from kvservice.types import BLOCK_TOKENS, GROUP_TOKENS, SINK_TOKENS, RecipeSpec, SessionId
+from kvservice.types import BLOCK_TOKENS, GROUP_TOKENS, SINK_TOKENS
 
 
 class SequenceState:
@@ -27,9 +27,7 @@ class SequenceState:
         table: int64 `[cells, columns]`, arena blocks.
     """
 
-    def __init__(self, session_id: SessionId, recipe: RecipeSpec, arena: Arena) -> None:
-        self.session_id = session_id
-        self.recipe = recipe
+    def __init__(self, arena: Arena) -> None:
         self.tokens: list[int] = []
         self.num_computed = 0
         self.window_start = SINK_TOKENS

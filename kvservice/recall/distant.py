@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvservice.kv.arena import Arena
 from kvservice.tier.host import HostTier
-from kvservice.types import GROUP_TOKENS
+from kvservice.types import BLOCK_TOKENS, GROUP_TOKENS
 
 TILE_TOKENS = 1024
 """Tokens of one staging tile."""
@@ -17,7 +17,7 @@ TILE_TOKENS = 1024
 
 def staging_blocks(num_kv_heads: int) -> int:
     """Arena blocks of the staging ring: two tiles of K and V of one layer."""
-    return 2 * 2 * num_kv_heads * TILE_TOKENS // 16
+    return 2 * 2 * num_kv_heads * TILE_TOKENS // BLOCK_TOKENS
 
 
 class StagingRing:

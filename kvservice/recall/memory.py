@@ -14,7 +14,7 @@ from kvservice.recall.distant import DistantKV
 from kvservice.recall.index import SequenceIndex
 from kvservice.recall.residency import RecallSlots
 from kvservice.tier.host import HostTier
-from kvservice.types import GROUP_TOKENS, SINK_TOKENS, RecipeSpec, SessionId
+from kvservice.types import GROUP_TOKENS, SINK_TOKENS, RecipeSpec
 
 
 @dataclass(slots=True)
@@ -30,10 +30,10 @@ class RecallCounters:
 class SequenceMemory:
     """The KV of one sequence: window on the device, distant groups in the tier, their index, recall slots."""
 
-    def __init__(self, session_id: SessionId, recipe: RecipeSpec, arena: Arena, host: HostTier) -> None:
+    def __init__(self, recipe: RecipeSpec, arena: Arena, host: HostTier) -> None:
         layout = arena.layout
         self.recipe = recipe
-        self.state = SequenceState(session_id, recipe, arena)
+        self.state = SequenceState(arena)
         self.distant = DistantKV(host, layout.num_kv_heads, layout.head_dim)
         self.index: SequenceIndex | None = None
         if recipe.index is not None:
@@ -72,18 +72,19 @@ class SequenceMemory:
         """Moves what no longer belongs in the window to the tier.
 
         Returns:
-            The groups that moved, `[n, layers, kv, 64, 2, d]`, or None.
+            The groups that moved, `[n, layers, kv, 64, 2, d]` on the CPU and nobody else's, or None.
         """
         state = self.state
         count = (self.recipe.window_start(state.num_computed) - state.window_start) // GROUP_TOKENS
         if count <= 0:
             return None
         groups = state.read_groups(count)
-        self.distant.append(groups)
         if self.index:
             self.index.append(groups)
+        leaving = groups.cpu()
+        self.distant.append(leaving)
         state.drop_groups(count)
-        return groups
+        return leaving
 
     def truncate(self, num_tokens: int) -> None:
         """Takes the sequence back to its first `num_tokens` tokens, bit for bit as it was when it had those.

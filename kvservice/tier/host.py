@@ -28,10 +28,10 @@ class HostTier:
         self._pool = BlockPool(num_groups)
 
     def store(self, groups: Tensor) -> list[int]:
-        """Copies groups `[n, layers, kv, 64, 2, d]` in and returns their numbers."""
+        """Copies groups `[n, layers, kv, 64, 2, d]`, which are on the CPU, in and returns their numbers."""
         count = groups.shape[0]
         numbers = self._pool.allocate(count)
-        self._groups[numbers] = groups.cpu()
+        self._groups[numbers] = groups
         self._ledger.add(Owner.HOST, count * self._layout.group_bytes)
         return [int(number) for number in numbers]
 

@@ -12,7 +12,7 @@ from kvservice.kv.ledger import Ledger
 from kvservice.recall.distant import StagingRing, staging_blocks
 from kvservice.recall.memory import SequenceMemory
 from kvservice.tier.host import HostTier
-from kvservice.types import ModelShape, SessionId
+from kvservice.types import ModelShape
 
 FP32_ROUNDING = 1e-5
 SHAPE = ModelShape(2, 6, 2, 16, 96, 128, 256, 8192, dtype_bytes=4)
@@ -57,7 +57,7 @@ def joined(parts, layer, which):
 @pytest.mark.parametrize("lengths", [[1], [16], [17, 1], [400, 1, 1], [100, 300, 500, 70, 1], [3000, 200, 1]])
 def test_streaming_every_distant_token_equals_one_softmax(place, lengths):
     """The last has more distant tokens than a staging tile holds."""
-    memory = SequenceMemory(SessionId("s"), EXACT, place[0], place[1])
+    memory = SequenceMemory(EXACT, place[0], place[1])
     read = []
     for seed, length in enumerate(lengths):
         read.append(tokens(length, seed))
@@ -71,7 +71,7 @@ def test_streaming_every_distant_token_equals_one_softmax(place, lengths):
 
 
 def test_recalling_as_many_tokens_as_there_are_equals_one_softmax(place):
-    memory = SequenceMemory(SessionId("s"), RECALL, place[0], place[1])
+    memory = SequenceMemory(RECALL, place[0], place[1])
     read = [tokens(16 + 256 + 128, 1)]
     step(place, memory, read[0], Reach.FULL)
     assert memory.state.num_distant == RECALL.recalled_tokens
@@ -88,7 +88,7 @@ def test_recalling_as_many_tokens_as_there_are_equals_one_softmax(place):
 
 def test_a_question_asked_at_once_or_token_by_token_recalls_the_same(place):
     document, question = tokens(850, 1), tokens(30, 2)
-    together, apart = (SequenceMemory(SessionId(name), RECALL, place[0], place[1]) for name in "ab")
+    together, apart = (SequenceMemory(RECALL, place[0], place[1]) for _ in range(2))
     step(place, together, document, Reach.FULL)
     step(place, apart, document, Reach.FULL)
     whole = step(place, together, question, Reach.SELECT)
@@ -101,7 +101,7 @@ def test_a_question_asked_at_once_or_token_by_token_recalls_the_same(place):
 
 def test_a_question_that_crosses_a_slide_in_one_step_is_refused(place):
     """Its first and last tokens would see different windows, so the answer would depend on the chunking."""
-    memory = SequenceMemory(SessionId("s"), RECALL, place[0], place[1])
+    memory = SequenceMemory(RECALL, place[0], place[1])
     step(place, memory, tokens(900, 1), Reach.FULL)
     step(place, memory, tokens(12, 2), Reach.SELECT)
     with pytest.raises(InternalError, match="65 tokens as if all saw one window"):
@@ -110,7 +110,7 @@ def test_a_question_that_crosses_a_slide_in_one_step_is_refused(place):
 
 def test_host_kv_that_was_recalled_is_read_from_the_device(place):
     """Poison the host after a token's KV came to its slots: asked again, the answer is the same."""
-    memory = SequenceMemory(SessionId("s"), RECALL, place[0], place[1])
+    memory = SequenceMemory(RECALL, place[0], place[1])
     step(place, memory, tokens(900, 1), Reach.FULL)
     arena, host, ring = place
     question = tokens(1, 2)

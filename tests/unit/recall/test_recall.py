@@ -13,7 +13,7 @@ from kvservice.recall.memory import SequenceMemory
 from kvservice.recall.planner import select
 from kvservice.recall.residency import EMPTY, place
 from kvservice.tier.host import HostTier
-from kvservice.types import GROUP_TOKENS, ModelShape, SessionId, footprint, index_blocks
+from kvservice.types import GROUP_TOKENS, ModelShape, footprint, index_blocks
 
 SHAPE = ModelShape(2, 4, 2, 16, 64, 128, 256, 4096, dtype_bytes=4)
 LAYOUT = KVLayout.of(SHAPE, torch.float32)
@@ -71,7 +71,7 @@ def random_kv(tokens):
 
 
 def test_what_left_the_window_is_in_the_tier_bit_for_bit(arena, host):
-    memory = SequenceMemory(SessionId("s"), RECALL, arena, host)
+    memory = SequenceMemory(RECALL, arena, host)
     kv = random_kv(900)
     fill(memory, arena, kv, 900)
     assert memory.state.window_start == RECALL.window_start(900) == 16 + 64 * 9
@@ -81,7 +81,7 @@ def test_what_left_the_window_is_in_the_tier_bit_for_bit(arena, host):
 
 @pytest.mark.parametrize("keep", [0, 5, 16, 300, 335, 336, 400, 700, 899, 900])
 def test_truncate_restores_exactly_what_was_there_before(arena, host, ledger, keep):
-    memory = SequenceMemory(SessionId("s"), RECALL, arena, host)
+    memory = SequenceMemory(RECALL, arena, host)
     kv = random_kv(900)
     fill(memory, arena, kv, keep)
     before = (ledger.used_bytes(Owner.WINDOW), ledger.used_bytes(Owner.INDEX), ledger.used_bytes(Owner.HOST))
@@ -97,7 +97,7 @@ def test_truncate_restores_exactly_what_was_there_before(arena, host, ledger, ke
 
 
 def test_closing_gives_every_byte_back(arena, host, ledger):
-    memory = SequenceMemory(SessionId("s"), RECALL, arena, host)
+    memory = SequenceMemory(RECALL, arena, host)
     fill(memory, arena, random_kv(900), 900)
     memory.slots()
     memory.close()
@@ -113,7 +113,7 @@ def test_footprint_is_what_a_sequence_really_takes(tokens, name):
         return  # keeps 16-bit keys; this layout is fp32
     ledger = Ledger(1 << 30, 1 << 30)
     arena = Arena(LAYOUT, 9000, 0, ledger, torch.device("cpu"))
-    memory = SequenceMemory(SessionId("s"), recipe, arena, HostTier(LAYOUT, 32, ledger, pin=False))
+    memory = SequenceMemory(recipe, arena, HostTier(LAYOUT, 32, ledger, pin=False))
     fill(memory, arena, random_kv(tokens), tokens)
     promised = footprint(SHAPE, recipe, tokens)
     assert memory.state.window_bytes <= promised.window_bytes
@@ -126,14 +126,14 @@ def test_footprint_is_what_a_sequence_really_takes(tokens, name):
 
 
 def test_dense_keeps_everything_on_the_device(arena, host):
-    memory = SequenceMemory(SessionId("s"), DENSE, arena, host)
+    memory = SequenceMemory(DENSE, arena, host)
     fill(memory, arena, random_kv(900), 900)
     assert memory.distant.num_groups == 0
     assert memory.state.num_resident == 900
 
 
 def test_sequence_that_lies_about_its_tier_is_found_out(arena, host):
-    memory = SequenceMemory(SessionId("s"), RECALL, arena, host)
+    memory = SequenceMemory(RECALL, arena, host)
     fill(memory, arena, random_kv(600), 600)
     memory.distant.drop_last(1)
     with pytest.raises(InternalError, match="groups in the tier"):
@@ -142,7 +142,7 @@ def test_sequence_that_lies_about_its_tier_is_found_out(arena, host):
 
 def test_groups_are_encoded_alike_whatever_the_chunking(arena, host):
     kv = random_kv(900)
-    whole, steps = (SequenceMemory(SessionId(name), RECALL, arena, host) for name in "ab")
+    whole, steps = (SequenceMemory(RECALL, arena, host) for _ in range(2))
     fill(whole, arena, kv, 900)
     for stop in (1, 17, 337, 338, 500, 777, 900):
         fill(steps, arena, kv, stop)
