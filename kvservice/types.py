@@ -68,18 +68,48 @@ class FinishReason(Enum):
     CANCELLED = "cancelled"
 
 
+class GrammarKind(Enum):
+    """The languages a grammar can be written in."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer's text must match, whole."""
+
+    kind: GrammarKind
+    text: str
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is chosen: greedily at `temperature` 0, else as a function of (seed, position)."""
 
     temperature: float = 0.0
     top_k: int = 0
+    """0: all."""
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens that occurred, multiplies negative ones: in prompt and answer."""
+    frequency_penalty: float = 0.0
+    """Times the occurrences in the answer, taken from a token's logit."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of each token that occurred in the answer."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token id and what is added to its logit."""
     seed: int = 0
     max_new_tokens: int = 256
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    grammar: Grammar | None = None
+    n: int = 1
+    """Answers to one prompt. The first joins the session."""
+    logprobs: int | None = None
+    """Report the chosen token's log-probability, and those of this many most likely ones; None: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +319,10 @@ class EngineCall:
     on_miss: OnMiss = OnMiss.RECOMPUTE
     tenant_tag: bytes = b""
     """Stands for the tenant in stored keys. 16 bytes, made by the gateway."""
+    priority: int = 0
+    """Calls of a higher one go first, and may take the memory of running calls of a lower one for a while."""
+    deadline: float | None = None
+    """When the call fails if it still runs; seconds of the engine's clock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,11 +335,23 @@ class ProgressEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token and the logarithm of its probability, after penalties and bias, before temperature and truncation."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One token was generated."""
+    """One token of an answer was generated."""
 
     call_id: CallId
     token_id: int
+    index: int = 0
+    """Which of the call's `n` answers it belongs to."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """If asked for: the chosen token first, then the most likely ones, the likeliest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,12 +359,18 @@ class FinishedEvent:
     """The call ended well. `appended_tokens` are what the session gained."""
 
     call_id: CallId
-    finish_reason: FinishReason
+    finish_reasons: tuple[FinishReason, ...]
+    """One for each of the call's answers; one if it generates nothing."""
     usage: Usage
     telemetry: KvTelemetry
     appended_tokens: tuple[int, ...]
     prefill_ms: float
     decode_ms: float
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Of the answer that joins the session."""
+        return self.finish_reasons[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -331,7 +331,7 @@ class Engine:
         self._events.append(
             FinishedEvent(
                 call_id=call.call_id,
-                finish_reason=reason,
+                finish_reasons=(reason,),
                 usage=usage,
                 telemetry=self._telemetry(running),
                 appended_tokens=tuple(memory.state.tokens[len(call.base_tokens) :]) if keeps else (),

@@ -96,7 +96,7 @@ def _finished_outputs(event: FinishedEvent, answer: AnswerText | None) -> list[C
     rest = answer.finish()
     if answer.stopped and event.finish_reason in (FinishReason.LENGTH, FinishReason.EOS):
         # The last token completed a stop string.
-        event = replace(event, finish_reason=FinishReason.STOP)
+        event = replace(event, finish_reasons=(FinishReason.STOP,))
     return [TextEvent(event.call_id, (), rest), event] if rest else [event]
 
 
