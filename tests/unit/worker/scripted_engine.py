@@ -189,7 +189,7 @@ class ScriptedEngine:
         appended = (*call.document_tokens, *call.prompt_tokens, *running.generated)
         return FinishedEvent(
             call.call_id,
-            reason,
+            (reason,),
             Usage(len(call.base_tokens), len(call.prompt_tokens), len(running.generated)),
             KvTelemetry(window_bytes=64),
             () if reason is FinishReason.CANCELLED else appended,
