@@ -30,6 +30,10 @@ class ModelSpec:
     digest: str
     """xxh3-128 of the weight files; equal for equal weights of one file layout."""
     tie_embeddings: bool
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False
+    """Whether queries and keys are RMS-normed per head before rotation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,12 @@ class LayerWeights:
     gate_up: Tensor
     """[2 * intermediate, hidden]: gate rows, then up rows."""
     down: Tensor
+    qkv_bias: Tensor | None = None
+    """[(h + 2 kv) * d], in the order of `qkv`'s rows."""
+    o_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    """[d], for every query head; there if and only if `k_norm` is."""
+    k_norm: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""A matrix of weights and its product. Knows nothing of layers."""
+"""A matrix of weights, its bias and its product. Knows nothing of layers."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ _PACK_ROWS = 64
 
 
 class Linear:
-    """Multiplies rows by a [out, in] matrix.
+    """Multiplies rows by a [out, in] matrix and adds a bias [out], if there is one.
 
     On a CPU with bf16 support the weights are packed once into oneDNN's blocked form. Over the matrices of all 30
     layers of SmolLM2-135M that takes 29 ms instead of 39 (F.linear) for 1 row, 23 instead of 30 for 8, 32 instead of
     51 for 64. The plain tensor isn't kept.
     """
 
-    def __init__(self, weight: Tensor) -> None:
-        self.num_bytes = weight.numel() * weight.element_size()
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.num_bytes = weight.nbytes + (bias.nbytes if bias is not None else 0)
+        self._bias = bias
         self._is_packed = _packs(weight)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS) if self._is_packed else weight
 
     def __call__(self, x: Tensor) -> Tensor:
         """[n, in] → [n, out], in x's dtype, which must be the weights'."""
         if self._is_packed:
-            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
             return out
-        return F.linear(x, self._weight)
+        return F.linear(x, self._weight, self._bias)
 
 
 def _packs(weight: Tensor) -> bool:

@@ -6,6 +6,7 @@ Knows nothing of caches, sequences or files. It is also the reference of every f
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from kvservice.models.base import Attend, LayerWeights, ModelSpec, ModelWeights
 from kvservice.models.linear import Linear
+from kvservice.models.rows import map_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,8 @@ class _Layer:
     norm2: Tensor
     gate_up: Linear
     down: Linear
+    qk_norm: Tensor | None
+    """[h + kv, d]: the weights of the query heads' norm, then those of the key heads'."""
 
 
 class LlamaModel:
@@ -32,14 +36,21 @@ class LlamaModel:
         spec: the model's figures.
         weights: taken over; `weights.layers` is read once. fp32 or bf16.
         device: where the weights are put and the work is done.
+        row_block: computes everything but attention on blocks of so many rows. A token's hidden state and logits are
+            then the same bit for bit whatever other tokens are in the step, as long as the device, its libraries and
+            the number of threads are the same, and `attend` keeps its side. None: all rows at once, which is faster.
     """
 
-    def __init__(self, spec: ModelSpec, weights: ModelWeights, device: torch.device) -> None:
+    def __init__(
+        self, spec: ModelSpec, weights: ModelWeights, device: torch.device, *, row_block: int | None = None
+    ) -> None:
         self.spec = spec
         self.device = device
+        self.row_block = row_block
+        self._silu = F.silu if row_block is None else _silu_by_exp
         self._embed = weights.embed.to(device)
         self._norm = weights.norm.to(device)
-        self._layers = [_place(layer, device) for layer in weights.layers]
+        self._layers = [_place(layer, spec, device) for layer in weights.layers]
         # Not packed: packing gains nothing at this width, and a tied head would lie in memory twice.
         self._lm_head = self._embed if spec.tie_embeddings else weights.lm_head.to(device)
         self._cos, self._sin = _rope_tables(spec, self.dtype, device)
@@ -58,8 +69,10 @@ class LlamaModel:
         linears: list[Linear] = []
         for layer in self._layers:
             tensors += [layer.norm1, layer.norm2]
+            if layer.qk_norm is not None:
+                tensors.append(layer.qk_norm)
             linears += [layer.qkv, layer.o, layer.gate_up, layer.down]
-        return sum(t.numel() * t.element_size() for t in tensors) + sum(linear.num_bytes for linear in linears)
+        return sum(tensor.nbytes for tensor in tensors) + sum(linear.num_bytes for linear in linears)
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """The hidden states of the new tokens after the final norm.
@@ -72,37 +85,60 @@ class LlamaModel:
         Returns:
             [n, hidden].
         """
-        shape, eps = self.spec.shape, self.spec.norm_eps
-        num_tokens = token_ids.shape[0]
-        rotated_heads = shape.num_heads + shape.num_kv_heads
-        cos = self._cos[positions].unsqueeze(1)
-        sin = self._sin[positions].unsqueeze(1)
+        num_heads = self.spec.shape.num_heads
+        cos, sin = self._cos[positions], self._sin[positions]
         x = self._embed[token_ids]
         for index, layer in enumerate(self._layers):
-            normed = F.rms_norm(x, (shape.hidden_size,), layer.norm1, eps)
-            qkv = layer.qkv(normed).view(num_tokens, rotated_heads + shape.num_kv_heads, shape.head_dim)
-            qk = _rotate(qkv[:, :rotated_heads], cos, sin)
-            out = attend(index, qk[:, : shape.num_heads], qk[:, shape.num_heads :], qkv[:, rotated_heads:])
-            x = x + layer.o(out.reshape(num_tokens, shape.num_heads * shape.head_dim))
-            normed = F.rms_norm(x, (shape.hidden_size,), layer.norm2, eps)
-            gate, up = torch.chunk(layer.gate_up(normed), 2, dim=-1)
-            x = x + layer.down(F.silu(gate) * up)
-        return F.rms_norm(x, (shape.hidden_size,), self._norm, eps)
+            qk, v = map_rows(partial(self._before_attention, layer), self.row_block, x, cos, sin)
+            out = attend(index, qk[:, :num_heads], qk[:, num_heads:], v)
+            (x,) = map_rows(partial(self._after_attention, layer), self.row_block, x, out)
+        (hidden,) = map_rows(lambda x: (self._rms_norm(x, self._norm),), self.row_block, x)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[r, hidden] → [r, vocab] in fp32. Pass only the rows whose next token is wanted."""
-        return F.linear(hidden, self._lm_head).float()
+        (logits,) = map_rows(lambda rows: (F.linear(rows, self._lm_head).float(),), self.row_block, hidden)
+        return logits
+
+    def _before_attention(self, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """[n, hidden] → rotated queries and keys [n, h + kv, d], values [n, kv, d]."""
+        shape = self.spec.shape
+        rotated_heads = shape.num_heads + shape.num_kv_heads
+        qkv = layer.qkv(self._rms_norm(x, layer.norm1))
+        qkv = qkv.view(-1, rotated_heads + shape.num_kv_heads, shape.head_dim)
+        qk = qkv[:, :rotated_heads]
+        if layer.qk_norm is not None:
+            qk = F.rms_norm(qk, (shape.head_dim,), None, self.spec.norm_eps) * layer.qk_norm
+        return _rotate(qk, cos.unsqueeze(1), sin.unsqueeze(1)), qkv[:, rotated_heads:]
+
+    def _after_attention(self, layer: _Layer, x: Tensor, out: Tensor) -> tuple[Tensor]:
+        """The layer's input [n, hidden] and attention's result [n, h, d] → the next layer's input."""
+        x = x + layer.o(out.flatten(1))
+        gate, up = torch.chunk(layer.gate_up(self._rms_norm(x, layer.norm2)), 2, dim=-1)
+        return (x + layer.down(self._silu(gate) * up),)
+
+    def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, (self.spec.shape.hidden_size,), weight, self.spec.norm_eps)
 
 
-def _place(layer: LayerWeights, device: torch.device) -> _Layer:
+def _place(layer: LayerWeights, spec: ModelSpec, device: torch.device) -> _Layer:
+    qk_norm = None
+    if layer.q_norm is not None and layer.k_norm is not None:
+        heads = [layer.q_norm] * spec.shape.num_heads + [layer.k_norm] * spec.shape.num_kv_heads
+        qk_norm = torch.stack(heads).to(device)
     return _Layer(
         norm1=layer.norm1.to(device),
-        qkv=Linear(layer.qkv.to(device)),
-        o=Linear(layer.o.to(device)),
+        qkv=Linear(layer.qkv.to(device), _to(layer.qkv_bias, device)),
+        o=Linear(layer.o.to(device), _to(layer.o_bias, device)),
         norm2=layer.norm2.to(device),
         gate_up=Linear(layer.gate_up.to(device)),
         down=Linear(layer.down.to(device)),
+        qk_norm=qk_norm,
     )
+
+
+def _to(bias: Tensor | None, device: torch.device) -> Tensor | None:
+    return bias if bias is None else bias.to(device)
 
 
 def _rope_tables(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -120,3 +156,14 @@ def _rope_tables(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> t
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     swapped = torch.roll(x, x.shape[-1] // 2, dims=-1)
     return torch.addcmul(x * cos, swapped, sin)
+
+
+def _silu_by_exp(x: Tensor) -> Tensor:
+    """F.silu in steps whose rounding doesn't depend on where in memory an element lies.
+
+    On a CPU F.silu itself computes what doesn't fill a vector by other code, and several threads may split a row
+    anywhere: the last bit of an element then depends on the row's place. exp has one code for all elements, and the
+    other steps round correctly.
+    """
+    exact = x.float()
+    return (exact / torch.exp(-exact).add_(1)).to(x.dtype)

@@ -16,13 +16,14 @@ from kvservice.models.llama import LlamaModel
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> LlamaModel:
+def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device, row_block: int | None = None) -> LlamaModel:
     """The model in `folder`, which is in Hugging Face's layout. Blocks: 0.5 s for 135M parameters.
 
     Args:
         folder: config.json, safetensors (whole or in shards), tokenizer.json.
         dtype: float32 or bfloat16, whatever the files hold.
         device: any torch device.
+        row_block: see `LlamaModel`.
 
     Raises:
         ModelError: files are missing or damaged, or the model needs something that the runner doesn't do.
@@ -42,7 +43,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Lla
     )
     spec = family.spec(config, identity, dtype)
     _check_names(family, spec, checkpoint)
-    return LlamaModel(spec, family.weights(spec, checkpoint), device)
+    return LlamaModel(spec, family.weights(spec, checkpoint), device, row_block=row_block)
 
 
 def _family(architectures: object) -> ModelFamily:

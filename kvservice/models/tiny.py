@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvservice.models.base import ModelSpec
-from kvservice.models.families.llama import LlamaFamily
+from kvservice.models.families.llama import LLAMA
 from kvservice.models.llama import LlamaModel
 from kvservice.types import ModelShape
 
@@ -66,7 +66,7 @@ def tiny_tensors(spec: ModelSpec, seed: int) -> dict[str, Tensor]:
     """Random fp32 weights under Hugging Face's names, a function of `seed`."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
-    for name, shape in LlamaFamily().tensor_shapes(spec).items():
+    for name, shape in LLAMA.tensor_shapes(spec).items():
         values = torch.randn(shape, generator=generator)
         if len(shape) == 1:
             tensors[name] = 1.0 + 0.1 * values
@@ -88,8 +88,9 @@ def tiny_model(
     head_dim: int = 16,
     vocab_size: int = _NUM_BYTES,
     dtype: torch.dtype = torch.float32,
+    row_block: int | None = None,
 ) -> LlamaModel:
-    """A random model on the CPU; equal arguments give equal weights."""
+    """A random model on the CPU; equal arguments give equal weights, whatever `row_block`."""
     spec = tiny_spec(
         num_layers=num_layers,
         num_heads=num_heads,
@@ -99,7 +100,7 @@ def tiny_model(
         dtype=dtype,
     )
     source = _InMemory({name: tensor.to(dtype) for name, tensor in tiny_tensors(spec, seed).items()})
-    return LlamaModel(spec, LlamaFamily().weights(spec, source), torch.device("cpu"))
+    return LlamaModel(spec, LLAMA.weights(spec, source), torch.device("cpu"), row_block=row_block)
 
 
 def write_tiny_checkpoint(folder: Path, seed: int = 0) -> Path:
@@ -113,12 +114,17 @@ def write_tiny_checkpoint(folder: Path, seed: int = 0) -> Path:
     save_file(tiny_tensors(spec, seed), folder / "model.safetensors", metadata={"format": "pt"})
     special_ids = {token: _NUM_BYTES + i for i, token in enumerate(_SPECIAL_TOKENS)}
     _write_json(folder / "config.json", tiny_config(spec) | {"eos_token_id": [special_ids["<|im_end|>"], _NUM_BYTES]})
+    write_tiny_tokenizer(folder)
+    return folder
+
+
+def write_tiny_tokenizer(folder: Path) -> None:
+    """Writes the tokenizer of `write_tiny_checkpoint`, for a folder that has a model of at least 259 tokens."""
     _write_json(
         folder / "tokenizer_config.json",
         {"eos_token": "<|im_end|>", "chat_template": CHAT_TEMPLATE, "tokenizer_class": "PreTrainedTokenizerFast"},
     )
     _write_tokenizer(folder / "tokenizer.json")
-    return folder
 
 
 def tiny_config(spec: ModelSpec) -> dict[str, object]:

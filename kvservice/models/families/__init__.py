@@ -1,1 +1,1 @@
-"""One file an architecture: its names for figures and tensors. Discovered by the loader."""
+"""One file an architecture: what sets it apart. Discovered by the loader. What they share is in `decoder`."""

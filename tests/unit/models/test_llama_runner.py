@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvservice.models.families.llama import LlamaFamily
+from kvservice.models.families.llama import LLAMA
 from kvservice.models.linear import Linear
 from kvservice.models.llama import LlamaModel
 from kvservice.models.loader import load_model
@@ -124,7 +124,7 @@ def test_equal_tokens_at_other_positions_have_other_keys():
 
 def test_weight_bytes_count_every_parameter_once(tmp_path):
     model = tiny_model()
-    shapes = LlamaFamily().tensor_shapes(model.spec).values()
+    shapes = LLAMA.tensor_shapes(model.spec).values()
     assert model.weight_bytes == 4 * sum(torch.Size(shape).numel() for shape in shapes)
 
 

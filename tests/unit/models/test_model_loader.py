@@ -170,8 +170,7 @@ def test_a_tensor_that_the_runner_would_not_read_is_refused(tiny_folder, name):
     [
         ({"architectures": ["GPT2LMHeadModel"]}, r"GPT2LMHeadModel.*supported are LlamaForCausalLM"),
         ({"architectures": None}, "supported are LlamaForCausalLM"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu': the Llama runner does only 'silu'"),
-        ({"attention_bias": True}, "attention_bias=True"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu': the runner does only 'silu'"),
         ({"mlp_bias": True}, "mlp_bias=True"),
         ({"sliding_window": 4096}, "sliding_window=4096"),
         ({"use_qk_norm": True}, "use_qk_norm=True"),
@@ -179,6 +178,8 @@ def test_a_tensor_that_the_runner_would_not_read_is_refused(tiny_folder, name):
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config="),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_type='llama3'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types='sliding_attention'"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rotates all layers alike"),
     ],
 )
@@ -187,6 +188,12 @@ def test_what_the_runner_does_not_do_is_refused_by_name(tiny_folder, changes, me
     with pytest.raises(ModelError, match=message) as raised:
         load(tiny_folder)
     assert raised.value.reason == "model_unsupported"
+
+
+def test_biases_that_the_config_asks_for_must_be_there(tiny_folder):
+    change_config(tiny_folder, attention_bias=True)
+    with pytest.raises(ModelError, match=r"lack 8 tensors, the first is model\.layers\.0\.self_attn\.k_proj\.bias"):
+        load(tiny_folder)
 
 
 @pytest.mark.parametrize(
