@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kvservice.errors import InternalError
 from kvservice.kernels import flash, reference
-from kvservice.kv.partial import Span, check_partition, merge_partials
+from kvservice.kv.partial import AttnPartial, Span, check_partition, merge_partials, merge_with_lse
 
 FP32_ROUNDING = 1e-5
 BF16_ROUNDING = 2e-2
@@ -27,6 +27,28 @@ def test_any_split_into_parts_equals_one_softmax(num_kv, rows, total, cuts, seed
     parts = [reference.attend(q, k[:, a:b], v[:, a:b], 0.25) for a, b in pairwise(edges)]
     whole = reference.attend(q, k, v, 0.25)
     torch.testing.assert_close(merge_partials(parts), whole.out, atol=FP32_ROUNDING, rtol=FP32_ROUNDING)
+    torch.testing.assert_close(merge_with_lse(parts).lse, whole.lse, atol=FP32_ROUNDING, rtol=FP32_ROUNDING)
+
+
+def test_a_part_that_a_row_saw_nothing_of_counts_for_nothing():
+    q, k = torch.randn(2, 3, 16), torch.randn(2, 20, 16)
+    nothing, something = AttnPartial.of_nothing(q), reference.attend(q, k, k, 0.25)
+    merged = merge_with_lse([nothing, something, nothing])
+    torch.testing.assert_close(merged.out, something.out)
+    torch.testing.assert_close(merged.lse, something.lse)
+    empty = merge_with_lse([nothing, nothing])
+    assert torch.equal(empty.out, nothing.out)
+    assert torch.equal(empty.lse, nothing.lse)
+
+
+def test_flash_and_reference_agree_on_rows_that_see_nothing():
+    q, k = torch.randn(2, 3, 16), torch.randn(2, 70, 16)
+    mask = torch.zeros(3, 70)
+    mask[1] = -torch.inf
+    for keys, hidden in ((k, mask), (k[:, :0], None)):
+        ours, expected = flash.attend(q, keys, keys, 0.25, hidden), reference.attend(q, keys, keys, 0.25, hidden)
+        torch.testing.assert_close(ours.out, expected.out, atol=FP32_ROUNDING, rtol=FP32_ROUNDING)
+        torch.testing.assert_close(ours.lse, expected.lse, atol=FP32_ROUNDING, rtol=FP32_ROUNDING)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, FP32_ROUNDING), (torch.bfloat16, BF16_ROUNDING)])
