@@ -5,7 +5,7 @@ are cut at multiples of 64 tokens. Several times slower than flash attention.
 
 How (docs/decisions/014): KV is read in tiles of 64 tokens, counted from the start of a part. Every sum runs inside a
 matrix product of one fixed shape, 16 rows by one tile, the last of each padded. Everything else is exact (maxima) or
-rounded element by element. Tiles are folded into the running softmax one by one, in order (FlashAttention-2,
+done element by element. Tiles are folded into the running softmax one by one, in order (FlashAttention-2,
 arXiv:2307.08691, §3.1). A tile that a row doesn't see changes nothing of it.
 """
 
