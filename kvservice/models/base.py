@@ -77,9 +77,10 @@ class Attend(Protocol):
 
         Args:
             layer: index of the layer.
-            q: [n, h, d] after rotation, not scaled by `d ** -0.5`. A view: not contiguous, valid during the call only.
-            k: [n, kv, d] after rotation, likewise a view. The caller stores a copy.
-            v: [n, kv, d], likewise a view.
+            q: [n, h, d] after rotation, not scaled by `d ** -0.5`. Maybe a view, not contiguous: valid during the call
+                only.
+            k: [n, kv, d] after rotation, likewise. The caller stores a copy.
+            v: [n, kv, d], likewise.
 
         Returns:
             [n, h, d] in q's dtype.

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 DETERMINISTIC_ROWS: Final = 32
-"""Rows of a block in deterministic mode. Up to about so many rows a product takes as long as reading its weights, so a
-single row costs little more than without blocks; with fewer, prefill would read all weights more often. Blocks of 32
-also begin at whole cache lines, whatever the width: some libraries choose their way by alignment too."""
+"""Rows of a block in deterministic mode. A compromise: a row that decodes alone costs as much as a whole block, and
+prefill reads all weights once a block. Blocks of 32 rows also begin at whole cache lines, whatever the width: some
+libraries choose their way by alignment too."""
 
 
 def map_rows(function: Callable[..., tuple[Tensor, ...]], row_block: int | None, *rows: Tensor) -> tuple[Tensor, ...]:

@@ -109,6 +109,10 @@ class Tokenizer:
         """Whether the token is one of text: neither a control token nor beyond the vocabulary."""
         return token_id not in self._control_ids and self._codec.id_to_token(token_id) is not None
 
+    def definition(self) -> str:
+        """The tokenizer as the text of a tokenizer.json, for other libraries to read."""
+        return self._codec.to_str()
+
     @cached_property
     def _chat_tokens(self) -> _ChatTokens:
         pieces = read_chat_pieces(self._folder)

@@ -12,8 +12,7 @@ from kvservice.models.llama import LlamaModel
 from kvservice.models.loader import load_model
 from kvservice.models.rows import DETERMINISTIC_ROWS, map_rows
 from kvservice.models.tiny import tiny_model
-
-from .test_families import write_checkpoint
+from tests.unit.models.checkpoints import write_checkpoint
 
 DTYPES = [torch.float32, torch.bfloat16]
 
