@@ -280,6 +280,8 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     recomputed_tokens: int = 0
+    reused_tokens: int = 0
+    """Of the prompt tokens, those whose KV another session of the tenant had already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -416,4 +418,10 @@ class WorkerStats:
     recall_hits: int = 0
     recomputed_tokens: int = 0
     steps: int = 0
+    swapped_out: int = 0
+    """Running sequences that made room by going to host memory."""
+    forgotten: int = 0
+    """Running sequences that made room by dropping KV, which was computed again."""
+    idle_swapped_out: int = 0
+    idle_dropped: int = 0
     tier: TierStats = field(default_factory=TierStats)

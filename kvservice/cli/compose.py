@@ -74,11 +74,13 @@ def make_engine(config: WorkerConfig, folder: Path, frames: WriteBehind | None) 
     from kvservice.engine.ports import NoWriter
     from kvservice.kv.layout import KVLayout
     from kvservice.models.loader import load_model
+    from kvservice.models.rows import DETERMINISTIC_ROWS
     from kvservice.tier.groups import GroupFrames, kv_fingerprint
 
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
-    model = load_model(folder, dtype=dtype, device=torch.device(config.device))
+    row_block = DETERMINISTIC_ROWS if config.deterministic else None
+    model = load_model(folder, dtype=dtype, device=torch.device(config.device), row_block=row_block)
     if frames is None:
         return Engine(model, engine_config(config), NoWriter())
     spec = model.spec
@@ -98,7 +100,7 @@ def engine_config(config: WorkerConfig) -> EngineConfig:
     return EngineConfig(
         kv_bytes=config.kv_bytes,
         host_bytes=config.host_bytes,
-        prefill_chunk_tokens=config.prefill_chunk_tokens,
+        step_tokens=config.step_tokens,
         max_prefills=config.max_prefills,
         max_batch=config.max_batch,
     )

@@ -75,8 +75,12 @@ Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threa
 Dtype = Annotated[str | None, typer.Option("--dtype", help="bf16 or fp32, of weights and KV.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda.")]
 MaxBatch = Annotated[int | None, typer.Option("--max-batch", min=1, help="Sequences in one step.")]
-PrefillChunk = Annotated[
-    int | None, typer.Option("--prefill-chunk-tokens", min=64, help="Prompt tokens that a step computes.")
+StepTokens = Annotated[
+    int | None, typer.Option("--step-tokens", min=64, help="Tokens of a step: decoding, then prefill.")
+]
+Deterministic = Annotated[
+    bool | None,
+    typer.Option("--deterministic", help="No bit of an answer depends on what else runs; slower."),
 ]
 Grace = Annotated[
     float | None, typer.Option("--grace-s", min=0, help="Seconds that running calls have to end in at SIGTERM.")
@@ -115,7 +119,8 @@ def serve(
     device: Device = None,
     threads: Threads = None,
     max_batch: MaxBatch = None,
-    prefill_chunk_tokens: PrefillChunk = None,
+    step_tokens: StepTokens = None,
+    deterministic: Deterministic = None,
     grace_s: Grace = None,
     log_level: LogLevel = None,
 ) -> None:
@@ -142,7 +147,8 @@ def serve(
                 "kv_bytes": kv_bytes,
                 "host_bytes": host_bytes,
                 "max_batch": max_batch,
-                "prefill_chunk_tokens": prefill_chunk_tokens,
+                "step_tokens": step_tokens,
+                "deterministic": deterministic,
                 "threads": threads,
                 "dtype": dtype,
                 "device": device,
@@ -222,7 +228,8 @@ def worker(
     device: Device = None,
     threads: Threads = None,
     max_batch: MaxBatch = None,
-    prefill_chunk_tokens: PrefillChunk = None,
+    step_tokens: StepTokens = None,
+    deterministic: Deterministic = None,
     grace_s: Grace = None,
     stop_with_stdin: Annotated[
         bool, typer.Option("--stop-with-stdin", help="Drain when standard input ends, as at a signal.")
@@ -243,7 +250,8 @@ def worker(
                 "host_bytes": host_bytes,
                 "port": port,
                 "max_batch": max_batch,
-                "prefill_chunk_tokens": prefill_chunk_tokens,
+                "step_tokens": step_tokens,
+                "deterministic": deterministic,
                 "threads": threads,
                 "dtype": dtype,
                 "device": device,

@@ -32,10 +32,13 @@ class WorkerConfig(BaseModel):
         default=ByteSize(512 * 2**20), description="all device memory but weights and activations"
     )
     host_bytes: ByteSize = Field(default=ByteSize(4 * 2**30), ge=0, description="most bytes of the host tier")
-    prefill_chunk_tokens: int = Field(512, ge=64, le=8192, description="tokens of a prompt computed in one step")
+    step_tokens: int = Field(512, ge=64, le=8192, description="tokens of a step: decoding first, then prefill")
     max_prefills: int = Field(2, ge=1, le=64, description="sequences that may prefill at the same time")
     max_batch: int = Field(32, ge=1, le=1024, description="calls admitted at a time")
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine; unset: one for each core")
+    deterministic: bool = Field(
+        False, description="no bit of a result depends on batch, chunking, swap or resume; slower"
+    )
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="of weights and KV")
     device: Literal["cpu", "cuda"] = Field("cpu", description="where the engine computes")
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on; loopback in this release")

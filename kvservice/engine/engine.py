@@ -1,39 +1,44 @@
-"""The engine: sequences, admission and steps. Single-threaded: one thread makes all calls.
+"""The engine: calls, admission and steps. Single-threaded: one thread makes all calls.
 
 A sequence outlives its calls, so that the next question finds the document's KV. It is only a cache of the session:
 each call brings all tokens of the session, and what isn't held is computed again, and counted.
 
-    submit → reserve bytes, line up tokens ─┐
-                                            ▼
-    step:  schedule → forward → commit, slide window → sample → events
+    submit → reserve bytes, or wait for those who give way
+                                            │
+    step:  expire → make room → schedule → forward → commit, slide windows → sample → events
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import takewhile
+from itertools import count, takewhile
 
 import torch
 from torch import Tensor
 
-from kvservice.attention.batch import BatchAttention, Reach, SequenceRows, prepare
+from kvservice.attention.batch import BatchAttention, SequenceRows, prepare
 from kvservice.compression.protocols import RECALL_INDEXES
 from kvservice.config.engine import EngineConfig
 from kvservice.config.recipes import DEFAULT_RECIPE, SERVED_RECIPES
+from kvservice.engine.grammar import GrammarCompiler
+from kvservice.engine.pacing import Pace
 from kvservice.engine.ports import GroupWriter
-from kvservice.engine.running import RunningCall
-from kvservice.engine.sampler import sample
+from kvservice.engine.running import Found, RunningCall, RunningSequence, answer_name
+from kvservice.engine.sampler import Sampled, SamplerRow, sample
 from kvservice.engine.scheduler import Scheduled, schedule
-from kvservice.engine.sequences import HeldSequences
+from kvservice.engine.sequences import HeldSequences, Wish
+from kvservice.engine.stopwatch import Stopwatch
 from kvservice.errors import (
     Conflict,
+    DeadlineExceeded,
     FailedPrecondition,
     InternalError,
     InvalidRequest,
     KVServiceError,
+    NotFound,
     Overloaded,
     PromptTooLong,
 )
@@ -41,6 +46,8 @@ from kvservice.kv.layout import KVLayout
 from kvservice.kv.ledger import Owner
 from kvservice.models.llama import LlamaModel
 from kvservice.recall.memory import RecallCounters, SequenceMemory
+from kvservice.recall.parking import Place
+from kvservice.recall.reach import Reach
 from kvservice.types import (
     GROUP_TOKENS,
     CallId,
@@ -68,16 +75,21 @@ RATE_SMOOTHING = 0.1
 """Weight of the newest step in the reported speeds."""
 
 WRITER_PATIENCE_S = 0.05
-"""How long a step waits for the tier when prefill is all there is to do and the tier is behind."""
+"""How long a step waits when all there is to do waits for the tier, or for bytes on their way to the host."""
+
+GROWTH_TOKENS = 64
+"""An answer's bytes are reserved this many tokens ahead: most answers end long before their limit."""
 
 
 class Engine:
     """Computes calls on sequences of one model within byte budgets.
 
     Args:
-        model: the model; its device is the engine's.
+        model: the model; its device is the engine's. With fixed row blocks, no bit of a result depends on what is
+            computed beside it, or on chunking, swap and resume (`--deterministic`).
         config: budgets.
         writer: takes the groups that leave the device, for the tier below host memory.
+        grammars: for answers that must match one; without it such calls are refused.
         clock: seconds, monotonic.
 
     Raises:
@@ -89,20 +101,25 @@ class Engine:
         model: LlamaModel,
         config: EngineConfig,
         writer: GroupWriter,
+        grammars: GrammarCompiler | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         RECALL_INDEXES.discover("kvservice.methods")
         self._model = model
         self._config = config
         self._writer = writer
+        self._grammars = grammars
         self._clock = clock
         self._shape = model.spec.shape
         self._layout = KVLayout.of(self._shape, model.dtype)
         self._sequences = HeldSequences(self._shape, self._layout, config, model.device)
         self._sequences.ledger.add(Owner.WEIGHTS, model.weight_bytes)
-        self._running: dict[CallId, RunningCall] = {}
+        self._calls: dict[CallId, RunningCall] = {}
+        self._numbers = count()
         self._events: list[EngineEvent] = []
+        self._pace = Pace(config.max_decode_stretch)
         self._stats = WorkerStats()
+        self.stopwatch = Stopwatch()
 
     @property
     def info(self) -> ModelInfo:
@@ -113,56 +130,78 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` would do something."""
-        return bool(self._running or self._events)
+        return bool(self._calls or self._events)
 
     # -- admission ---------------------------------------------------------------------------------------------------
 
     def submit(self, call: EngineCall) -> None:
-        """Admits a call: reserves all the bytes it can come to need, or refuses and changes nothing.
+        """Admits a call, or refuses and changes nothing.
+
+        An admitted call has all the bytes that its tokens and the beginning of its answer take, or will have them as
+        soon as idle sequences, or those of calls of a lower priority, have given way.
 
         Raises:
-            InvalidRequest: nothing to compute.
+            InvalidRequest: nothing to compute, or a wrong grammar.
             PromptTooLong: more tokens than the model has positions.
             Conflict: the session has a call running.
             FailedPrecondition: the recipe needs what the session dropped, or KV is missing and `on_miss` is FAIL.
             BudgetTooSmall: it would not fit if it were alone.
             Overloaded: it doesn't fit now.
         """
-        num_tokens = self._check(call)
-        held = self._sequences.get(call.session_id)
-        if held is not None:
-            _check_recipe(held.recipe, call.recipe)
-        kept = 0 if held is None else _common_prefix(held.state.tokens, call.base_tokens)
-        recomputed = len(call.base_tokens) - kept
-        if recomputed and call.on_miss is OnMiss.FAIL:
+        self._check(call)
+        tokens = [*call.base_tokens, *call.document_tokens, *call.prompt_tokens]
+        row = self._sampler_row(call, tokens, 0)
+        found = self._find(call, tokens)
+        if found.num_missing and call.on_miss is OnMiss.FAIL:
             raise FailedPrecondition(
-                f"KV of {recomputed} tokens is held nowhere and on_miss is fail; allow recompute", reason="kv_missing"
+                f"KV of {found.num_missing} tokens is held nowhere and on_miss is fail; allow recompute",
+                reason="kv_missing",
             )
-        memory = self._sequences.acquire(call.session_id, call.recipe, num_tokens)
-        memory.truncate(kept)
-        if memory.state.num_computed == _num_given(call):
-            # Going on from tokens that all have KV: the last is computed again, for its logits.
-            memory.truncate(kept - 1)
-        start = memory.state.num_computed
-        memory.state.tokens[:] = [*call.base_tokens, *call.document_tokens, *call.prompt_tokens]
         documents_end = len(call.base_tokens) + len(call.document_tokens)
-        self._running[call.call_id] = RunningCall(
+        # Going on from tokens that all have KV: the last is computed again, for its logits.
+        start = min(found.num_kept, len(tokens) - 1)
+        sequence = RunningSequence(
             call=call,
-            memory=memory,
-            full_until=documents_end if recomputed or call.document_tokens else start,
-            recomputed_tokens=recomputed,
-            counters_before=replace(memory.counters),
-            admitted_at=self._clock(),
-            prefill_from=start,
+            session_id=call.session_id,
+            index=0,
+            memory=found.memory if found.donor is None else self._sequences.fork_prefix(found.donor),
+            rank=(-call.priority, next(self._numbers)),
+            tokens=tokens,
+            kept=start,
+            full_until=documents_end if found.num_missing or call.document_tokens else start,
+            row=row,
+            recomputed_tokens=found.num_missing,
         )
+        self._admit(sequence, found)
 
-    def _check(self, call: EngineCall) -> int:
-        """Refuses what can never run; returns the most tokens that the sequence may come to hold."""
+    def _admit(self, sequence: RunningSequence, found: Found) -> None:
+        call, memory = sequence.call, sequence.memory
+        try:
+            if any(not other.is_ready and other.rank[0] <= sequence.rank[0] for other in self._active()):
+                raise Overloaded("calls that were admitted before wait for room", retry_after_s=1.0)
+            if found.donor is not None:
+                # What the session holds itself is less than what it is about to share.
+                self._sequences.drop(call.session_id)
+            lower = [other for other in self._victims_of(sequence) if other.rank[0] > sequence.rank[0]]
+            has_room = self._make_room(sequence, lower)
+        except KVServiceError:
+            if found.donor is not None:
+                memory.close()
+            raise
+        sequence.counters_before = replace(memory.counters)
+        self._sequences.add(call.session_id, memory)
+        self._calls[call.call_id] = RunningCall(call, {0: sequence}, self._clock(), found.num_reused)
+        if has_room:
+            self._enter(sequence)
+
+    def _check(self, call: EngineCall) -> None:
+        """Refuses what can never run."""
         if self._sequences.is_busy(call.session_id):
             raise Conflict(f"session {call.session_id} has a call running; wait for it", reason="session_busy")
-        if len(self._running) >= self._config.max_batch:
-            raise Overloaded(f"{len(self._running)} calls are running, the most there may be", retry_after_s=1.0)
-        given = _num_given(call)
+        num_answers = sum(running.num_answers for running in self._calls.values())
+        if num_answers + (call.sampling.n if call.sampling else 1) > self._config.max_batch:
+            raise Overloaded(f"{num_answers} answers are under way, {self._config.max_batch} may be", retry_after_s=1.0)
+        given = len(call.base_tokens) + len(call.document_tokens) + len(call.prompt_tokens)
         if given == 0 or (call.sampling is None and not call.document_tokens):
             raise InvalidRequest("there are no tokens to compute", reason="empty")
         new = call.sampling.max_new_tokens if call.sampling else 0
@@ -174,19 +213,49 @@ class Engine:
         if max(tokens) >= self._shape.vocab_size or min(tokens) < 0:
             wrong = next(token for token in tokens if not 0 <= token < self._shape.vocab_size)
             raise InvalidRequest(f"token id {wrong}: must be in 0 to {self._shape.vocab_size - 1}")
-        return given + new
+        held = self._sequences.get(call.session_id)
+        if held is not None:
+            _check_recipe(held.recipe, call.recipe)
+        wish = Wish(given + new, call.sampling.n - 1 if call.sampling else 0, given)
+        self._sequences.check_fits(held.recipe if held else call.recipe, wish)
+
+    def _sampler_row(self, call: EngineCall, tokens: Sequence[int], index: int) -> SamplerRow | None:
+        if call.sampling is None:
+            return None
+        matcher = None
+        if call.sampling.grammar is not None:
+            if self._grammars is None:
+                raise InvalidRequest("this engine was started without grammars", field="sampling.grammar")
+            matcher = self._grammars.compile(call.sampling.grammar)
+        return SamplerRow(call.sampling, index, tokens, matcher)
+
+    def _find(self, call: EngineCall, tokens: Sequence[int]) -> Found:
+        """The KV to go on from: the session's own, or what another session of the tenant shares with it."""
+        held = self._sequences.get(call.session_id)
+        same = _common_prefix(held.state.tokens, call.base_tokens) if held else 0
+        kept = min(same, held.num_computed) if held else 0
+        recipe = held.recipe if held else call.recipe
+        donor, length = self._sequences.longest_prefix(call.tenant_tag, recipe, tokens)
+        memory = held or self._sequences.new(recipe)
+        if donor is not None and length >= kept + GROUP_TOKENS:
+            missing = max(0, len(call.base_tokens) - length)
+            return Found(memory, donor, length, missing, max(0, length - len(call.base_tokens)))
+        # A token that never had KV isn't missing: the last one of an answer.
+        return Found(memory, None, kept, len(call.base_tokens) - same, 0)
 
     # -- control -----------------------------------------------------------------------------------------------------
 
     def cancel(self, call_id: CallId) -> None:
         """Ends a call and frees what it took, at once. Unknown ids are ignored: the call may have just ended."""
-        if call_id in self._running:
-            self._finish(self._running[call_id], FinishReason.CANCELLED)
+        running = self._calls.get(call_id)
+        if running is not None:
+            self._finish(running, FinishReason.CANCELLED)
 
-    def stop(self, call_id: CallId) -> None:
-        """Ends a call whose text reached a stop string; what it generated stays."""
-        if call_id in self._running:
-            self._finish(self._running[call_id], FinishReason.STOP)
+    def stop(self, call_id: CallId, index: int = 0) -> None:
+        """Ends an answer whose text reached a stop string; what was generated stays."""
+        running = self._calls.get(call_id)
+        if running is not None and index in running.sequences and index not in running.finish_reasons:
+            self._end_answer(running, running.sequences[index], FinishReason.STOP)
 
     def release(self, session_id: SessionId, tenant_tag: bytes = b"", *, purge: bool = False) -> tuple[int, int]:
         """Drops a session's KV, cancelling its call if one runs.
@@ -199,170 +268,353 @@ class Engine:
         Returns:
             Device and host bytes freed.
         """
-        for running in list(self._running.values()):
+        for running in list(self._calls.values()):
             if running.call.session_id == session_id:
                 self.cancel(running.call.call_id)
         if purge:
             self._writer.delete(tenant_tag, session_id)
         return self._sequences.drop(session_id)
 
+    def fork(self, session_id: SessionId, fork_id: SessionId, num_tokens: int | None = None) -> None:
+        """Makes a held session known under one more name, at its end or at an earlier token. Copies no KV.
+
+        Args:
+            session_id: a held session; it may be busy, and then the fork is at its last committed token.
+            fork_id: not held.
+            num_tokens: tokens of the fork; None: all.
+
+        Raises:
+            NotFound: the session isn't held, or `num_tokens` is beyond its tokens.
+            Conflict: `fork_id` is held.
+            Overloaded: there is no room for what the fork needs for itself.
+        """
+        memory = self._sequences.get(session_id)
+        if memory is None or memory.place is not Place.DEVICE:
+            raise NotFound(f"session {session_id} is not on this device", reason="not_held")
+        if self._sequences.get(fork_id) is not None:
+            raise Conflict(f"session {fork_id} is held already", reason="exists")
+        have = memory.state.num_computed
+        tokens = have if num_tokens is None else num_tokens
+        if not 0 < tokens <= have:
+            raise NotFound(f"num_tokens={tokens}: the session has KV of {have}", reason="beyond_end")
+        twin = memory.fork()
+        try:
+            self._sequences.make_room(fork_id, twin, Wish(have), ())
+        except Overloaded:
+            twin.close()
+            raise
+        self._sequences.add(fork_id, twin)
+        twin.truncate(tokens)
+        self._sequences.settle(fork_id)
+
     def close(self) -> None:
         """Drops everything."""
         for session_id in self._sequences.ids():
             self.release(session_id)
+        self._sequences.close()
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
     def step(self) -> list[EngineEvent]:
         """Computes one batch and returns what happened since the last step."""
-        groups = self._config.prefill_chunk_tokens // GROUP_TOKENS + self._config.max_prefills
-        may_prefill = self._writer.has_room(groups)
-        plan = schedule(
-            self._running.values(),
-            self._config.prefill_chunk_tokens,
-            self._config.max_prefills,
-            may_prefill=may_prefill,
-        )
+        self.stopwatch.start()
+        self._expire()
+        self._bring_in()
+        ready = [sequence for sequence in self._active() if sequence.is_ready]
+        plan = schedule(ready, self._config.max_prefills, self._prefill_budget(ready))
+        self.stopwatch.lap("schedule")
         if plan:
             self._run(plan)
-        elif self._running:
-            self._writer.wait_for_room(groups, WRITER_PATIENCE_S)
+        elif self._calls:
+            self._wait()
         events, self._events = self._events, []
         return events
 
     def _run(self, plan: list[Scheduled]) -> None:
         started = self._clock()
         try:
-            logits = self._forward(plan)
+            rows = self._prepare(plan)
+            self.stopwatch.lap("tables")
+            hidden = self._hidden(rows)
+            self.stopwatch.lap("forward")
+            for item in plan:
+                self._commit(item)
+            self.stopwatch.lap("commit")
+            wanted = [row.rows.stop - 1 for item, row in zip(plan, rows, strict=True) if _samples(item.sequence)]
+            logits = self._model.logits(hidden[wanted]) if wanted else hidden
+            self.stopwatch.lap("forward")
         except Exception as error:  # one bad step must not end the service: its calls fail, their sessions roll back
             logger.exception("step_failed")
             for item in plan:
-                self._fail(item.running, InternalError(f"a step failed: {type(error).__name__}"))
+                self._fail(item.sequence.call.call_id, InternalError(f"a step failed: {type(error).__name__}"))
             return
         self._note_speed(plan, max(self._clock() - started, 1e-9))
-        for item, row in zip(plan, logits, strict=True):
-            self._advance(item.running, row)
+        self._advance(plan, logits)
 
-    def _forward(self, plan: list[Scheduled]) -> Iterator[Tensor]:
-        """One pass of the model; returns the logits of each sequence's last token."""
-        rows, last = [], -1
-        for item in plan:
-            running = item.running
-            rows.append(self._plan_rows(running.memory, last + 1, item.num_tokens, running.reach))
-            last += item.num_tokens
-        hidden = self._hidden(rows)
-        logits = self._model.logits(hidden[[row.rows.stop - 1 for row in rows]])
-        for item in plan:
-            self._commit(item.running.memory, item.num_tokens, item.running.call)
-        return iter(logits)
+    # -- a step's parts ----------------------------------------------------------------------------------------------
 
-    def _plan_rows(self, memory: SequenceMemory, first: int, count: int, reach: Reach) -> SequenceRows:
+    def _expire(self) -> None:
+        now = self._clock()
+        for running in list(self._calls.values()):
+            deadline = running.call.deadline
+            if deadline is not None and deadline <= now:
+                self._fail(running.call.call_id, DeadlineExceeded("the call's deadline passed while it ran"))
+
+    def _bring_in(self) -> None:
+        """Lets calls begin, grow and come back, those that go first before the others, as far as there is room."""
+        self._sequences.poll()
+        for sequence in self._active():
+            if sequence.memory.is_moving:
+                continue
+            if not self._sequences.has_bytes(sequence.session_id):
+                sequence.reserved_tokens = 0
+            if sequence.reserved_tokens < sequence.num_known:
+                is_back = sequence.has_begun and sequence.reserved_tokens == 0
+                try:
+                    if not self._make_room(sequence, self._victims_of(sequence)):
+                        break
+                except Overloaded:
+                    break
+                if is_back:
+                    sequence.recomputed_tokens += sequence.memory.num_dropped
+            self._enter(sequence)
+
+    def _make_room(self, sequence: RunningSequence, victims: Sequence[RunningSequence]) -> bool:
+        num_tokens = min(sequence.most_tokens, sequence.num_known + GROWTH_TOKENS)
+        sampling = sequence.call.sampling
+        answers = sampling.n - 1 if sampling and sequence.index == 0 and not sequence.generated else 0
+        wish = Wish(num_tokens, answers, len(sequence.tokens))
+        names = [victim.session_id for victim in victims]
+        if not self._sequences.make_room(sequence.session_id, sequence.memory, wish, names):
+            return False
+        sequence.reserved_tokens = num_tokens
+        return True
+
+    def _enter(self, sequence: RunningSequence) -> None:
+        """The bytes are there: brings the sequence to the device and to the tokens of its call."""
+        memory = sequence.memory
+        if memory.place is Place.PARKED:
+            memory.swap_in()
+        elif not sequence.has_begun:
+            if memory.num_computed > sequence.kept:
+                self._sequences.unpublish(sequence.session_id)
+            memory.truncate(sequence.kept)
+            memory.state.tokens = list(sequence.tokens)
+            sequence.prefill_from = memory.state.num_computed
+            sequence.has_begun = True
+
+    def _prefill_budget(self, ready: Sequence[RunningSequence]) -> int:
+        groups = self._config.step_tokens // GROUP_TOKENS + self._config.max_prefills
+        if not self._writer.has_room(groups):
+            return 0
+        decodes = sum(sequence.is_decoding for sequence in ready)
+        return self._pace.prefill_tokens(decodes, max(0, self._config.step_tokens - decodes))
+
+    def _prepare(self, plan: list[Scheduled]) -> list[SequenceRows]:
+        rows: list[SequenceRows] = []
+        for item in plan:
+            first = rows[-1].rows.stop if rows else 0
+            rows.append(self._plan_rows(item.sequence.memory, first, item.num_tokens, item.reach))
+        return rows
+
+    def _plan_rows(self, memory: SequenceMemory, first: int, num_tokens: int, reach: Reach) -> SequenceRows:
         group_size = self._shape.num_heads // self._shape.num_kv_heads
-        return prepare(memory, first, count, reach, group_size, self._layout.dtype)
+        return prepare(memory, first, num_tokens, reach, group_size, self._layout.dtype)
 
     def _hidden(self, rows: Sequence[SequenceRows]) -> Tensor:
         tokens: list[int] = []
         positions: list[int] = []
         for row in rows:
             state = row.memory.state
-            span = range(state.num_computed, state.num_computed + row.num_queries)
-            tokens += [state.tokens[position] for position in span]
-            positions += span
+            first = state.num_computed
+            tokens += state.tokens[first : first + row.num_queries]
+            positions += range(first, first + row.num_queries)
         device = self._model.device
-        attention = BatchAttention(self._sequences.arena, self._sequences.ring, list(rows))
+        attention = BatchAttention(
+            self._sequences.arena, self._sequences.ring, list(rows), deterministic=self._model.row_block is not None
+        )
         return self._model.forward(
             torch.tensor(tokens, device=device), torch.tensor(positions, device=device), attention
         )
 
-    def _commit(self, memory: SequenceMemory, num_tokens: int, call: EngineCall | None) -> None:
+    def _commit(self, item: Scheduled) -> None:
         """Counts computed tokens in, slides the window, and hands what left it to the tier below."""
-        state = memory.state
-        state.num_computed += num_tokens
+        call, memory = item.sequence.call, item.sequence.memory
         first_group = memory.distant.num_groups
-        groups = memory.slide()
-        memory.check()
-        if groups is not None and call is not None and call.retain and call.tenant_tag:
-            tokens = state.tokens[: state.window_start]
+        groups = memory.commit(item.num_tokens, item.reach)
+        # Answers beyond the first belong to nobody's session.
+        if groups is not None and call.retain and call.tenant_tag and item.sequence.index == 0:
+            tokens = memory.state.tokens[: memory.state.window_start]
             self._writer.write(call.tenant_tag, call.session_id, first_group, tokens, groups)
 
-    def _advance(self, running: RunningCall, logits: Tensor) -> None:
-        """What a computed step means for one call: progress, a token, or the end."""
-        call, state = running.call, running.memory.state
-        if running.in_prefill:
-            self._report_progress(running)
+    def _advance(self, plan: Sequence[Scheduled], logits: Tensor) -> None:
+        """What a computed step means for its calls: progress, tokens, ends."""
+        asked: list[tuple[RunningCall, RunningSequence]] = []
+        numbers: list[int] = []  # of the logits of each that is asked
+        for item in plan:
+            sequence = item.sequence
+            running = self._calls[sequence.call.call_id]
+            if running.first_token_at is None:
+                self._report_progress(sequence)
+            if sequence.num_pending:
+                continue
+            if running.first_token_at is None:
+                running.first_token_at = self._clock()
+                self._sequences.publish(sequence.session_id, sequence.call.tenant_tag)
+            if sequence.row is None:
+                self._end_answer(running, sequence, FinishReason.LENGTH)
+                continue
+            number = numbers[-1] + 1 if numbers else 0
+            answers = [sequence, *self._fork_answers(running, sequence)]
+            asked += [(running, answer) for answer in answers]
+            numbers += [number] * len(answers)
+        self.stopwatch.lap("output")
+        if not asked:
             return
-        if running.first_token_at is None:
-            self._report_progress(running)
-            running.first_token_at = self._clock()
-        if call.sampling is None:
-            self._finish(running, FinishReason.LENGTH)
-            return
-        try:
-            token = sample(logits, call.sampling, len(state.tokens))
-        except KVServiceError as error:
-            self._fail(running, error)
-            return
-        if token in self._model.spec.eos_token_ids and not call.sampling.ignore_eos:
-            self._finish(running, FinishReason.EOS)
-            return
-        state.tokens.append(token)
-        running.generated.append(token)
-        self._events.append(TokenEvent(call.call_id, token))
-        if len(running.generated) == call.sampling.max_new_tokens:
-            self._finish(running, FinishReason.LENGTH)
+        rows = [answer.row for _, answer in asked if answer.row is not None]
+        positions = [answer.num_known for _, answer in asked]
+        chosen = logits if len(numbers) == len(logits) else logits[numbers]
+        samples = sample(chosen, rows, positions)
+        self.stopwatch.lap("sample")
+        for (running, answer), sampled in zip(asked, samples, strict=True):
+            if running.call.call_id not in self._calls:
+                continue  # Another of its answers failed.
+            if isinstance(sampled, Sampled):
+                self._take(running, answer, sampled)
+            else:
+                self._fail(running.call.call_id, sampled)
+        self.stopwatch.lap("output")
 
-    def _report_progress(self, running: RunningCall) -> None:
-        done = running.memory.state.num_computed - running.prefill_from
-        self._events.append(ProgressEvent(running.call.call_id, done, running.prompt_end - running.prefill_from))
+    def _fork_answers(self, running: RunningCall, main: RunningSequence) -> list[RunningSequence]:
+        """The further answers of a call whose prompt has just been read."""
+        if main.index or main.generated or running.num_answers == 1:
+            return []
+        for index in range(1, running.num_answers):
+            name = answer_name(main.session_id, main.call.call_id, index)
+            wish = Wish(main.reserved_tokens, running.num_answers - 1 - index, len(main.tokens))
+            running.sequences[index] = RunningSequence(
+                call=main.call,
+                session_id=name,
+                index=index,
+                memory=self._sequences.fork_answer(main.session_id, name, wish),
+                rank=main.rank,
+                tokens=main.tokens,
+                kept=len(main.tokens),
+                full_until=main.full_until,
+                row=self._sampler_row(main.call, main.tokens, index),
+                has_begun=True,
+                reserved_tokens=main.reserved_tokens,
+            )
+        return [running.sequences[index] for index in range(1, running.num_answers)]
+
+    def _take(self, running: RunningCall, sequence: RunningSequence, sampled: Sampled) -> None:
+        """Adds a token to an answer, and ends the answer if that was its last one."""
+        sampling, row, token = running.call.sampling, sequence.row, sampled.token_id
+        assert sampling is not None
+        assert row is not None
+        row.accept(token)
+        # A grammar allows the end token only where an answer may end.
+        if token in self._model.spec.eos_token_ids and (not sampling.ignore_eos or sampling.grammar is not None):
+            self._end_answer(running, sequence, FinishReason.EOS)
+            return
+        sequence.memory.state.tokens.append(token)
+        sequence.generated.append(token)
+        self._events.append(TokenEvent(running.call.call_id, token, sequence.index, sampled.logprobs))
+        if len(sequence.generated) == sampling.max_new_tokens:
+            self._end_answer(running, sequence, FinishReason.LENGTH)
+
+    def _report_progress(self, sequence: RunningSequence) -> None:
+        done = sequence.memory.state.num_computed - sequence.prefill_from
+        total = len(sequence.tokens) - sequence.prefill_from
+        self._events.append(ProgressEvent(sequence.call.call_id, done, total))
+
+    def _wait(self) -> None:
+        """Nothing can be computed now: waits for bytes on their way, or for the tier."""
+        if not self._sequences.wait_for_moves(WRITER_PATIENCE_S):
+            groups = self._config.step_tokens // GROUP_TOKENS + self._config.max_prefills
+            self._writer.wait_for_room(groups, WRITER_PATIENCE_S)
+
+    # -- who runs ----------------------------------------------------------------------------------------------------
+
+    def _active(self) -> list[RunningSequence]:
+        """Sequences that have something to compute, those that go first before the others."""
+        sequences = (each for running in self._calls.values() for each in running.sequences.values())
+        return sorted((each for each in sequences if not each.has_ended), key=lambda each: (each.rank, each.index))
+
+    def _victims_of(self, sequence: RunningSequence) -> list[RunningSequence]:
+        """Sequences that must make room for this one if they are in the way, the first first."""
+        return [other for other in reversed(self._active()) if other.rank > sequence.rank]
 
     # -- ends --------------------------------------------------------------------------------------------------------
 
+    def _end_answer(self, running: RunningCall, sequence: RunningSequence, reason: FinishReason) -> None:
+        """One answer is complete; the call is when all are."""
+        sequence.has_ended = True
+        running.finish_reasons[sequence.index] = reason
+        if sequence.index:
+            self._sequences.drop(sequence.session_id)
+        if len(running.finish_reasons) == running.num_answers:
+            self._finish(running, running.finish_reasons[0])
+
     def _finish(self, running: RunningCall, reason: FinishReason) -> None:
-        call, memory = running.call, running.memory
-        keeps = reason is not FinishReason.CANCELLED or (call.keep_partial and not running.in_prefill)
+        """Ends a call; `reason` is that of the answer that joins the session."""
+        call, main = running.call, running.main
+        keeps = reason is not FinishReason.CANCELLED or (call.keep_partial and bool(main.generated))
+        answers = running.sequences.values()
+        recomputed = sum(each.recomputed_tokens for each in answers)
         usage = Usage(
-            cached_tokens=len(call.base_tokens) - running.recomputed_tokens,
+            cached_tokens=max(0, len(call.base_tokens) - main.recomputed_tokens),
             prompt_tokens=len(call.document_tokens) + len(call.prompt_tokens),
-            completion_tokens=len(running.generated),
-            recomputed_tokens=running.recomputed_tokens,
+            completion_tokens=sum(len(each.generated) for each in answers),
+            recomputed_tokens=recomputed,
+            reused_tokens=running.reused_tokens,
         )
         now = self._clock()
         first = running.first_token_at if running.first_token_at is not None else now
+        reasons = running.finish_reasons
         self._events.append(
             FinishedEvent(
                 call_id=call.call_id,
-                finish_reasons=(reason,),
+                finish_reasons=(reason, *(reasons.get(i, reason) for i in range(1, running.num_answers))),
                 usage=usage,
-                telemetry=self._telemetry(running),
-                appended_tokens=tuple(memory.state.tokens[len(call.base_tokens) :]) if keeps else (),
+                telemetry=self._telemetry(main),
+                appended_tokens=tuple(main.memory.state.tokens[len(call.base_tokens) :]) if keeps else (),
                 prefill_ms=(first - running.admitted_at) * 1e3,
                 decode_ms=(now - first) * 1e3,
             )
         )
-        self._stats = replace(self._stats, recomputed_tokens=self._stats.recomputed_tokens + running.recomputed_tokens)
+        self._stats = replace(self._stats, recomputed_tokens=self._stats.recomputed_tokens + recomputed)
         self._end(running, keeps=keeps)
 
-    def _fail(self, running: RunningCall, error: KVServiceError) -> None:
-        self._events.append(FailedEvent(running.call.call_id, error))
-        self._end(running, keeps=False)
+    def _fail(self, call_id: CallId, error: KVServiceError) -> None:
+        running = self._calls.get(call_id)
+        if running is not None:
+            self._events.append(FailedEvent(call_id, error))
+            self._end(running, keeps=False)
 
     def _end(self, running: RunningCall, *, keeps: bool) -> None:
-        """Takes the call off; the sequence stays with what it keeps, and gives back what it reserved beyond that."""
-        call, memory = running.call, running.memory
-        del self._running[call.call_id]
-        before, counters = running.counters_before, memory.counters
+        """Takes the call off; its session stays with what it keeps, and gives back what it reserved beyond that."""
+        call, main = running.call, running.main
+        del self._calls[call.call_id]
+        before, counters = main.counters_before, main.memory.counters
         self._stats = replace(
             self._stats,
             recall_lookups=self._stats.recall_lookups + counters.lookups - before.lookups,
             recall_hits=self._stats.recall_hits + counters.hits - before.hits,
         )
-        if not call.retain:
-            self._sequences.drop(call.session_id)
-            return
+        for sequence in running.sequences.values():
+            if sequence.index and not sequence.has_ended:
+                self._sequences.drop(sequence.session_id)
+        memory = main.memory
         if not keeps:
             # Of a base that was being recomputed, what is done stays; its next token counts as pending.
-            memory.truncate(min(len(call.base_tokens), memory.state.num_computed + 1))
+            self._sequences.unpublish(call.session_id)
+            memory.truncate(min(len(call.base_tokens), memory.num_computed + 1))
+        if not call.retain or memory.num_computed == 0:
+            self._sequences.drop(call.session_id)
+            return
         self._sequences.settle(call.session_id)
+        self._sequences.publish(call.session_id, call.tenant_tag)
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
@@ -376,9 +628,9 @@ class Engine:
         Returns:
             fp32 `[len(token_ids), vocab]` on the CPU.
         """
-        memory = self._held(session_id)
+        memory = self._idle(session_id)
         state = memory.state
-        self._sequences.reserve(session_id, memory.recipe, len(state.tokens) + len(token_ids))
+        self._sequences.make_room(session_id, memory, Wish(len(state.tokens) + len(token_ids)), ())
         state.tokens.extend(token_ids)
         reach = Reach.SELECT if memory.recipe.distant is Distant.RECALL else Reach.FULL
         logits = []
@@ -386,28 +638,29 @@ class Engine:
             # One at a time, as decoding would: recall slots and all.
             rows = [self._plan_rows(memory, 0, 1, reach)]
             logits.append(self._model.logits(self._hidden(rows)).cpu())
-            self._commit(memory, 1, None)
+            memory.commit(1, reach)
+        self._sequences.settle(session_id)
         return torch.cat(logits)
 
     def telemetry(self, session_id: SessionId) -> KvTelemetry:
         """Where a held session's bytes are, and what its recall has done so far."""
-        return self._kv_of(self._held(session_id), RecallCounters(), 0)
+        return self._kv_of(self._idle(session_id), RecallCounters(), 0)
 
-    def _held(self, session_id: SessionId) -> SequenceMemory:
+    def _idle(self, session_id: SessionId) -> SequenceMemory:
         memory = self._sequences.get(session_id)
-        if memory is None or self._sequences.is_busy(session_id):
-            raise FailedPrecondition(f"session {session_id} is not held, or has a call running")
+        if memory is None or self._sequences.is_busy(session_id) or memory.place is not Place.DEVICE:
+            raise FailedPrecondition(f"session {session_id} is not on the device, or has a call running")
         return memory
 
     # -- sight -------------------------------------------------------------------------------------------------------
 
     def headroom(self) -> Headroom:
         """What is left."""
-        return self._sequences.headroom(len(self._running))
+        return self._sequences.headroom(len(self._calls))
 
     def stats(self) -> WorkerStats:
         """Counters and bytes by owner."""
-        used = self._sequences.ledger.used_bytes
+        used, evictions = self._sequences.ledger.used_bytes, self._sequences.evictions
         return replace(
             self._stats,
             headroom=self.headroom(),
@@ -417,6 +670,11 @@ class Engine:
             slot_bytes=used(Owner.SLOTS),
             workspace_bytes=used(Owner.WORKSPACE),
             host_bytes=used(Owner.HOST),
+            steps=self.stopwatch.steps,
+            swapped_out=evictions.swapped,
+            forgotten=evictions.forgotten,
+            idle_swapped_out=evictions.idle_swapped,
+            idle_dropped=evictions.idle_dropped,
             tier=self._writer.stats(),
         )
 
@@ -424,16 +682,16 @@ class Engine:
         """Raises InternalError unless arena, host tier and ledger agree with what the sequences hold."""
         self._sequences.check()
 
-    def _telemetry(self, running: RunningCall) -> KvTelemetry:
+    def _telemetry(self, main: RunningSequence) -> KvTelemetry:
         redis_bytes = 0
-        if running.call.tenant_tag:
-            redis_bytes = self._writer.bytes_of(running.call.tenant_tag, running.call.session_id)
-        return self._kv_of(running.memory, running.counters_before, redis_bytes)
+        if main.call.tenant_tag:
+            redis_bytes = self._writer.bytes_of(main.call.tenant_tag, main.call.session_id)
+        return self._kv_of(main.memory, main.counters_before, redis_bytes)
 
     def _kv_of(self, memory: SequenceMemory, before: RecallCounters, redis_bytes: int) -> KvTelemetry:
         counters = memory.counters
         return KvTelemetry(
-            window_bytes=memory.state.window_bytes,
+            window_bytes=memory.window_bytes,
             index_bytes=memory.index_bytes,
             slot_bytes=memory.slot_bytes,
             host_bytes=memory.host_bytes,
@@ -445,14 +703,20 @@ class Engine:
             streamed_bytes=counters.streamed_bytes - before.streamed_bytes,
         )
 
-    def _note_speed(self, plan: list[Scheduled], seconds: float) -> None:
-        stats = replace(self._stats, steps=self._stats.steps + 1)
-        prefilled = sum(item.num_tokens for item in plan if item.running.first_token_at is None)
+    def _note_speed(self, plan: Sequence[Scheduled], seconds: float) -> None:
+        decodes = sum(item.sequence.is_decoding or bool(item.sequence.generated) for item in plan)
+        prefilled = sum(item.num_tokens for item in plan) - decodes
+        self._pace.note(decodes, prefilled, seconds)
         if prefilled:
-            rate = _smoothed(stats.prefill_tokens_per_s, prefilled / seconds)
-            self._stats = replace(stats, prefill_tokens_per_s=rate)
+            rate = _smoothed(self._stats.prefill_tokens_per_s, prefilled / seconds)
+            self._stats = replace(self._stats, prefill_tokens_per_s=rate)
         else:
-            self._stats = replace(stats, decode_tokens_per_s=_smoothed(stats.decode_tokens_per_s, len(plan) / seconds))
+            rate = _smoothed(self._stats.decode_tokens_per_s, decodes / seconds)
+            self._stats = replace(self._stats, decode_tokens_per_s=rate)
+
+
+def _samples(sequence: RunningSequence) -> bool:
+    return sequence.row is not None and sequence.num_pending == 0
 
 
 def _smoothed(old: float, new: float) -> float:
@@ -469,7 +733,3 @@ def _check_recipe(stored: RecipeSpec, asked: RecipeSpec) -> None:
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
-
-
-def _num_given(call: EngineCall) -> int:
-    return len(call.base_tokens) + len(call.document_tokens) + len(call.prompt_tokens)

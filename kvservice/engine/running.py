@@ -1,63 +1,148 @@
-"""An admitted call and how far it has come. Knows nothing of tensors."""
+"""A call under way: its sequences, and what each computes next. Knows nothing of arenas or schedules."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kvservice.attention.batch import Reach
+from kvservice.engine.sampler import SamplerRow
 from kvservice.recall.memory import RecallCounters, SequenceMemory
-from kvservice.types import Distant, EngineCall
+from kvservice.recall.parking import Place
+from kvservice.recall.reach import Reach
+from kvservice.types import CallId, Distant, EngineCall, FinishReason, SessionId
+
+Rank = tuple[int, int]
+"""Lower goes first: (-priority, number of the call)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """KV that a call can go on from.
+
+    Attributes:
+        memory: the session's own, or a new one.
+        donor: another session of the tenant that holds more of what the call begins with.
+        num_kept: leading tokens of the call whose KV is there.
+        num_missing: tokens of the session before the call whose KV isn't, and was.
+        num_reused: new tokens of the call whose KV the donor has.
+    """
+
+    memory: SequenceMemory
+    donor: SessionId | None
+    num_kept: int
+    num_missing: int
+    num_reused: int
+
+
+@dataclass(slots=True)
+class RunningSequence:
+    """One answer of a call, or its reading of a document.
+
+    Attributes:
+        session_id: of answer 0 the call's; the other answers have names of their own.
+        index: number of the answer.
+        memory: its KV. Until `has_begun` its tokens are those of the last call.
+        rank: who goes first, and who makes room for whom.
+        tokens: all tokens given: base, document, prompt.
+        kept: of those, the leading ones whose KV need not be computed.
+        full_until: tokens before this position attend to everything.
+        row: what sampling knows of the answer; None if the call generates nothing.
+        reserved_tokens: it has the bytes for so many tokens.
+        has_begun: its memory stands for `tokens`, and the bytes it needs are reserved.
+        recomputed_tokens: tokens computed again because their KV wasn't held, or had to make room.
+        has_ended: the answer is complete; others of the call may not be.
+    """
+
+    call: EngineCall
+    session_id: SessionId
+    index: int
+    memory: SequenceMemory
+    rank: Rank
+    tokens: Sequence[int]
+    kept: int
+    full_until: int
+    row: SamplerRow | None
+    reserved_tokens: int = 0
+    recomputed_tokens: int = 0
+    counters_before: RecallCounters = field(default_factory=RecallCounters)
+    has_begun: bool = False
+    has_ended: bool = False
+    prefill_from: int = 0
+    generated: list[int] = field(default_factory=list)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that have no KV yet."""
+        return len(self.memory.state.tokens) - self.memory.state.num_computed
+
+    @property
+    def num_known(self) -> int:
+        """Tokens given and generated."""
+        return len(self.tokens) + len(self.generated)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a step can compute it."""
+        has_bytes = self.reserved_tokens >= self.num_known
+        return self.has_begun and has_bytes and self.memory.place is Place.DEVICE
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether a step gives its next token."""
+        return bool(self.generated) and self.num_pending == 1
+
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens it can come to hold."""
+        new = self.call.sampling.max_new_tokens if self.call.sampling else 0
+        return len(self.tokens) + new
+
+    def next_reach(self) -> tuple[Reach, int]:
+        """What the next token attends to, and how many tokens may be computed with it in one step."""
+        memory, position = self.memory, self.memory.state.num_computed
+        if position < memory.reaches.end:
+            # Computed before, and dropped to make room.
+            reach, end = memory.reaches.at(position)
+        elif position < self.full_until or self.call.recipe.distant is not Distant.RECALL:
+            reach, end = Reach.FULL, self.full_until if position < self.full_until else len(memory.state.tokens)
+        else:
+            reach, end = Reach.SELECT, len(memory.state.tokens)
+        count = min(end - position, self.num_pending)
+        if reach is Reach.SELECT:
+            # All queries of a SELECT step see one window.
+            count = min(count, memory.recipe.tokens_until_slide(position))
+        return reach, count
 
 
 @dataclass(slots=True)
 class RunningCall:
-    """A call that holds a reservation.
+    """A call that was admitted.
 
     Attributes:
-        call: what was asked.
-        memory: the sequence; its `tokens` already include document and prompt.
-        full_until: tokens before this position attend to everything.
-        recomputed_tokens: base tokens whose KV wasn't held.
-        counters_before: recall counters when the call began.
+        sequences: by the answer's index. Those beyond the first appear when the prompt has been read.
+        finish_reasons: of the answers that have ended.
         admitted_at: seconds, of the engine's clock.
-        prefill_from: tokens whose KV was there when the call began.
         first_token_at: when its first token was sampled, or the prefill ended.
-        generated: tokens of the answer.
     """
 
     call: EngineCall
-    memory: SequenceMemory
-    full_until: int
-    recomputed_tokens: int
-    counters_before: RecallCounters
+    sequences: dict[int, RunningSequence]
     admitted_at: float
-    prefill_from: int
+    reused_tokens: int = 0
     first_token_at: float | None = None
-    generated: list[int] = field(default_factory=list)
+    finish_reasons: dict[int, FinishReason] = field(default_factory=dict)
 
     @property
-    def prompt_end(self) -> int:
-        """Position after the last prompt token."""
-        return len(self.call.base_tokens) + len(self.call.document_tokens) + len(self.call.prompt_tokens)
+    def main(self) -> RunningSequence:
+        """The sequence of the session."""
+        return self.sequences[0]
 
     @property
-    def in_prefill(self) -> bool:
-        """Whether more than the newest token has yet to be computed."""
-        return self.memory.state.num_computed < self.prompt_end
+    def num_answers(self) -> int:
+        """Answers asked for; reading alone counts as one."""
+        return self.call.sampling.n if self.call.sampling else 1
 
-    @property
-    def reach(self) -> Reach:
-        """What the next token attends to."""
-        before_questions = self.memory.state.num_computed < self.full_until
-        recalls = self.call.recipe.distant is Distant.RECALL
-        return Reach.FULL if before_questions or not recalls else Reach.SELECT
 
-    def next_tokens(self, chunk_tokens: int) -> int:
-        """How many tokens the next step may take: of one reach, and for SELECT, of one window."""
-        state = self.memory.state
-        pending = len(state.tokens) - state.num_computed
-        if self.reach is Reach.SELECT:
-            return min(pending, chunk_tokens, self.memory.recipe.tokens_until_slide(state.num_computed))
-        if state.num_computed < self.full_until:
-            pending = min(pending, self.full_until - state.num_computed)
-        return min(pending, chunk_tokens)
+def answer_name(session_id: SessionId, call_id: CallId, index: int) -> SessionId:
+    """What the sequence of an answer is called while the call runs."""
+    return session_id if index == 0 else SessionId(f"{session_id}/{call_id}/{index}")

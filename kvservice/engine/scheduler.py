@@ -1,39 +1,42 @@
-"""What the next step computes. A pure function of the running calls."""
+"""What the next step computes. A pure function of the sequences that are ready."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kvservice.engine.running import RunningCall
+from kvservice.engine.running import RunningSequence
+from kvservice.recall.reach import Reach
 
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
     """One sequence's share of a step."""
 
-    running: RunningCall
+    sequence: RunningSequence
     num_tokens: int
+    reach: Reach
 
 
-def schedule(
-    running: Iterable[RunningCall], chunk_tokens: int, max_prefills: int, *, may_prefill: bool
-) -> list[Scheduled]:
-    """Every decoding sequence gets one token; the oldest prefills share `chunk_tokens` among them.
+def schedule(ready: Iterable[RunningSequence], max_prefills: int, prefill_tokens: int) -> list[Scheduled]:
+    """Every decoding sequence gets one token; the first prefills share `prefill_tokens` among them.
 
     Args:
-        running: in order of admission.
-        chunk_tokens: prefill tokens of one step, over all sequences.
+        ready: sequences on the device, those that go first before the others.
         max_prefills: sequences that may be in prefill at a time.
-        may_prefill: False while offloading can't keep up.
+        prefill_tokens: prefill tokens of the step, over all sequences; 0 while offloading can't keep up.
     """
-    calls = list(running)
-    plan = [Scheduled(call, 1) for call in calls if not call.in_prefill]
-    budget = chunk_tokens if may_prefill else 0
-    for call in [call for call in calls if call.in_prefill][:max_prefills]:
-        if budget == 0:
+    plan, prefills = [], []
+    for sequence in ready:
+        if sequence.is_decoding:
+            plan.append(Scheduled(sequence, 1, sequence.next_reach()[0]))
+        elif sequence.num_pending:
+            prefills.append(sequence)
+    for sequence in prefills[:max_prefills]:
+        if prefill_tokens == 0:
             break
-        count = call.next_tokens(budget)
-        plan.append(Scheduled(call, count))
-        budget -= count
+        reach, most = sequence.next_reach()
+        count = min(most, prefill_tokens)
+        plan.append(Scheduled(sequence, count, reach))
+        prefill_tokens -= count
     return plan

@@ -1,29 +1,65 @@
-"""The sequences an engine holds, and the bytes promised to them. Knows nothing of calls' progress, steps or models."""
+"""The sequences an engine holds, the bytes promised to them, and how room is made. Knows no steps and no models.
+
+A sequence that must make room goes to host memory, and comes back bit for bit as it was; where the host has no room
+either, an idle one is dropped and a running one forgets its KV, which is computed again. A sequence on its way to the
+host keeps its bytes until it is there: nothing is ever promised twice.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from kvservice.config.engine import EngineConfig
+from kvservice.engine.prefixes import PrefixIndex
 from kvservice.errors import BudgetTooSmall, ConfigError, InternalError, Overloaded
 from kvservice.kv.arena import Arena
 from kvservice.kv.layout import KVLayout
 from kvservice.kv.ledger import Ledger, Owner, Reservation
 from kvservice.recall.distant import StagingRing, staging_blocks
-from kvservice.recall.memory import SequenceMemory
+from kvservice.recall.memory import SequenceMemory, Store
+from kvservice.recall.parking import Place
 from kvservice.tier.host import HostTier
-from kvservice.types import BLOCK_TOKENS, Headroom, ModelShape, RecipeSpec, SessionId, footprint
+from kvservice.tier.swap import SwapSpace
+from kvservice.types import BLOCK_TOKENS, Distant, Headroom, ModelShape, RecipeSpec, SessionId, footprint, index_blocks
 
 logger = logging.getLogger(__name__)
+
+NOTHING = Reservation(0, 0)
+
+
+@dataclass(slots=True)
+class Evictions:
+    """What making room has cost so far."""
+
+    idle_swapped: int = 0
+    idle_dropped: int = 0
+    swapped: int = 0
+    forgotten: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a sequence is to grow to.
+
+    Attributes:
+        num_tokens: the most tokens.
+        answers: further answers that will be forked from it.
+        prompt_end: tokens that it will have when they are.
+    """
+
+    num_tokens: int
+    answers: int = 0
+    prompt_end: int = 0
 
 
 class HeldSequences:
     """Arena, host tier and ledger, and the sequences in them.
 
-    A sequence is *busy* while a call runs on it. Idle ones stay, so that the next call finds its KV, until another
+    A sequence is *busy* while a call runs on it. Idle ones stay, so that the next call finds their KV, until another
     sequence needs their bytes: then the least recently used goes first.
 
     Raises:
@@ -34,22 +70,28 @@ class HeldSequences:
         staging = staging_blocks(shape.num_kv_heads)
         num_blocks = config.kv_bytes // layout.block_bytes
         # A step's prefill tokens stay beside the window until it has slid over them. Each sequence may round up.
-        chunk_columns = config.prefill_chunk_tokens // BLOCK_TOKENS + config.max_prefills
+        chunk_columns = config.step_tokens // BLOCK_TOKENS + config.max_prefills
         for_sequences = num_blocks - staging - chunk_columns * layout.num_cells
         if for_sequences < 0:
             needed = (num_blocks - for_sequences) * layout.block_bytes
             raise ConfigError(
                 f"kv_bytes={config.kv_bytes}: the prefill workspace alone takes {needed} bytes; give more, or lower "
-                f"prefill_chunk_tokens={config.prefill_chunk_tokens}",
+                f"step_tokens={config.step_tokens}",
                 field="kv_bytes",
             )
         self.ledger = Ledger(for_sequences * layout.block_bytes, config.host_bytes)
         self.arena = Arena(layout, num_blocks, staging, self.ledger, device)
         self.ring = StagingRing(self.arena)
+        self.evictions = Evictions()
         self._shape = shape
+        self._layout = layout
         self._host = HostTier(layout, config.host_bytes // layout.group_bytes, self.ledger, pin=device.type == "cuda")
+        self._store = Store(self.arena, self._host, SwapSpace(self.arena, self._host))
         self._held: dict[SessionId, SequenceMemory] = {}  # least recently used first
         self._busy: set[SessionId] = set()
+        self._prefixes = PrefixIndex()
+
+    # -- who is here -------------------------------------------------------------------------------------------------
 
     def get(self, session_id: SessionId) -> SequenceMemory | None:
         """The sequence, if it is held."""
@@ -63,119 +105,274 @@ class HeldSequences:
         """All held sequences, the least recently used first."""
         return list(self._held)
 
-    def acquire(self, session_id: SessionId, recipe: RecipeSpec, num_tokens: int) -> SequenceMemory:
-        """Reserves all that the sequence takes on its way to `num_tokens` tokens, and marks it busy.
+    def new(self, recipe: RecipeSpec) -> SequenceMemory:
+        """A sequence without tokens. It is held once it is `add`ed."""
+        return SequenceMemory(recipe, self._store)
 
-        Args:
-            session_id: held or new.
-            recipe: how a new one keeps its KV; a held one keeps its own.
-            num_tokens: the most it may grow to.
-
-        Raises:
-            BudgetTooSmall: it would not fit if it were alone.
-            Overloaded: it doesn't fit beside the busy ones.
-        """
-        memory = self._held.get(session_id) or SequenceMemory(recipe, self.arena, self._host)
-        self.reserve(session_id, memory.recipe, num_tokens)
+    def add(self, session_id: SessionId, memory: SequenceMemory) -> None:
+        """Holds a sequence from now on, busy, in place of one of the same name."""
+        if self._held.get(session_id, memory) is not memory:
+            self.drop(session_id)
         self._held.pop(session_id, None)
         self._held[session_id] = memory
         self._busy.add(session_id)
-        return memory
-
-    def reserve(self, session_id: SessionId, recipe: RecipeSpec, num_tokens: int) -> None:
-        """Grows a sequence's reservation to what `num_tokens` tokens take, dropping idle sequences if it must.
-
-        Raises:
-            BudgetTooSmall, Overloaded: as in `acquire`; then nothing has changed.
-        """
-        ledger = self.ledger
-        needed = footprint(self._shape, recipe, num_tokens)
-        wanted = Reservation(needed.device_bytes, needed.host_bytes)
-        if wanted.device_bytes > ledger.device_capacity_bytes or wanted.host_bytes > ledger.host_capacity_bytes:
-            raise BudgetTooSmall(
-                f"{num_tokens} tokens under recipe {recipe.name!r} need {wanted.device_bytes} device and "
-                f"{wanted.host_bytes} host bytes; there are {ledger.device_capacity_bytes} and "
-                f"{ledger.host_capacity_bytes}: raise kv_bytes or host_bytes, shorten the document, or choose a recipe "
-                f"that keeps less there"
-            )
-        reserved = ledger.reservation(session_id)
-        # It never shrinks under what it holds now.
-        wanted = Reservation(
-            max(wanted.device_bytes, reserved.device_bytes), max(wanted.host_bytes, reserved.host_bytes)
-        )
-        idle = [other for other in self._idle() if other != session_id]
-        missing = ledger.shortfall(session_id, wanted)
-        freeable = self._reserved_by(idle)
-        if missing.device_bytes > freeable.device_bytes or missing.host_bytes > freeable.host_bytes:
-            raise Overloaded(
-                f"{missing.device_bytes} device and {missing.host_bytes} host bytes are short until running calls end",
-                retry_after_s=1.0,
-            )
-        for other in idle:
-            if ledger.shortfall(session_id, wanted) == Reservation(0, 0):
-                break
-            logger.info("sequence_evicted", extra={"session_id": other})
-            self.drop(other)
-        ledger.reserve(session_id, wanted)
 
     def settle(self, session_id: SessionId) -> None:
         """The call has ended: the sequence is idle and gives back what it reserved beyond what it holds."""
         memory = self._held[session_id]
         self._busy.discard(session_id)
-        needed = footprint(self._shape, memory.recipe, len(memory.state.tokens))
-        self.ledger.reserve(session_id, Reservation(needed.device_bytes, needed.host_bytes))
+        if memory.place is Place.DEVICE:
+            self.ledger.reserve(session_id, self._needs(memory, len(memory.state.tokens)))
 
     def drop(self, session_id: SessionId) -> tuple[int, int]:
         """Frees a sequence. Returns its device and host bytes; (0, 0) if it isn't held."""
         memory = self._held.pop(session_id, None)
         self._busy.discard(session_id)
-        self.ledger.release(session_id)
+        self._prefixes.remove(session_id)
         if memory is None:
             return (0, 0)
         freed = (memory.device_bytes, memory.host_bytes)
         memory.close()
+        self.ledger.release(session_id)
         return freed
+
+    def close(self) -> None:
+        """Drops everything."""
+        for session_id in self.ids():
+            self.drop(session_id)
+        self._store.swap.close()
+
+    # -- prefixes ----------------------------------------------------------------------------------------------------
+
+    def publish(self, session_id: SessionId, tenant_tag: bytes) -> None:
+        """Lets calls of the same tenant find what of the sequence depends on its tokens alone."""
+        memory = self._held[session_id]
+        tokens = memory.state.tokens[: min(memory.reaches.full_prefix, memory.state.num_computed)]
+        self._prefixes.update(session_id, tenant_tag, memory.recipe.name, tokens)
+
+    def unpublish(self, session_id: SessionId) -> None:
+        """Forgets the sequence's prefixes: it is about to lose tokens."""
+        self._prefixes.remove(session_id)
+
+    def longest_prefix(
+        self, tenant_tag: bytes, recipe: RecipeSpec, tokens: Sequence[int]
+    ) -> tuple[SessionId | None, int]:
+        """The sequence on the device that shares the longest prefix of `tokens`, and that prefix's length."""
+        session_id, length = self._prefixes.longest(tenant_tag, recipe.name, tokens)
+        if session_id is None or self._held[session_id].place is not Place.DEVICE:
+            return None, 0
+        return session_id, length
+
+    def fork_prefix(self, session_id: SessionId) -> SequenceMemory:
+        """A copy of a held sequence, in shared blocks. The caller truncates it, and closes it if it isn't `add`ed."""
+        return self._held[session_id].fork()
+
+    # -- room --------------------------------------------------------------------------------------------------------
+
+    def check_fits(self, recipe: RecipeSpec, wish: Wish) -> None:
+        """Raises BudgetTooSmall unless a sequence, with its answers, fits when it is alone."""
+        alone = footprint(self._shape, recipe, wish.num_tokens)
+        needed = self._with_answers(Reservation(alone.device_bytes, alone.host_bytes), recipe, wish)
+        if (
+            needed.device_bytes > self.ledger.device_capacity_bytes
+            or needed.host_bytes > self.ledger.host_capacity_bytes
+        ):
+            raise BudgetTooSmall(
+                f"{wish.num_tokens} tokens under recipe {recipe.name!r} need {needed.device_bytes} device and "
+                f"{needed.host_bytes} host bytes; there are {self.ledger.device_capacity_bytes} and "
+                f"{self.ledger.host_capacity_bytes}: raise kv_bytes or host_bytes, shorten the document, or choose a "
+                f"recipe that keeps less there"
+            )
+
+    def make_room(
+        self, session_id: SessionId, memory: SequenceMemory, wish: Wish, victims: Sequence[SessionId]
+    ) -> bool:
+        """Reserves what a sequence takes, making others give way if it must.
+
+        Args:
+            session_id: whose reservation it is.
+            memory: the sequence, wherever it is.
+            wish: what it is to grow to.
+            victims: busy sequences that may be made to give way, the first first.
+
+        Returns:
+            Whether the bytes are reserved. If not, others are on their way to the host: ask again.
+
+        Raises:
+            Overloaded: it doesn't fit, even if all of those gave way. Then nothing has changed.
+        """
+        wanted = self._wanted(session_id, memory, wish)
+        missing = self.ledger.shortfall(session_id, wanted)
+        if missing == NOTHING:
+            self.ledger.reserve(session_id, wanted)
+            return True
+        idle = [other for other in self._held if other not in self._busy and other != session_id]
+        leaving = [other for other in self._held if self._held[other].place is Place.LEAVING and other != session_id]
+        freeable = self._reserved_by({*idle, *victims, *leaving})
+        if missing.device_bytes > freeable.device_bytes or missing.host_bytes > freeable.host_bytes:
+            raise Overloaded(
+                f"{missing.device_bytes} device and {missing.host_bytes} host bytes are short until running calls end",
+                retry_after_s=1.0,
+            )
+        coming = self._reserved_by(leaving).device_bytes
+        for other in (*idle, *victims):
+            missing = self.ledger.shortfall(session_id, wanted)
+            if missing.host_bytes == 0 and missing.device_bytes <= coming:
+                break
+            if self._has_nothing_to_give(other, for_host=missing.host_bytes > 0):
+                continue
+            coming += self._evict(other, for_host=missing.host_bytes > 0, busy=other in self._busy)
+        if self.ledger.shortfall(session_id, wanted) != NOTHING:
+            return False
+        self.ledger.reserve(session_id, wanted)
+        return True
+
+    def fork_answer(self, session_id: SessionId, answer_id: SessionId, wish: Wish) -> SequenceMemory:
+        """Forks a busy sequence for one more answer, in the bytes that `make_room` reserved for it.
+
+        Args:
+            session_id: the sequence.
+            answer_id: name of the fork.
+            wish: what is left to the sequence, without this answer.
+        """
+        memory = self._held[session_id]
+        twin = memory.fork()
+        self.ledger.reserve(session_id, self._wanted(session_id, memory, wish))
+        self.ledger.reserve(answer_id, self._needs(twin, wish.num_tokens))
+        self.add(answer_id, twin)
+        return twin
+
+    def has_bytes(self, session_id: SessionId) -> bool:
+        """Whether a sequence still has device bytes reserved: those that made room have not."""
+        return self.ledger.reservation(session_id).device_bytes > 0
+
+    def wait_for_moves(self, timeout_s: float) -> bool:
+        """Waits until a move under way is done, at most `timeout_s`; False if there is none."""
+        return self._store.swap.wait(timeout_s)
+
+    def poll(self) -> None:
+        """Ends moves that are done."""
+        for session_id, memory in self._held.items():
+            if not memory.is_moving:
+                continue
+            parked_bytes = memory.parked_bytes
+            place = memory.poll()
+            reserved = self.ledger.reservation(session_id)
+            if place is Place.PARKED:
+                self.ledger.reserve(session_id, Reservation(0, memory.host_bytes))
+            elif place is Place.DEVICE:
+                self.ledger.reserve(session_id, Reservation(reserved.device_bytes, reserved.host_bytes - parked_bytes))
+                if session_id not in self._busy:
+                    self.settle(session_id)
 
     def headroom(self, running_calls: int) -> Headroom:
         """What is left."""
         ledger = self.ledger
-        idle = self._reserved_by(self._idle())
+        idle = self._reserved_by(other for other in self._held if other not in self._busy)
         return Headroom(
             device_capacity_bytes=ledger.device_capacity_bytes,
-            device_free_bytes=ledger.device_free_bytes,
-            device_freeable_bytes=ledger.device_free_bytes + idle.device_bytes,
+            device_free_bytes=max(0, ledger.device_free_bytes),
+            device_freeable_bytes=min(ledger.device_capacity_bytes, ledger.device_free_bytes + idle.device_bytes),
             host_capacity_bytes=ledger.host_capacity_bytes,
-            host_free_bytes=ledger.host_free_bytes,
-            host_freeable_bytes=ledger.host_free_bytes + idle.host_bytes,
+            host_free_bytes=max(0, ledger.host_free_bytes),
+            host_freeable_bytes=min(ledger.host_capacity_bytes, ledger.host_free_bytes + idle.host_bytes),
             running_calls=running_calls,
             resident_sessions=len(self._held),
         )
 
+    # -- checks ------------------------------------------------------------------------------------------------------
+
     def check(self) -> None:
         """Raises InternalError unless arena, host tier and ledger agree with what the sequences hold."""
-        self.arena.check()
-        self._host.check()
         held = self._held.values()
+        nothing = torch.empty(0, dtype=torch.int32, device=self.arena.device)
+        self.arena.check(torch.cat([nothing, *(memory.blocks() for memory in held)]))
+        self._host.check([number for memory in held for number in memory.host_groups()])
         for owner, counted in (
-            (Owner.WINDOW, sum(memory.state.window_bytes for memory in held)),
+            (Owner.WINDOW, sum(memory.window_bytes for memory in held)),
             (Owner.INDEX, sum(memory.index_bytes for memory in held)),
             (Owner.SLOTS, sum(memory.slot_bytes for memory in held)),
             (Owner.HOST, sum(memory.host_bytes for memory in held)),
         ):
-            if self.ledger.used_bytes(owner) != counted:
-                raise InternalError(
-                    f"{owner.value}: the ledger says {self.ledger.used_bytes(owner)} bytes, sequences hold {counted}"
-                )
-        for session_id in self._idle():
-            memory, reserved = self._held[session_id], self.ledger.reservation(session_id)
-            memory.check()
+            told = self.ledger.used_bytes(owner) + self.ledger.shared_bytes(owner)
+            if told != counted:
+                raise InternalError(f"{owner.value}: the ledger says {told} bytes, sequences hold {counted}")
+        for session_id, memory in self._held.items():
+            reserved = self.ledger.reservation(session_id)
+            if memory.place is Place.DEVICE:
+                memory.check()
             if memory.device_bytes > reserved.device_bytes or memory.host_bytes > reserved.host_bytes:
                 raise InternalError(
                     f"a sequence holds {memory.device_bytes} and {memory.host_bytes} bytes and reserved {reserved}"
                 )
 
-    def _idle(self) -> list[SessionId]:
-        return [session_id for session_id in self._held if session_id not in self._busy]
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _evict(self, session_id: SessionId, *, for_host: bool, busy: bool) -> int:
+        """Makes a sequence give way. Returns the device bytes that will come free once it has left."""
+        memory = self._held[session_id]
+        reserved = self.ledger.reservation(session_id)
+        swap_bytes = memory.swap_bytes() if memory.place is Place.DEVICE else 0
+        fits = (
+            self._store.swap.has_room
+            and self.ledger.shortfall(session_id, Reservation(reserved.device_bytes, memory.host_bytes + swap_bytes))
+            == NOTHING
+        )
+        counts = self.evictions
+        if memory.place is Place.DEVICE and memory.state.num_computed and fits and not for_host:
+            self.ledger.reserve(session_id, Reservation(reserved.device_bytes, memory.host_bytes + swap_bytes))
+            memory.swap_out()
+            counts.swapped += busy
+            counts.idle_swapped += not busy
+            logger.info("sequence_swapped_out", extra={"session_id": session_id, "running": busy})
+            return reserved.device_bytes
+        if not busy:
+            counts.idle_dropped += 1
+            logger.info("sequence_evicted", extra={"session_id": session_id})
+            self.drop(session_id)
+            return 0
+        counts.forgotten += 1
+        logger.info("sequence_forgotten", extra={"session_id": session_id})
+        self._prefixes.remove(session_id)
+        memory.forget()
+        self.ledger.reserve(session_id, NOTHING)
+        return 0
+
+    def _has_nothing_to_give(self, session_id: SessionId, *, for_host: bool) -> bool:
+        memory = self._held[session_id]
+        reserved = self.ledger.reservation(session_id)
+        return memory.is_moving or reserved == NOTHING or (memory.place is Place.PARKED and not for_host)
+
+    def _wanted(self, session_id: SessionId, memory: SequenceMemory, wish: Wish) -> Reservation:
+        needed = self._with_answers(self._needs(memory, wish.num_tokens), memory.recipe, wish)
+        reserved = self.ledger.reservation(session_id)
+        if memory.place is not Place.DEVICE:
+            # Until it is back it is in both places.
+            return Reservation(needed.device_bytes, max(needed.host_bytes + memory.parked_bytes, reserved.host_bytes))
+        # It never shrinks under what it holds now.
+        return Reservation(max(needed.device_bytes, memory.device_bytes), max(needed.host_bytes, memory.host_bytes))
+
+    def _with_answers(self, needed: Reservation, recipe: RecipeSpec, wish: Wish) -> Reservation:
+        if wish.answers == 0:
+            return needed
+        device, host = self._private_bytes(recipe, wish.prompt_end, wish.num_tokens)
+        return Reservation(needed.device_bytes + wish.answers * device, needed.host_bytes + wish.answers * host)
+
+    def _needs(self, memory: SequenceMemory, num_tokens: int) -> Reservation:
+        needed = footprint(self._shape, memory.recipe, num_tokens)
+        return Reservation(needed.device_bytes + memory.replaceable_bytes, needed.host_bytes)
+
+    def _private_bytes(self, recipe: RecipeSpec, shared_tokens: int, num_tokens: int) -> tuple[int, int]:
+        """Device and host bytes that a fork at `shared_tokens` tokens takes for itself on its way to `num_tokens`."""
+        whole = footprint(self._shape, recipe, num_tokens)
+        column_bytes = self._layout.num_cells * self._layout.block_bytes
+        if recipe.distant is Distant.RESIDENT:
+            return whole.device_bytes - shared_tokens // BLOCK_TOKENS * column_bytes, 0
+        groups = recipe.distant_groups(shared_tokens)
+        # The last block of codes and of scales may be written to.
+        index = max(0, index_blocks(self._shape, recipe, groups) * self._layout.block_bytes - column_bytes)
+        sinks = column_bytes if shared_tokens >= BLOCK_TOKENS else 0
+        return whole.device_bytes - index - sinks, whole.host_bytes - groups * self._layout.group_bytes
 
     def _reserved_by(self, session_ids: Iterable[SessionId]) -> Reservation:
         reservations = [self.ledger.reservation(session_id) for session_id in session_ids]

@@ -37,15 +37,46 @@ class Arena:
         ledger.add(Owner.WORKSPACE, workspace_blocks * layout.block_bytes)
 
     def allocate(self, owner: Owner, count: int) -> Tensor:
-        """Takes `count` blocks for `owner`. Returns int64 `[count]` on the device."""
+        """Takes `count` blocks for `owner`. Returns int32 `[count]` on the device."""
         blocks = self._pool.allocate(count)
         self._ledger.add(owner, count * self.layout.block_bytes)
         return blocks.to(self.device)
 
+    def share(self, owner: Owner, blocks: Tensor) -> None:
+        """Adds a holder to blocks of `owner`. From now on nobody may write to them; see `own`."""
+        self._pool.share(blocks.cpu())
+        self._ledger.share(owner, blocks.numel() * self.layout.block_bytes)
+
     def free(self, owner: Owner, blocks: Tensor) -> None:
         """Gives back blocks of `owner`."""
-        self._pool.free(blocks.cpu())
-        self._ledger.add(owner, -blocks.numel() * self.layout.block_bytes)
+        still_held = self._pool.free(blocks.cpu())
+        self._ledger.share(owner, -still_held * self.layout.block_bytes)
+        self._ledger.add(owner, -(blocks.numel() - still_held) * self.layout.block_bytes)
+
+    def num_shared(self, blocks: Tensor) -> int:
+        """How many of some blocks have more than one holder."""
+        return int(self._pool.shared(blocks.cpu()).sum())
+
+    def own(self, owner: Owner, blocks: Tensor) -> Tensor:
+        """Blocks that may be written to, with what is in `blocks`: those of them that are shared are copied first.
+
+        Args:
+            owner: of the blocks.
+            blocks: held by the caller, who from now on holds the returned ones instead.
+
+        Returns:
+            As `blocks`.
+        """
+        shared = self._pool.shared(blocks.cpu()).to(self.device)
+        if not bool(shared.any()):
+            return blocks
+        old = blocks[shared]
+        new = self.allocate(owner, old.numel())
+        self.cells[new] = self.cells[old]
+        self.free(owner, old)
+        owned = blocks.clone()
+        owned[shared] = new
+        return owned
 
     def pieces(self, piece_bytes: int) -> Tensor:
         """The arena's bytes as rows of `piece_bytes`, uint8 `[rows, piece_bytes]`; a block must hold a whole number."""
@@ -63,6 +94,6 @@ class Arena:
         rows, count = blocks.shape
         return self.cells.index_select(0, blocks.reshape(-1)).view(rows, count * BLOCK_TOKENS, self.layout.head_dim)
 
-    def check(self) -> None:
-        """Raises InternalError when the free list is damaged."""
-        self._pool.check()
+    def check(self, holders: Tensor) -> None:
+        """Raises InternalError unless each block is counted as often as it is in `holders`, `[n]`."""
+        self._pool.check(holders.cpu())

@@ -29,21 +29,28 @@ class PagedEntries:
         self._arena = arena
         self._owner = owner
         self._length = 0
-        self._table = torch.empty(num_rows, 0, dtype=torch.int64, device=arena.device)
-        self._where = self._table
+        self._table = torch.empty(num_rows, 0, dtype=torch.int32, device=arena.device)
+        self._where = self._table.long()
 
     @property
     def num_bytes(self) -> int:
-        """Arena bytes held."""
+        """Arena bytes held, shared ones included."""
         return self._table.numel() * self._arena.layout.block_bytes
 
+    @property
+    def column_bytes(self) -> int:
+        """Arena bytes of one block for every row; what a first write after `fork` may have to copy."""
+        return self._table.shape[0] * self._arena.layout.block_bytes if self.entry_bytes else 0
+
     def append(self, entries: Tensor) -> None:
-        """Adds entries, uint8 `[num_rows, n, entry_bytes]`."""
+        """Adds entries, uint8 `[num_rows, n, entry_bytes]`, in blocks that nobody else holds."""
         rows, count, _ = entries.shape
         start, self._length = self._length, self._length + count
         if not self.entry_bytes:
             return
-        missing = self._blocks(self._length) - self._table.shape[1]
+        if start * self._pieces_per_entry % self._pieces_per_block:
+            self._table[:, -1] = self._arena.own(self._owner, self._table[:, -1])
+        missing = self._columns(self._length) - self._table.shape[1]
         if missing:
             blocks = self._arena.allocate(self._owner, missing * rows).view(rows, missing)
             self._table = torch.cat([self._table, blocks], dim=1)
@@ -63,17 +70,41 @@ class PagedEntries:
     def truncate(self, length: int) -> None:
         """Forgets all entries from `length` on."""
         self._length = length
-        columns = self._blocks(length)
+        columns = self._columns(length)
         if columns < self._table.shape[1]:
             self._arena.free(self._owner, self._table[:, columns:])
             self._table = self._table[:, :columns].contiguous()
         self._locate()
 
-    def _blocks(self, length: int) -> int:
+    def fork(self) -> PagedEntries:
+        """The same entries once more, in shared blocks."""
+        twin = PagedEntries(self._arena, self._owner, self._table.shape[0], self.entry_bytes)
+        twin._length = self._length
+        twin._table = self._table.clone()
+        twin._where = self._where
+        self._arena.share(self._owner, self._table)
+        return twin
+
+    def blocks(self) -> Tensor:
+        """All blocks held, int32 `[n]`."""
+        return self._table.reshape(-1)
+
+    def move_to(self, blocks: Tensor) -> None:
+        """From now on its entries are in other blocks, given in the order of `blocks()`; the old ones are forgotten."""
+        self._table = blocks.view(self._table.shape)
+        self._locate()
+
+    def forget(self) -> None:
+        """There are no entries. The blocks are somebody else's business."""
+        self._length = 0
+        self._table = self._table[:, :0]
+        self._locate()
+
+    def _columns(self, length: int) -> int:
         return -(-length * self._pieces_per_entry // self._pieces_per_block)
 
     def _locate(self) -> None:
         """Works out where each piece lies, once for the many reads between two changes."""
         piece = torch.arange(self._length * self._pieces_per_entry, device=self._arena.device)
-        blocks = self._table[:, piece // self._pieces_per_block]
+        blocks = self._table[:, piece // self._pieces_per_block].long()
         self._where = blocks * self._pieces_per_block + piece % self._pieces_per_block

@@ -1,7 +1,8 @@
 """How KV lies in memory, on the device and in host memory. Knows nothing of who uses it.
 
 Device: the arena is cut into *blocks* of 16 tokens of one *cell*, a cell being one (layer, K or V, KV head) of one
-sequence. A sequence's block table has a row for each cell, so cells may come to hold different tokens.
+sequence. A sequence's block table has a row for each cell, and each (layer, KV head) may hold other tokens than the
+next, and more or fewer of them: `kv.sequence` knows the position in every slot.
 
     cell = (layer * 2 + K or V) * num_kv_heads + kv_head
 
@@ -29,6 +30,8 @@ class KVLayout:
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    keys_rotated: bool = True
+    """Whether keys are stored after rotation by their position. Recorded in stored frames, by the fingerprint."""
 
     @classmethod
     def of(cls, shape: ModelShape, dtype: torch.dtype) -> KVLayout:

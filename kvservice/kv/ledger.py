@@ -32,6 +32,9 @@ class Reservation:
 class Ledger:
     """Bytes in use by owner, and reservations that keep admitted sequences from running out.
 
+    A sequence reserves all that it can come to hold as if it were alone. What several hold together is credited once
+    for each further holder, so `promised = reserved - shared`, and what is in use never exceeds what is promised.
+
     Args:
         device_capacity_bytes: what sequences may take of the arena, so without the prefill workspace.
         host_capacity_bytes: what they may take of the host tier.
@@ -41,6 +44,7 @@ class Ledger:
         self.device_capacity_bytes = device_capacity_bytes
         self.host_capacity_bytes = host_capacity_bytes
         self._used: Counter[Owner] = Counter()
+        self._shared: Counter[Owner] = Counter()
         self._reserved: dict[SessionId, Reservation] = {}
         self._device_reserved = 0
         self._host_reserved = 0
@@ -48,16 +52,30 @@ class Ledger:
     @property
     def device_free_bytes(self) -> int:
         """Device bytes promised to nobody."""
-        return self.device_capacity_bytes - self._device_reserved
+        return self.device_capacity_bytes - self._device_reserved + self._device_shared
 
     @property
     def host_free_bytes(self) -> int:
         """Host bytes promised to nobody."""
-        return self.host_capacity_bytes - self._host_reserved
+        return self.host_capacity_bytes - self._host_reserved + self._shared[Owner.HOST]
+
+    @property
+    def _device_shared(self) -> int:
+        return self._shared.total() - self._shared[Owner.HOST]
 
     def used_bytes(self, owner: Owner) -> int:
-        """Bytes that `owner` holds now."""
+        """Bytes that `owner` holds now; shared ones count once."""
         return self._used[owner]
+
+    def shared_bytes(self, owner: Owner) -> int:
+        """Bytes that would be in use besides if nothing of `owner` were shared."""
+        return self._shared[owner]
+
+    def share(self, owner: Owner, num_bytes: int) -> None:
+        """Notes that bytes of `owner` got one more holder (or, negative, lost one that wasn't the last)."""
+        self._shared[owner] += num_bytes
+        if self._shared[owner] < 0:
+            raise InternalError(f"{owner.value} lost more holders than it had")
 
     def add(self, owner: Owner, num_bytes: int) -> None:
         """Notes that `owner` took (or, negative, gave back) bytes."""

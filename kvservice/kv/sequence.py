@@ -4,6 +4,9 @@ Columns of the block table (each row is a cell):
 
     column 0        1 …                                    last
     ├ sinks ┤├ window: positions window_start … num_computed - 1 ┤
+
+Every (layer, KV head) holds the same positions, until `keep` drops other ones for each: then the sequence is *ragged*,
+and the position in every slot is stored.
 """
 
 from __future__ import annotations
@@ -16,6 +19,12 @@ from kvservice.kv.arena import Arena
 from kvservice.kv.ledger import Owner
 from kvservice.types import BLOCK_TOKENS, GROUP_TOKENS, SINK_TOKENS
 
+NO_BLOCK = -1
+"""In a ragged block table: this cell has no block in this column."""
+
+EMPTY = -1
+"""Position of a slot that holds no token."""
+
 
 class SequenceState:
     """The full-precision KV of one sequence on the device, and what it stands for.
@@ -24,7 +33,6 @@ class SequenceState:
         tokens: all tokens of the sequence. KV of the first `num_computed` exists; at most the last token of an answer
             has none yet.
         window_start: first position of the window.
-        table: int64 `[cells, columns]`, arena blocks.
     """
 
     def __init__(self, arena: Arena) -> None:
@@ -32,11 +40,21 @@ class SequenceState:
         self.num_computed = 0
         self.window_start = SINK_TOKENS
         self._arena = arena
-        self.table = torch.empty(arena.layout.num_cells, 0, dtype=torch.int64, device=arena.device)
+        self._blocks = torch.empty(arena.layout.num_cells, 0, dtype=torch.int32, device=arena.device)
+        self._num_columns = 0
+        self._may_share = False
+        self._ragged: Tensor | None = None  # positions, int32 [layers * kv, width]
+
+    @property
+    def table(self) -> Tensor:
+        """Arena blocks, int32 `[cells, columns]`."""
+        return self._blocks[:, : self._num_columns]
 
     @property
     def num_resident(self) -> int:
-        """Positions whose full KV is on the device."""
+        """Positions whose full KV is on the device; of a ragged sequence, the most that a (layer, KV head) holds."""
+        if self._ragged is not None:
+            return self._ragged.shape[1]
         return self.num_computed - (self.window_start - SINK_TOKENS)
 
     @property
@@ -45,30 +63,83 @@ class SequenceState:
         return self.window_start - SINK_TOKENS
 
     @property
+    def is_ragged(self) -> bool:
+        """Whether (layer, KV head)s may hold different positions."""
+        return self._ragged is not None
+
+    @property
+    def positions(self) -> Tensor:
+        """The position in each slot, int32 `[1 or layers * kv, num_resident]`; EMPTY where there is none."""
+        if self._ragged is not None:
+            return self._ragged
+        sinks = torch.arange(min(SINK_TOKENS, self.num_computed), dtype=torch.int32)
+        window = torch.arange(self.window_start, self.num_computed, dtype=torch.int32)
+        return torch.cat([sinks, window]).unsqueeze(0).to(self._arena.device)
+
+    @property
+    def counts(self) -> Tensor:
+        """Of a ragged sequence: tokens that each (layer, KV head) holds, int64 `[layers * kv]`."""
+        return (self.positions != EMPTY).sum(1)
+
+    @property
     def window_bytes(self) -> int:
-        """Device bytes of sinks and window."""
-        return int(self.table.numel()) * self._arena.layout.block_bytes
+        """Device bytes of sinks and window, shared ones included."""
+        return self._held().numel() * self._arena.layout.block_bytes
+
+    def blocks(self) -> Tensor:
+        """All blocks it holds, int32 `[n]`, column by column for each cell."""
+        return self._held()
+
+    # -- growing -----------------------------------------------------------------------------------------------------
 
     def extend(self, num_tokens: int) -> None:
-        """Makes room for `num_tokens` more positions after `num_computed`."""
-        needed = -(-(self.num_resident + num_tokens) // BLOCK_TOKENS) - self.table.shape[1]
-        if needed > 0:
-            rows = self.table.shape[0]
-            blocks = self._arena.allocate(Owner.WINDOW, needed * rows).view(rows, needed)
-            self.table = torch.cat([self.table, blocks], dim=1)
+        """Makes room for `num_tokens` more positions after `num_computed`, in blocks that nobody else holds."""
+        self._own_last()
+        if self._ragged is not None:
+            self._extend_ragged(num_tokens)
+            return
+        needed = -(-(self.num_resident + num_tokens) // BLOCK_TOKENS)
+        if needed > self._num_columns:
+            rows, missing = self._blocks.shape[0], needed - self._num_columns
+            self._add_columns(self._arena.allocate(Owner.WINDOW, missing * rows).view(rows, missing))
 
     def slots(self, num_tokens: int) -> Tensor:
-        """Where the KV of the next `num_tokens` positions goes: arena slots, `[layers, 2, kv, num_tokens]`."""
+        """Where the KV of the next `num_tokens` positions goes: arena slots, int64 `[layers, 2, kv, num_tokens]`."""
         layout = self._arena.layout
-        local = torch.arange(self.num_resident, self.num_resident + num_tokens, device=self._arena.device)
-        slots = self.table[:, local // BLOCK_TOKENS] * BLOCK_TOKENS + local % BLOCK_TOKENS
-        return slots.view(layout.num_layers, 2, layout.num_kv_heads, num_tokens)
+        if self._ragged is not None:
+            first = self.counts
+            local = first.unsqueeze(1) + torch.arange(num_tokens, device=first.device)
+            local = _of_both_sides(local, layout.num_layers, layout.num_kv_heads)
+            found = self.table.long().gather(1, local // BLOCK_TOKENS) * BLOCK_TOKENS + local % BLOCK_TOKENS
+        elif num_tokens == 1:
+            column, offset = divmod(self.num_resident, BLOCK_TOKENS)
+            found = self._blocks[:, column].long() * BLOCK_TOKENS + offset
+        else:
+            at = torch.arange(self.num_resident, self.num_resident + num_tokens, device=self._arena.device)
+            found = self._blocks[:, at // BLOCK_TOKENS].long() * BLOCK_TOKENS + at % BLOCK_TOKENS
+        return found.view(layout.num_layers, 2, layout.num_kv_heads, num_tokens)
+
+    def commit(self, num_tokens: int) -> None:
+        """Counts the next `num_tokens` positions in: their KV has been written."""
+        if self._ragged is not None:
+            counts = self.counts
+            new = torch.arange(self.num_computed, self.num_computed + num_tokens, dtype=torch.int32)
+            width = max(self._ragged.shape[1], int(counts.max()) + num_tokens)
+            positions = torch.full((counts.numel(), width), EMPTY, dtype=torch.int32, device=counts.device)
+            positions[:, : self._ragged.shape[1]] = self._ragged
+            at = counts.unsqueeze(1) + torch.arange(num_tokens, device=counts.device)
+            self._ragged = positions.scatter(1, at, new.to(counts.device).expand(counts.numel(), -1))
+        self.num_computed += num_tokens
+
+    # -- reading -----------------------------------------------------------------------------------------------------
 
     def read(self, layer: int, num_resident: int) -> tuple[Tensor, Tensor]:
         """Copies of K and V of the first `num_resident` device positions of a layer, each `[kv, num_resident, d]`."""
         layout = self._arena.layout
         columns = -(-num_resident // BLOCK_TOKENS)
-        rows = self.table.view(layout.num_layers, 2, layout.num_kv_heads, -1)[layer, :, :, :columns]
+        rows = self._blocks.view(layout.num_layers, 2, layout.num_kv_heads, -1)[layer, :, :, :columns]
+        # A ragged row that ends early reads any block: the caller masks what is EMPTY.
+        rows = rows if self._ragged is None else rows.clamp(min=0)
         keys = self._arena.read(rows[0])[:, :num_resident]
         values = self._arena.read(rows[1])[:, :num_resident]
         return keys, values
@@ -76,14 +147,17 @@ class SequenceState:
     def read_groups(self, num_groups: int) -> Tensor:
         """Copies of the window's oldest groups in host form, `[num_groups, layers, kv, 64, 2, d]`."""
         columns = num_groups * GROUP_TOKENS // BLOCK_TOKENS
-        cells = self._arena.cells[self.table[:, 1 : 1 + columns]]
+        cells = self._arena.cells[self._blocks[:, 1 : 1 + columns]]
         return self._arena.layout.cells_to_groups(cells)
 
+    # -- shrinking ---------------------------------------------------------------------------------------------------
+
     def drop_groups(self, num_groups: int) -> None:
-        """Frees the window's oldest groups: the window slides."""
+        """Gives back the window's oldest groups: the window slides."""
         columns = num_groups * GROUP_TOKENS // BLOCK_TOKENS
-        self._arena.free(Owner.WINDOW, self.table[:, 1 : 1 + columns])
-        self.table = torch.cat([self.table[:, :1], self.table[:, 1 + columns :]], dim=1)
+        table = self.table
+        self._arena.free(Owner.WINDOW, table[:, 1 : 1 + columns])
+        self._set_table(torch.cat([table[:, :1], table[:, 1 + columns :]], dim=1))
         self.window_start += num_groups * GROUP_TOKENS
 
     def restore_groups(self, groups: Tensor) -> None:
@@ -96,7 +170,8 @@ class SequenceState:
         rows, columns = cells.shape[:2]
         blocks = self._arena.allocate(Owner.WINDOW, rows * columns).view(rows, columns)
         self._arena.cells[blocks] = cells
-        self.table = torch.cat([self.table[:, :1], blocks, self.table[:, 1:]], dim=1)
+        table = self.table
+        self._set_table(torch.cat([table[:, :1], blocks, table[:, 1:]], dim=1))
         self.window_start -= groups.shape[0] * GROUP_TOKENS
 
     def shrink(self, num_computed: int) -> None:
@@ -107,16 +182,145 @@ class SequenceState:
         """
         if self.num_distant and num_computed < self.window_start:
             raise InternalError(f"position {num_computed} lies before the window at {self.window_start}")
+        if self._ragged is not None:
+            self.keep((self._ragged != EMPTY) & (self._ragged < num_computed))
+            self.num_computed = num_computed
+            return
         self.num_computed = num_computed
         columns = -(-self.num_resident // BLOCK_TOKENS)
-        if columns < self.table.shape[1]:
+        if columns < self._num_columns:
             self._arena.free(Owner.WINDOW, self.table[:, columns:])
-            self.table = self.table[:, :columns].contiguous()
+            self._num_columns = columns
+
+    def keep(self, marked: Tensor) -> None:
+        """Keeps the marked slots of each (layer, KV head), in order, and frees the blocks that this empties.
+
+        Args:
+            marked: bool `[layers * kv, num_resident]`; rows may keep different numbers.
+
+        Raises:
+            InternalError: the sequence has distant tokens. What is evicted for good and what is recalled don't mix.
+        """
+        if self.num_distant:
+            raise InternalError("a sequence with distant tokens can't evict")
+        layout = self._arena.layout
+        counts = marked.sum(1)
+        width = int(counts.max())
+        order = torch.argsort(~marked, dim=1, stable=True)[:, :width]
+        filled = torch.arange(width, device=counts.device) < counts.unsqueeze(1)
+        positions = self.positions.expand(marked.shape[0], -1).gather(1, order)
+        self._ragged = positions.masked_fill(~filled, EMPTY)
+        source = _of_both_sides(order, layout.num_layers, layout.num_kv_heads)
+        both = _of_both_sides(filled, layout.num_layers, layout.num_kv_heads)
+        kept = self._arena.slots[self._locate(source)[both]]
+        self._drop_columns(_of_both_sides(counts.unsqueeze(1), layout.num_layers, layout.num_kv_heads))
+        self._own_all()
+        target = torch.arange(width, device=counts.device).expand(source.shape)
+        self._arena.slots[self._locate(target)[both]] = kept
+
+    # -- sharing, moving, ending -------------------------------------------------------------------------------------
+
+    def fork(self) -> SequenceState:
+        """The same sequence once more. Blocks are shared, and copied when one of the two is about to write to them."""
+        twin = SequenceState(self._arena)
+        twin.tokens = list(self.tokens)
+        twin.num_computed = self.num_computed
+        twin.window_start = self.window_start
+        twin._set_table(self.table.clone())
+        twin._ragged = None if self._ragged is None else self._ragged.clone()
+        self._arena.share(Owner.WINDOW, self._held())
+        self._may_share = twin._may_share = True
+        return twin
+
+    def num_shared_after(self, column: int) -> int:
+        """How many of its blocks in the columns from `column` on are shared."""
+        if not self._may_share:
+            return 0
+        held = self._blocks[:, column : self._num_columns]
+        return self._arena.num_shared(held[held != NO_BLOCK])
+
+    def move_to(self, blocks: Tensor) -> None:
+        """From now on its KV is in other blocks, given in the order of `blocks()`; the old ones are forgotten."""
+        held = self.table != NO_BLOCK
+        moved = self.table.clone()
+        moved[held] = blocks
+        self._set_table(moved)
+        self._may_share = False
 
     def close(self) -> None:
-        """Frees every block."""
-        self._arena.free(Owner.WINDOW, self.table)
-        self.table = self.table[:, :0]
+        """Gives every block back."""
+        self._arena.free(Owner.WINDOW, self._held())
+        self.forget()
         self.tokens.clear()
+
+    def forget(self) -> None:
+        """Nothing is computed. The blocks are somebody else's business."""
+        self._num_columns = 0
+        self._ragged = None
         self.num_computed = 0
         self.window_start = SINK_TOKENS
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _held(self) -> Tensor:
+        table = self.table
+        return table.reshape(-1) if self._ragged is None else table[table != NO_BLOCK]
+
+    def _add_columns(self, columns: Tensor) -> None:
+        count = columns.shape[1]
+        needed = self._num_columns + count
+        if needed > self._blocks.shape[1]:
+            # Doubling, so that a growing sequence copies its table seldom.
+            grown = self._blocks.new_full((self._blocks.shape[0], max(needed, 2 * self._blocks.shape[1])), NO_BLOCK)
+            grown[:, : self._num_columns] = self.table
+            self._blocks = grown
+        self._blocks[:, self._num_columns : needed] = columns
+        self._num_columns = needed
+
+    def _set_table(self, table: Tensor) -> None:
+        self._blocks = table.contiguous()
+        self._num_columns = table.shape[1]
+
+    def _own_last(self) -> None:
+        """Makes the column that is written to next its own, if it is there already."""
+        if not self._may_share or self._num_columns == 0:
+            return
+        if self._ragged is not None:
+            self._own_all()
+        elif self.num_resident % BLOCK_TOKENS:
+            last = self._num_columns - 1
+            self._blocks[:, last] = self._arena.own(Owner.WINDOW, self._blocks[:, last])
+
+    def _own_all(self) -> None:
+        held = self.table != NO_BLOCK
+        self.table[held] = self._arena.own(Owner.WINDOW, self.table[held])
+
+    def _extend_ragged(self, num_tokens: int) -> None:
+        layout = self._arena.layout
+        assert self._ragged is not None
+        counts = (self.counts + num_tokens).unsqueeze(1)
+        needed = -(-_of_both_sides(counts, layout.num_layers, layout.num_kv_heads) // BLOCK_TOKENS)
+        widest = int(needed.max())
+        if widest > self._num_columns:
+            self._add_columns(self._blocks.new_full((self._blocks.shape[0], widest - self._num_columns), NO_BLOCK))
+        missing = (torch.arange(self._num_columns, device=needed.device) < needed) & (self.table == NO_BLOCK)
+        self.table[missing] = self._arena.allocate(Owner.WINDOW, int(missing.sum()))
+
+    def _drop_columns(self, counts: Tensor) -> None:
+        """Frees what lies beyond `counts` tokens of each cell, `[cells, 1]`."""
+        needed = -(-counts // BLOCK_TOKENS)
+        beyond = (torch.arange(self._num_columns, device=needed.device) >= needed) & (self.table != NO_BLOCK)
+        self._arena.free(Owner.WINDOW, self.table[beyond])
+        self.table[beyond] = NO_BLOCK
+        self._num_columns = int(needed.max())
+
+    def _locate(self, local: Tensor) -> Tensor:
+        """Arena slots of slots of each cell, `[cells, n]`. Of cells that end earlier, any."""
+        column = (local // BLOCK_TOKENS).clamp(max=max(self._num_columns - 1, 0))
+        return self.table.long().gather(1, column) * BLOCK_TOKENS + local % BLOCK_TOKENS
+
+
+def _of_both_sides(rows: Tensor, num_layers: int, num_kv_heads: int) -> Tensor:
+    """From a row for each (layer, KV head) to one for each cell: `[layers * kv, n]` to `[cells, n]`."""
+    by_layer = rows.view(num_layers, 1, num_kv_heads, -1)
+    return by_layer.expand(-1, 2, -1, -1).reshape(2 * num_layers * num_kv_heads, -1)

@@ -72,6 +72,19 @@ class DistantKV:
             del self._numbers[-count:]
             self._index()
 
+    @property
+    def host_groups(self) -> list[int]:
+        """Numbers of its groups in the host tier."""
+        return list(self._numbers)
+
+    def fork(self) -> DistantKV:
+        """The same groups once more, shared."""
+        twin = DistantKV(self._host, self._heads.shape[0], self._head_dim)
+        twin._numbers = list(self._numbers)
+        twin._rows = self._rows
+        self._host.share(self._numbers)
+        return twin
+
     def gather(self, layer: int, offsets: Tensor, out: Tensor) -> None:
         """Copies chosen tokens to the device.
 

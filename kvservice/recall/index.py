@@ -16,6 +16,7 @@ class SequenceIndex:
     """The encoded keys of every group that has left the window, for each (layer, KV head)."""
 
     def __init__(self, method: RecallIndex, bits: int, arena: Arena) -> None:
+        self._arena = arena
         layout = arena.layout
         probe_codes, probe_params = method.encode(
             torch.zeros(1, GROUP_TOKENS, layout.head_dim, dtype=layout.dtype), bits
@@ -32,6 +33,34 @@ class SequenceIndex:
     def num_bytes(self) -> int:
         """Arena bytes held."""
         return self._codes.num_bytes + self._params.num_bytes
+
+    @property
+    def column_bytes(self) -> int:
+        """What the first write after `fork` may have to copy."""
+        return self._codes.column_bytes + self._params.column_bytes
+
+    def fork(self) -> SequenceIndex:
+        """The same entries once more, in shared blocks."""
+        twin = SequenceIndex(self._method, self._bits, self._arena)
+        twin._codes, twin._params = self._codes.fork(), self._params.fork()
+        twin.num_groups = self.num_groups
+        return twin
+
+    def blocks(self) -> Tensor:
+        """All blocks held, int32 `[n]`."""
+        return torch.cat([self._codes.blocks(), self._params.blocks()])
+
+    def move_to(self, blocks: Tensor) -> None:
+        """From now on its entries are in other blocks, given in the order of `blocks()`."""
+        codes = self._codes.blocks().numel()
+        self._codes.move_to(blocks[:codes])
+        self._params.move_to(blocks[codes:])
+
+    def forget(self) -> None:
+        """Nothing is indexed. The blocks are somebody else's business."""
+        self._codes.forget()
+        self._params.forget()
+        self.num_groups = 0
 
     def append(self, groups: Tensor) -> None:
         """Encodes groups `[n, layers, kv, 64, 2, d]`, each exactly once."""

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kvservice.compression.protocols import RECALL_INDEXES
 from kvservice.errors import InternalError
 from kvservice.kv.arena import Arena
+from kvservice.kv.ledger import Owner
 from kvservice.kv.sequence import SequenceState
 from kvservice.recall.distant import DistantKV
 from kvservice.recall.index import SequenceIndex
+from kvservice.recall.parking import Parking, Place
+from kvservice.recall.reach import Reach, ReachLog
 from kvservice.recall.residency import RecallSlots
 from kvservice.tier.host import HostTier
-from kvservice.types import GROUP_TOKENS, SINK_TOKENS, RecipeSpec
+from kvservice.tier.swap import SwapSpace
+from kvservice.types import BLOCK_TOKENS, GROUP_TOKENS, SINK_TOKENS, Distant, RecipeSpec
 
 
 @dataclass(slots=True)
@@ -27,25 +32,47 @@ class RecallCounters:
     streamed_bytes: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Where sequences keep their KV."""
+
+    arena: Arena
+    host: HostTier
+    swap: SwapSpace
+
+
 class SequenceMemory:
     """The KV of one sequence: window on the device, distant groups in the tier, their index, recall slots."""
 
-    def __init__(self, recipe: RecipeSpec, arena: Arena, host: HostTier) -> None:
-        layout = arena.layout
+    def __init__(self, recipe: RecipeSpec, store: Store) -> None:
+        layout = store.arena.layout
         self.recipe = recipe
-        self.state = SequenceState(arena)
-        self.distant = DistantKV(host, layout.num_kv_heads, layout.head_dim)
+        self.state = SequenceState(store.arena)
+        self.distant = DistantKV(store.host, layout.num_kv_heads, layout.head_dim)
         self.index: SequenceIndex | None = None
         if recipe.index is not None:
-            self.index = SequenceIndex(RECALL_INDEXES.get(recipe.index), recipe.index_bits, arena)
+            self.index = SequenceIndex(RECALL_INDEXES.get(recipe.index), recipe.index_bits, store.arena)
+        self.reaches = ReachLog()
         self.counters = RecallCounters()
-        self._arena = arena
+        self._store = store
         self._slots: RecallSlots | None = None
+        self._is_fork = False
+        self._rollback: int | None = None
+        self._parking = Parking(store.arena, store.swap)
+
+    # -- bytes -------------------------------------------------------------------------------------------------------
+
+    @property
+    def window_bytes(self) -> int:
+        """Arena bytes of sinks and window, shared ones included."""
+        own = self.state.window_bytes if self.place is Place.DEVICE else 0
+        return own + self._parking.held_bytes(Owner.WINDOW)
 
     @property
     def index_bytes(self) -> int:
-        """Arena bytes of the index."""
-        return self.index.num_bytes if self.index else 0
+        """Arena bytes of the index, shared ones included."""
+        own = self.index.num_bytes if self.index and self.place is Place.DEVICE else 0
+        return own + self._parking.held_bytes(Owner.INDEX)
 
     @property
     def slot_bytes(self) -> int:
@@ -54,27 +81,67 @@ class SequenceMemory:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes in the host tier."""
-        return self.distant.num_groups * self._arena.layout.group_bytes
+        """Bytes in the host tier, shared ones included."""
+        return self.distant.num_groups * self._store.arena.layout.group_bytes + self.parked_bytes
+
+    @property
+    def parked_bytes(self) -> int:
+        """Of those, what its device part takes while it isn't on the device."""
+        return self._parking.num_groups * self._store.arena.layout.group_bytes
 
     @property
     def device_bytes(self) -> int:
         """All that the sequence takes on the device."""
-        return self.state.window_bytes + self.index_bytes + self.slot_bytes
+        return self.window_bytes + self.index_bytes + self.slot_bytes
+
+    @property
+    def replaceable_bytes(self) -> int:
+        """Shared device bytes that two may come to hold where one does now: see `Ledger`. Counted at the fork alone.
+
+        What slides out of a shared window frees nothing while somebody else holds it, and a shared block is copied
+        before it is written to. Sinks and whole blocks of keys are never written to again.
+        """
+        state = self.state
+        if not self._is_fork or self.place is not Place.DEVICE:
+            return 0
+        resident = self.recipe.distant is Distant.RESIDENT and not state.is_ragged
+        first = state.num_resident // BLOCK_TOKENS if resident else 1
+        shared = state.num_shared_after(first) * self._store.arena.layout.block_bytes
+        return shared + (self.index.column_bytes if shared and self.index else 0)
+
+    def swap_bytes(self) -> int:
+        """Host bytes that its device blocks would take."""
+        num_blocks = self.state.blocks().numel() + (self.index.blocks().numel() if self.index else 0)
+        return self._parking.groups_for(num_blocks) * self._store.arena.layout.group_bytes
+
+    @property
+    def num_computed(self) -> int:
+        """Leading tokens whose KV is held, wherever."""
+        computed = self.state.num_computed
+        return computed if self._rollback is None else min(computed, self._rollback)
+
+    @property
+    def num_dropped(self) -> int:
+        """Tokens whose KV was there and made room: they will be computed again."""
+        return max(0, self.reaches.end - self.num_computed)
+
+    # -- going on ----------------------------------------------------------------------------------------------------
 
     def slots(self) -> RecallSlots:
         """The recall slots, allocated when first asked for."""
         if self._slots is None:
-            self._slots = RecallSlots(self._arena, self.recipe.recalled_tokens)
+            self._slots = RecallSlots(self._store.arena, self.recipe.recalled_tokens)
         return self._slots
 
-    def slide(self) -> Tensor | None:
-        """Moves what no longer belongs in the window to the tier.
+    def commit(self, num_tokens: int, reach: Reach) -> Tensor | None:
+        """Counts computed tokens in, and moves what no longer belongs in the window to the tier.
 
         Returns:
             The groups that moved, `[n, layers, kv, 64, 2, d]` on the CPU and nobody else's, or None.
         """
         state = self.state
+        self.reaches.record(state.num_computed, state.num_computed + num_tokens, reach)
+        state.commit(num_tokens)
         count = (self.recipe.window_start(state.num_computed) - state.window_start) // GROUP_TOKENS
         if count <= 0:
             return None
@@ -84,14 +151,21 @@ class SequenceMemory:
         leaving = groups.cpu()
         self.distant.append(leaving)
         state.drop_groups(count)
+        self.check()
         return leaving
 
     def truncate(self, num_tokens: int) -> None:
         """Takes the sequence back to its first `num_tokens` tokens, bit for bit as it was when it had those.
 
-        Groups that had left the window since then come back from the tier.
+        Groups that had left the window since then come back from the tier. If its device part is away, that is done
+        when it has come back.
         """
         state = self.state
+        if self.place is not Place.DEVICE:
+            del state.tokens[num_tokens:]
+            self.reaches.truncate(num_tokens)
+            self._rollback = num_tokens if self._rollback is None else min(self._rollback, num_tokens)
+            return
         computed = min(num_tokens, state.num_computed)
         count = (state.window_start - self.recipe.window_start(computed)) // GROUP_TOKENS
         if count > 0:
@@ -106,6 +180,95 @@ class SequenceMemory:
                 self._slots.clear()
         state.shrink(computed)
         del state.tokens[num_tokens:]
+        self.reaches.truncate(num_tokens)
+
+    def fork(self) -> SequenceMemory:
+        """The same sequence once more. Nothing is copied: what both hold is shared until one of them writes to it."""
+        twin = SequenceMemory(self.recipe, self._store)
+        twin._is_fork = True
+        twin.state = self.state.fork()
+        twin.distant = self.distant.fork()
+        twin.index = self.index.fork() if self.index else None
+        twin.reaches = self.reaches.fork()
+        return twin
+
+    # -- making room -------------------------------------------------------------------------------------------------
+
+    @property
+    def place(self) -> Place:
+        """Where its device part is."""
+        return self._parking.place
+
+    def swap_out(self) -> None:
+        """Begins to move its device part to the host. Recall slots are dropped: they hold copies."""
+        self._drop_slots()
+        blocks = {Owner.WINDOW: self.state.blocks()}
+        if self.index:
+            blocks[Owner.INDEX] = self.index.blocks()
+        self._parking.leave(blocks)
+
+    def swap_in(self) -> None:
+        """Begins to bring it back."""
+        self._parking.come_back()
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether its device part is on its way to the host or back."""
+        return self.place in (Place.LEAVING, Place.RETURNING)
+
+    def poll(self) -> Place:
+        """Ends a move that is done, and says how far it has come."""
+        blocks = self._parking.poll()
+        if blocks is not None:
+            self.state.move_to(blocks[Owner.WINDOW])
+            if self.index:
+                self.index.move_to(blocks[Owner.INDEX])
+            rollback, self._rollback = self._rollback, None
+            if rollback is not None:
+                # Tokens that were put behind since then have no KV.
+                tokens = list(self.state.tokens)
+                self.truncate(rollback)
+                self.state.tokens = tokens
+        return self.place
+
+    def forget(self) -> None:
+        """Drops all KV. Tokens stay, and how each was computed, so that it can be computed again."""
+        self._drop_slots()
+        self._rollback = None
+        self.distant.drop_last(self.distant.num_groups)
+        if self.place is not Place.DEVICE:
+            self._parking.close()
+            self.state.forget()
+            if self.index:
+                self.index.forget()
+            return
+        tokens = list(self.state.tokens)
+        self.state.close()
+        self.state.tokens = tokens
+        if self.index:
+            self.index.truncate(0)
+
+    def close(self) -> None:
+        """Frees everything."""
+        self.forget()
+        self.state.tokens = []
+
+    # -- checks ------------------------------------------------------------------------------------------------------
+
+    def blocks(self) -> Tensor:
+        """Every device block it holds, int32 `[n]`."""
+        held = [self._parking.blocks()]
+        if self.place is Place.DEVICE:
+            held.append(self.state.blocks())
+            if self.index:
+                held.append(self.index.blocks())
+        if self._slots:
+            held.append(self._slots.blocks())
+        return torch.cat(held)
+
+    def host_groups(self) -> list[int]:
+        """Every host group it holds."""
+        return [*self.distant.host_groups, *self._parking.host_groups]
 
     def check(self) -> None:
         """Raises InternalError unless window, tier and index tell the same story."""
@@ -118,12 +281,7 @@ class SequenceMemory:
         if self.state.num_computed > len(self.state.tokens):
             raise InternalError(f"KV of {self.state.num_computed} tokens, {len(self.state.tokens)} token ids")
 
-    def close(self) -> None:
-        """Frees everything."""
-        self.state.close()
-        self.distant.drop_last(self.distant.num_groups)
-        if self.index:
-            self.index.truncate(0)
+    def _drop_slots(self) -> None:
         if self._slots:
             self._slots.close()
             self._slots = None

@@ -19,21 +19,23 @@ EMPTY = -1
 
 
 @dataclass(frozen=True, slots=True)
-class Misses:
-    """Tokens to fetch, in pairs of equal index.
+class Placed:
+    """Where the tokens of a step lie, and which of them have to be fetched first, in pairs of equal index.
 
     Attributes:
-        heads: KV head, int64 `[n]`.
-        offsets: position counted from the first distant one, int64 `[n]`.
-        slots: recall slot of that head to put it in, int64 `[n]`.
+        where: the slot of each chosen token, int64 `[kv, n]`.
+        heads: KV head of a missing token, int64 `[m]`.
+        offsets: its position counted from the first distant one, int64 `[m]`.
+        slots: the recall slot of that head to put it in, int64 `[m]`.
     """
 
+    where: Tensor
     heads: Tensor
     offsets: Tensor
     slots: Tensor
 
 
-def place(resident: Tensor, chosen: Tensor) -> Misses:
+def place(resident: Tensor, chosen: Tensor) -> Placed:
     """Decides which slot each missing token gets: slots that this step doesn't use, lowest first.
 
     Args:
@@ -46,7 +48,10 @@ def place(resident: Tensor, chosen: Tensor) -> Misses:
     rank = unused.cumsum(1) - 1
     taken = unused & (rank < missing.sum(1, keepdim=True))
     heads, at = missing.nonzero(as_tuple=True)
-    return Misses(heads, chosen[heads, at], taken.nonzero(as_tuple=True)[1])
+    slots = taken.nonzero(as_tuple=True)[1]
+    where = equal.int().argmax(2)
+    where[heads, at] = slots
+    return Placed(where, heads, chosen[heads, at], slots)
 
 
 class RecallSlots:
@@ -64,31 +69,28 @@ class RecallSlots:
         """Arena bytes held."""
         return self._table.numel() * self._arena.layout.block_bytes
 
-    def admit(self, layer: int, chosen: Tensor) -> Misses:
-        """Makes `chosen` (`[kv, n]`) the resident set, given that the caller now fetches the misses."""
+    def admit(self, layer: int, chosen: Tensor) -> Placed:
+        """Makes `chosen` (`[kv, n]`) the resident set, given that the caller now fetches what is missing."""
         resident = self._resident[layer]
-        misses = place(resident, chosen)
-        resident[misses.heads, misses.slots] = misses.offsets
-        return misses
+        placed = place(resident, chosen)
+        resident[placed.heads, placed.slots] = placed.offsets
+        return placed
 
-    def write(self, layer: int, misses: Misses, pairs: Tensor) -> None:
-        """Puts fetched tokens, `[n, 2 * d]`, into their slots."""
-        layout = self._arena.layout
-        table = self._table.view(layout.num_layers, 2, layout.num_kv_heads, -1)[layer]
-        heads, slots = misses.heads.to(table.device), misses.slots.to(table.device)
-        for side, half in enumerate(pairs.view(-1, 2, layout.head_dim).unbind(1)):
-            where = table[side][heads, slots // BLOCK_TOKENS] * BLOCK_TOKENS + slots % BLOCK_TOKENS
-            self._arena.slots[where] = half
+    def write(self, layer: int, placed: Placed, pairs: Tensor) -> None:
+        """Puts fetched tokens, `[m, 2 * d]`, into their slots."""
+        keys, values = pairs.view(-1, 2, self._arena.layout.head_dim).unbind(1)
+        self._arena.slots[self._locate(layer, 0, placed.heads, placed.slots)] = keys
+        self._arena.slots[self._locate(layer, 1, placed.heads, placed.slots)] = values
 
-    def read(self, layer: int, count: int) -> tuple[Tensor, Tensor]:
-        """Copies of K and V in the first `count` slots, each `[kv, count, d]`.
+    def read(self, layer: int, where: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of K and V in the slots `where`, int64 `[kv, n]`, in that order: each `[kv, n, d]`."""
+        heads = torch.arange(where.shape[0]).unsqueeze(1)
+        slots = self._arena.slots
+        return slots[self._locate(layer, 0, heads, where)], slots[self._locate(layer, 1, heads, where)]
 
-        The slots in use are always the first: a token leaves its slot only to another one.
-        """
-        layout = self._arena.layout
-        columns = -(-count // BLOCK_TOKENS)
-        table = self._table.view(layout.num_layers, 2, layout.num_kv_heads, -1)[layer, :, :, :columns]
-        return self._arena.read(table[0])[:, :count], self._arena.read(table[1])[:, :count]
+    def blocks(self) -> Tensor:
+        """All blocks held, int32 `[n]`."""
+        return self._table.reshape(-1)
 
     def clear(self) -> None:
         """Forgets what is resident; the slots stay."""
@@ -97,3 +99,9 @@ class RecallSlots:
     def close(self) -> None:
         """Frees the slots."""
         self._arena.free(Owner.SLOTS, self._table)
+
+    def _locate(self, layer: int, side: int, heads: Tensor, slots: Tensor) -> Tensor:
+        layout = self._arena.layout
+        table = self._table.view(layout.num_layers, 2, layout.num_kv_heads, -1)[layer, side]
+        heads, slots = heads.to(table.device), slots.to(table.device)
+        return table[heads, slots // BLOCK_TOKENS].long() * BLOCK_TOKENS + slots % BLOCK_TOKENS

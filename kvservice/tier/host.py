@@ -1,4 +1,7 @@
-"""The host-memory tier: groups of 64 tokens, and rows gathered out of them. Knows nothing of sessions or Redis."""
+"""The host-memory tier: groups of 64 tokens, and rows gathered out of them. Knows nothing of sessions or Redis.
+
+A group's memory may also hold the raw blocks of a sequence that was swapped out: see `tier.swap`.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,9 @@ import torch
 from torch import Tensor
 
 from kvservice.kv.blocks import BlockPool
-from kvservice.kv.layout import KVLayout
+from kvservice.kv.layout import BLOCKS_PER_GROUP, KVLayout
 from kvservice.kv.ledger import Ledger, Owner
-from kvservice.types import GROUP_TOKENS
+from kvservice.types import BLOCK_TOKENS, GROUP_TOKENS
 
 
 class HostTier:
@@ -29,21 +32,40 @@ class HostTier:
 
     def store(self, groups: Tensor) -> list[int]:
         """Copies groups `[n, layers, kv, 64, 2, d]`, which are on the CPU, in and returns their numbers."""
-        count = groups.shape[0]
-        numbers = self._pool.allocate(count)
+        numbers = self.allocate(groups.shape[0])
         self._groups[numbers] = groups
+        return numbers
+
+    def allocate(self, count: int) -> list[int]:
+        """Takes `count` groups, whatever is in them, and returns their numbers."""
+        numbers: list[int] = self._pool.allocate(count).tolist()
         self._ledger.add(Owner.HOST, count * self._layout.group_bytes)
-        return [int(number) for number in numbers]
+        return numbers
 
     def load(self, numbers: list[int]) -> Tensor:
         """A copy of groups, `[n, layers, kv, 64, 2, d]`."""
         return self._groups[torch.tensor(numbers, dtype=torch.int64)]
 
+    def share(self, numbers: list[int]) -> None:
+        """Adds a holder to groups."""
+        self._pool.share(torch.tensor(numbers, dtype=torch.int64))
+        self._ledger.share(Owner.HOST, len(numbers) * self._layout.group_bytes)
+
     def free(self, numbers: list[int]) -> None:
         """Gives groups back."""
         if numbers:
-            self._pool.free(torch.tensor(numbers, dtype=torch.int64))
-            self._ledger.add(Owner.HOST, -len(numbers) * self._layout.group_bytes)
+            still_held = self._pool.free(torch.tensor(numbers, dtype=torch.int64))
+            self._ledger.share(Owner.HOST, -still_held * self._layout.group_bytes)
+            self._ledger.add(Owner.HOST, -(len(numbers) - still_held) * self._layout.group_bytes)
+
+    @property
+    def blocks_per_group(self) -> int:
+        """Device blocks that fit into the memory of a group."""
+        return self._layout.num_cells * BLOCKS_PER_GROUP
+
+    def as_blocks(self, number: int) -> Tensor:
+        """The memory of a group as device blocks, `[blocks_per_group, 16, d]`."""
+        return self._groups[number].view(-1, BLOCK_TOKENS, self._layout.head_dim)
 
     def row_base(self, numbers: Tensor, layer: int) -> Tensor:
         """Row of token 0 of KV head 0 of groups in a layer; a KV head adds 64 rows, a token one."""
@@ -63,6 +85,6 @@ class HostTier:
             torch.index_select(self._rows, 0, rows, out=staged)
             out.copy_(staged)
 
-    def check(self) -> None:
-        """Raises InternalError when the free list is damaged."""
-        self._pool.check()
+    def check(self, holders: list[int]) -> None:
+        """Raises InternalError unless each group is counted as often as it is in `holders`."""
+        self._pool.check(torch.tensor(holders, dtype=torch.int64))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kvservice.attention.batch import BatchAttention, Reach, prepare
+from kvservice.attention.batch import BatchAttention, prepare
 from kvservice.attention.reference import attend_visible
 from kvservice.compression.protocols import RECALL_INDEXES
 from kvservice.config.recipes import EXACT, RECALL
@@ -10,8 +10,10 @@ from kvservice.kv.arena import Arena
 from kvservice.kv.layout import KVLayout
 from kvservice.kv.ledger import Ledger
 from kvservice.recall.distant import StagingRing, staging_blocks
-from kvservice.recall.memory import SequenceMemory
+from kvservice.recall.memory import SequenceMemory, Store
+from kvservice.recall.reach import Reach
 from kvservice.tier.host import HostTier
+from kvservice.tier.swap import SwapSpace
 from kvservice.types import ModelShape
 
 FP32_ROUNDING = 1e-5
@@ -36,8 +38,7 @@ def step(place, memory, qkv, reach):
     rows = prepare(memory, 0, num_tokens, reach, SHAPE.num_heads // SHAPE.num_kv_heads, torch.float32)
     attention = BatchAttention(arena, ring, [rows])
     outs = [attention(layer, *qkv[layer]) for layer in range(SHAPE.num_layers)]
-    memory.state.num_computed += num_tokens
-    memory.slide()
+    memory.commit(num_tokens, reach)
     memory.check()
     return outs
 
@@ -57,7 +58,7 @@ def joined(parts, layer, which):
 @pytest.mark.parametrize("lengths", [[1], [16], [17, 1], [400, 1, 1], [100, 300, 500, 70, 1], [3000, 200, 1]])
 def test_streaming_every_distant_token_equals_one_softmax(place, lengths):
     """The last has more distant tokens than a staging tile holds."""
-    memory = SequenceMemory(EXACT, place[0], place[1])
+    memory = SequenceMemory(EXACT, Store(place[0], place[1], SwapSpace(place[0], place[1])))
     read = []
     for seed, length in enumerate(lengths):
         read.append(tokens(length, seed))
@@ -71,7 +72,7 @@ def test_streaming_every_distant_token_equals_one_softmax(place, lengths):
 
 
 def test_recalling_as_many_tokens_as_there_are_equals_one_softmax(place):
-    memory = SequenceMemory(RECALL, place[0], place[1])
+    memory = SequenceMemory(RECALL, Store(place[0], place[1], SwapSpace(place[0], place[1])))
     read = [tokens(16 + 256 + 128, 1)]
     step(place, memory, read[0], Reach.FULL)
     assert memory.state.num_distant == RECALL.recalled_tokens
@@ -88,7 +89,9 @@ def test_recalling_as_many_tokens_as_there_are_equals_one_softmax(place):
 
 def test_a_question_asked_at_once_or_token_by_token_recalls_the_same(place):
     document, question = tokens(850, 1), tokens(30, 2)
-    together, apart = (SequenceMemory(RECALL, place[0], place[1]) for _ in range(2))
+    together, apart = (
+        SequenceMemory(RECALL, Store(place[0], place[1], SwapSpace(place[0], place[1]))) for _ in range(2)
+    )
     step(place, together, document, Reach.FULL)
     step(place, apart, document, Reach.FULL)
     whole = step(place, together, question, Reach.SELECT)
@@ -101,7 +104,7 @@ def test_a_question_asked_at_once_or_token_by_token_recalls_the_same(place):
 
 def test_a_question_that_crosses_a_slide_in_one_step_is_refused(place):
     """Its first and last tokens would see different windows, so the answer would depend on the chunking."""
-    memory = SequenceMemory(RECALL, place[0], place[1])
+    memory = SequenceMemory(RECALL, Store(place[0], place[1], SwapSpace(place[0], place[1])))
     step(place, memory, tokens(900, 1), Reach.FULL)
     step(place, memory, tokens(12, 2), Reach.SELECT)
     with pytest.raises(InternalError, match="65 tokens as if all saw one window"):
@@ -110,7 +113,7 @@ def test_a_question_that_crosses_a_slide_in_one_step_is_refused(place):
 
 def test_host_kv_that_was_recalled_is_read_from_the_device(place):
     """Poison the host after a token's KV came to its slots: asked again, the answer is the same."""
-    memory = SequenceMemory(RECALL, place[0], place[1])
+    memory = SequenceMemory(RECALL, Store(place[0], place[1], SwapSpace(place[0], place[1])))
     step(place, memory, tokens(900, 1), Reach.FULL)
     arena, host, ring = place
     question = tokens(1, 2)

@@ -23,7 +23,7 @@ def model():
 
 @pytest.fixture
 def engine(model) -> Iterator[Engine]:
-    engine = Engine(model, EngineConfig(kv_bytes=16 << 20, host_bytes=16 << 20, prefill_chunk_tokens=128), NoWriter())
+    engine = Engine(model, EngineConfig(kv_bytes=16 << 20, host_bytes=16 << 20, step_tokens=128), NoWriter())
     yield engine
     engine.check()
     assert not engine.has_work

@@ -43,7 +43,7 @@ def model():
 
 
 def make_engine(model, **settings):
-    defaults = {"kv_bytes": 64 << 20, "host_bytes": 64 << 20, "prefill_chunk_tokens": 128}
+    defaults = {"kv_bytes": 64 << 20, "host_bytes": 64 << 20, "step_tokens": 128}
     return Engine(model, EngineConfig(**{**defaults, **settings}), NoWriter())
 
 
@@ -139,11 +139,11 @@ def test_a_question_read_in_chunks_equals_one_read_token_by_token(engine, model,
 
 @pytest.mark.parametrize("chunk", [64, 100, 512])
 def test_prefill_gives_the_same_answer_whatever_the_chunk(model, chunk):
-    engine = make_engine(model, prefill_chunk_tokens=chunk)
+    engine = make_engine(model, step_tokens=chunk)
     document = tokens(700)
     append(engine, "s", RECALL, document)
     answer = generate(engine, "s", RECALL, document, tokens(20, seed=3)).appended_tokens
-    other = make_engine(model, prefill_chunk_tokens=256)
+    other = make_engine(model, step_tokens=256)
     append(other, "s", RECALL, document)
     assert answer == generate(other, "s", RECALL, document, tokens(20, seed=3)).appended_tokens
 
@@ -253,12 +253,27 @@ def test_missing_kv_fails_the_call_when_the_session_says_so(engine):
 
 def test_idle_sessions_make_room_for_a_new_one_and_come_back(model):
     one = footprint(model.spec.shape, DENSE, 700).device_bytes
-    engine = make_engine(model, prefill_chunk_tokens=64)
+    engine = make_engine(model, step_tokens=64)
     room = engine.headroom().device_capacity_bytes
-    engine = make_engine(model, prefill_chunk_tokens=64, kv_bytes=(64 << 20) - room + 2 * one)
+    engine = make_engine(model, step_tokens=64, kv_bytes=(64 << 20) - room + 2 * one)
+    for name in "abc":
+        append(engine, name, DENSE, tokens(650, seed=ord(name)))
+    assert engine.stats().idle_swapped_out == 1
+    assert engine.headroom().resident_sessions == 3
+    for name in "acb":
+        finished = generate(engine, name, DENSE, tokens(650, seed=ord(name)), tokens(5), new=4)
+        assert finished.usage.recomputed_tokens == 0
+
+
+def test_idle_sessions_are_dropped_where_the_host_has_no_room_either(model):
+    one = footprint(model.spec.shape, DENSE, 700).device_bytes
+    engine = make_engine(model, step_tokens=64)
+    room = engine.headroom().device_capacity_bytes
+    engine = make_engine(model, step_tokens=64, kv_bytes=(64 << 20) - room + 2 * one, host_bytes=one // 2)
     for name in "abc":
         append(engine, name, DENSE, tokens(650, seed=ord(name)))
     assert engine.headroom().resident_sessions == 2
+    assert engine.stats().idle_dropped == 1
     finished = generate(engine, "a", DENSE, tokens(650, seed=ord("a")), tokens(5), new=4)
     assert finished.usage.recomputed_tokens == 650
     assert generate(engine, "c", DENSE, tokens(650, seed=ord("c")), tokens(5), new=4).usage.recomputed_tokens == 0
@@ -446,9 +461,9 @@ def test_a_second_call_on_a_busy_session_is_refused(engine):
 
 
 def test_a_sequence_that_can_never_fit_is_told_how_much_it_needs(model):
-    room = make_engine(model, prefill_chunk_tokens=64).headroom().device_capacity_bytes
+    room = make_engine(model, step_tokens=64).headroom().device_capacity_bytes
     enough = footprint(model.spec.shape, RECALL, 500).device_bytes
-    engine = make_engine(model, prefill_chunk_tokens=64, kv_bytes=(64 << 20) - room + enough)
+    engine = make_engine(model, step_tokens=64, kv_bytes=(64 << 20) - room + enough)
     needed = footprint(model.spec.shape, DENSE, 2000)
     message = refused(engine, BudgetTooSmall, recipe=DENSE, document_tokens=tokens(2000))
     assert str(needed.device_bytes) in message
@@ -463,10 +478,10 @@ def test_host_bytes_bound_the_tier(model):
 
 
 def test_a_sequence_that_fits_later_is_refused_as_retryable(model):
-    engine = make_engine(model, prefill_chunk_tokens=64)
+    engine = make_engine(model, step_tokens=64)
     room = engine.headroom().device_capacity_bytes
     one = footprint(model.spec.shape, DENSE, 700).device_bytes
-    engine = make_engine(model, prefill_chunk_tokens=64, kv_bytes=(64 << 20) - room + one)
+    engine = make_engine(model, step_tokens=64, kv_bytes=(64 << 20) - room + one)
     engine.submit(EngineCall(CallId("c"), SessionId("a"), DENSE, (), document_tokens=tokens(700)))
     refused(engine, Overloaded, recipe=DENSE, document_tokens=tokens(700))
     run(engine, "c")
@@ -553,7 +568,7 @@ class StuckWriter(NoWriter):
 def test_prefill_waits_while_the_tier_is_behind_and_decoding_goes_on(model):
     writer = StuckWriter()
     writer.room = True
-    engine = Engine(model, EngineConfig(kv_bytes=64 << 20, host_bytes=64 << 20, prefill_chunk_tokens=128), writer)
+    engine = Engine(model, EngineConfig(kv_bytes=64 << 20, host_bytes=64 << 20, step_tokens=128), writer)
     append(engine, "s", RECALL, tokens(100))
     sampling = SamplingParams(max_new_tokens=5, ignore_eos=True)
     engine.submit(EngineCall(CallId("g"), SessionId("s"), RECALL, tokens(100), prompt_tokens=(5,), sampling=sampling))

@@ -1,49 +1,92 @@
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvservice.engine.pacing import FIRST_GUESS_TOKENS, LEAST_TOKENS, Pace
 from kvservice.engine.scheduler import schedule
+from kvservice.recall.reach import Reach
 
 
-@dataclass
-class Call:
-    """As much of a RunningCall as the scheduler looks at."""
+@dataclass(eq=False)
+class Sequence:
+    """As much of a RunningSequence as the scheduler looks at."""
 
-    left: int = 0
-    in_prefill: bool = field(init=False)
+    num_pending: int = 1
+    is_decoding: bool = False
 
-    def __post_init__(self):
-        self.in_prefill = self.left > 0
-
-    def next_tokens(self, chunk_tokens):
-        return min(self.left, chunk_tokens)
+    def next_reach(self):
+        return Reach.FULL, self.num_pending
 
 
-def planned(calls, chunk=100, max_prefills=2, may_prefill=True):
-    plan = schedule(calls, chunk, max_prefills, may_prefill=may_prefill)
-    return [(calls.index(item.running), item.num_tokens) for item in plan]
+def decoding():
+    return Sequence(1, is_decoding=True)
+
+
+def planned(sequences, tokens=100, max_prefills=2):
+    plan = schedule(sequences, max_prefills, tokens)
+    return [(sequences.index(item.sequence), item.num_tokens) for item in plan]
 
 
 def test_every_decoding_sequence_gets_one_token_in_each_step():
-    calls = [Call(), Call(500), Call()]
-    calls[0].name = "first"
-    plan = schedule(calls, 100, 2, may_prefill=True)
-    assert [(item.running is calls[i], item.num_tokens) for i, item in zip((0, 2, 1), plan, strict=True)] == [
-        (True, 1),
-        (True, 1),
-        (True, 100),
-    ]
+    assert planned([decoding(), Sequence(500), decoding()]) == [(0, 1), (2, 1), (1, 100)]
 
 
-def test_prefills_share_the_chunk_in_order_of_admission():
-    assert planned([Call(30), Call(500), Call(9)], max_prefills=3) == [(0, 30), (1, 70)]
+def test_prefills_share_the_tokens_in_order():
+    assert planned([Sequence(30), Sequence(500), Sequence(9)], max_prefills=3) == [(0, 30), (1, 70)]
 
 
 def test_only_so_many_prefill_at_a_time():
-    assert planned([Call(10), Call(20), Call(30)]) == [(0, 10), (1, 20)]
+    assert planned([Sequence(10), Sequence(20), Sequence(30)]) == [(0, 10), (1, 20)]
 
 
 def test_decoding_goes_on_while_prefill_must_wait():
-    assert planned([Call(), Call(10)], may_prefill=False) == [(0, 1)]
+    assert planned([decoding(), Sequence(10)], tokens=0) == [(0, 1)]
 
 
 def test_nothing_to_do_is_an_empty_plan():
     assert planned([]) == []
+
+
+@given(
+    st.lists(st.one_of(st.builds(decoding), st.builds(Sequence, st.integers(1, 900))), max_size=20),
+    st.integers(0, 512),
+    st.integers(1, 4),
+)
+def test_a_plan_keeps_to_its_bounds_and_wastes_nothing(sequences, tokens, max_prefills):
+    plan = schedule(sequences, max_prefills, tokens)
+    assert sum(item.sequence.is_decoding for item in plan) == sum(each.is_decoding for each in sequences)
+    prefills = [item for item in plan if not item.sequence.is_decoding]
+    assert len(prefills) <= max_prefills
+    assert all(0 < item.num_tokens <= item.sequence.num_pending for item in plan)
+    asked = [each.num_pending for each in sequences if not each.is_decoding][:max_prefills]
+    assert sum(item.num_tokens for item in prefills) == min(tokens, sum(asked))
+
+
+def test_prefill_alone_takes_the_whole_budget():
+    assert Pace(1.25).prefill_tokens(0, 512) == 512
+
+
+def test_before_anything_was_measured_prefill_beside_decoding_is_a_guess():
+    assert Pace(1.25).prefill_tokens(3, 512) == FIRST_GUESS_TOKENS
+
+
+@pytest.mark.parametrize(("token_s", "expected"), [(0.0005, 50), (0.00005, 400), (0.01, LEAST_TOKENS)])
+def test_prefill_beside_decoding_stretches_a_step_as_far_as_allowed(token_s, expected):
+    pace = Pace(1.25)
+    for _ in range(50):
+        pace.note(4, 0, 0.1)
+        pace.note(4, 40, 0.1 + 40 * token_s)
+    assert abs(pace.prefill_tokens(4, 400) - expected) <= 1
+
+
+def test_a_pace_follows_when_steps_become_slower():
+    pace = Pace(1.25)
+    pace.note(1, 0, 0.1)
+    for _ in range(60):
+        pace.note(1, 40, 0.1 + 40 * 0.001)
+    quick = pace.prefill_tokens(1, 512)
+    for _ in range(60):
+        pace.note(1, 40, 0.1 + 40 * 0.002)
+    assert pace.prefill_tokens(1, 512) < quick

@@ -18,7 +18,7 @@ def model():
 
 @pytest.fixture
 def engine(model) -> Iterator[Engine]:
-    engine = Engine(model, EngineConfig(kv_bytes=64 << 20, host_bytes=64 << 20, prefill_chunk_tokens=128), NoWriter())
+    engine = Engine(model, EngineConfig(kv_bytes=64 << 20, host_bytes=64 << 20, step_tokens=128), NoWriter())
     yield engine
     engine.check()
     assert engine.headroom().resident_sessions == 0

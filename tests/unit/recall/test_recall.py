@@ -9,10 +9,12 @@ from kvservice.errors import InternalError
 from kvservice.kv.arena import Arena
 from kvservice.kv.layout import KVLayout
 from kvservice.kv.ledger import Ledger, Owner
-from kvservice.recall.memory import SequenceMemory
+from kvservice.recall.memory import SequenceMemory, Store
 from kvservice.recall.planner import select
+from kvservice.recall.reach import Reach
 from kvservice.recall.residency import EMPTY, place
 from kvservice.tier.host import HostTier
+from kvservice.tier.swap import SwapSpace
 from kvservice.types import GROUP_TOKENS, ModelShape, footprint, index_blocks
 
 SHAPE = ModelShape(2, 4, 2, 16, 64, 128, 256, 4096, dtype_bytes=4)
@@ -39,6 +41,10 @@ def host(ledger):
     return HostTier(LAYOUT, 64, ledger, pin=False)
 
 
+def new_memory(recipe, arena, host):
+    return SequenceMemory(recipe, Store(arena, host, SwapSpace(arena, host)))
+
+
 def fill(memory, arena, kv, stop):
     """Writes positions num_computed…stop-1 of `kv` `[layers, 2, kv, t, d]`, sliding as an engine would."""
     state = memory.state
@@ -48,8 +54,7 @@ def fill(memory, arena, kv, stop):
         state.tokens[start:] = range(start, start + count)
         state.extend(count)
         arena.slots[state.slots(count)] = kv[:, :, :, start : start + count]
-        state.num_computed += count
-        memory.slide()
+        memory.commit(count, Reach.FULL)
         memory.check()
 
 
@@ -71,7 +76,7 @@ def random_kv(tokens):
 
 
 def test_what_left_the_window_is_in_the_tier_bit_for_bit(arena, host):
-    memory = SequenceMemory(RECALL, arena, host)
+    memory = new_memory(RECALL, arena, host)
     kv = random_kv(900)
     fill(memory, arena, kv, 900)
     assert memory.state.window_start == RECALL.window_start(900) == 16 + 64 * 9
@@ -81,7 +86,7 @@ def test_what_left_the_window_is_in_the_tier_bit_for_bit(arena, host):
 
 @pytest.mark.parametrize("keep", [0, 5, 16, 300, 335, 336, 400, 700, 899, 900])
 def test_truncate_restores_exactly_what_was_there_before(arena, host, ledger, keep):
-    memory = SequenceMemory(RECALL, arena, host)
+    memory = new_memory(RECALL, arena, host)
     kv = random_kv(900)
     fill(memory, arena, kv, keep)
     before = (ledger.used_bytes(Owner.WINDOW), ledger.used_bytes(Owner.INDEX), ledger.used_bytes(Owner.HOST))
@@ -97,13 +102,13 @@ def test_truncate_restores_exactly_what_was_there_before(arena, host, ledger, ke
 
 
 def test_closing_gives_every_byte_back(arena, host, ledger):
-    memory = SequenceMemory(RECALL, arena, host)
+    memory = new_memory(RECALL, arena, host)
     fill(memory, arena, random_kv(900), 900)
     memory.slots()
     memory.close()
     assert [ledger.used_bytes(o) for o in (Owner.WINDOW, Owner.INDEX, Owner.SLOTS, Owner.HOST)] == [0, 0, 0, 0]
-    arena.check()
-    host.check()
+    arena.check(torch.empty(0, dtype=torch.int32))
+    host.check([])
 
 
 @given(tokens=st.integers(1, 1500), name=st.sampled_from(sorted(RECIPES)))
@@ -113,7 +118,7 @@ def test_footprint_is_what_a_sequence_really_takes(tokens, name):
         return  # keeps 16-bit keys; this layout is fp32
     ledger = Ledger(1 << 30, 1 << 30)
     arena = Arena(LAYOUT, 9000, 0, ledger, torch.device("cpu"))
-    memory = SequenceMemory(recipe, arena, HostTier(LAYOUT, 32, ledger, pin=False))
+    memory = new_memory(recipe, arena, HostTier(LAYOUT, 32, ledger, pin=False))
     fill(memory, arena, random_kv(tokens), tokens)
     promised = footprint(SHAPE, recipe, tokens)
     assert memory.state.window_bytes <= promised.window_bytes
@@ -126,14 +131,14 @@ def test_footprint_is_what_a_sequence_really_takes(tokens, name):
 
 
 def test_dense_keeps_everything_on_the_device(arena, host):
-    memory = SequenceMemory(DENSE, arena, host)
+    memory = new_memory(DENSE, arena, host)
     fill(memory, arena, random_kv(900), 900)
     assert memory.distant.num_groups == 0
     assert memory.state.num_resident == 900
 
 
 def test_sequence_that_lies_about_its_tier_is_found_out(arena, host):
-    memory = SequenceMemory(RECALL, arena, host)
+    memory = new_memory(RECALL, arena, host)
     fill(memory, arena, random_kv(600), 600)
     memory.distant.drop_last(1)
     with pytest.raises(InternalError, match="groups in the tier"):
@@ -142,7 +147,7 @@ def test_sequence_that_lies_about_its_tier_is_found_out(arena, host):
 
 def test_groups_are_encoded_alike_whatever_the_chunking(arena, host):
     kv = random_kv(900)
-    whole, steps = (SequenceMemory(RECALL, arena, host) for _ in range(2))
+    whole, steps = (new_memory(RECALL, arena, host) for _ in range(2))
     fill(whole, arena, kv, 900)
     for stop in (1, 17, 337, 338, 500, 777, 900):
         fill(steps, arena, kv, stop)

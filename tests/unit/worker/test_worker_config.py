@@ -22,7 +22,7 @@ def test_a_size_that_is_none_is_refused(text):
 
 def test_defaults_are_what_the_design_recommends():
     config = WorkerConfig()
-    assert (config.kv_bytes, config.recipe, config.prefill_chunk_tokens) == (512 * 2**20, "recall", 512)
+    assert (config.kv_bytes, config.recipe, config.step_tokens) == (512 * 2**20, "recall", 512)
     assert config.worker_id != WorkerConfig().worker_id
 
 

@@ -18,7 +18,7 @@ from kvservice.v1 import common_pb2
 from kvservice.worker.server import WorkerServer
 from tests.unit.worker.conftest import GatewaySide
 
-ENGINE_CONFIG = EngineConfig(kv_bytes=8 * 2**20, host_bytes=8 * 2**20, prefill_chunk_tokens=128)
+ENGINE_CONFIG = EngineConfig(kv_bytes=8 * 2**20, host_bytes=8 * 2**20, step_tokens=128)
 
 
 @pytest.fixture
