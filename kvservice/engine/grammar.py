@@ -16,8 +16,12 @@ class TokenMatcher(Protocol):
         """The tokens that may come next: int32 on the CPU, token `t` is bit `t % 32` of word `t // 32`.
 
         The tensor is the matcher's: read it before the next call. Tokens beyond its end are not allowed. The end token
-        is allowed once the answer is complete, and it alone where nothing may follow. No bit set: the grammar has got
-        stuck, which is a fault of ours.
+        is allowed once the answer is complete, and it alone where nothing may follow: an answer under a grammar always
+        ends at its end token, or is cut off at `max_new_tokens`. `ignore_eos` doesn't go with a grammar; the gateway
+        refuses it.
+
+        Raises:
+            InvalidRequest: the grammar turns out to be too complex here.
         """
         ...
 

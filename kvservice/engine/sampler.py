@@ -34,7 +34,7 @@ from torch.nn import functional
 
 from kvservice.engine.grammar import TokenMatcher
 from kvservice.engine.truncation import keep_min_p, keep_top_k, keep_top_p, keep_typical, weights_of
-from kvservice.errors import InternalError
+from kvservice.errors import InternalError, KVServiceError
 from kvservice.types import SamplingParams, TokenLogprob
 
 _DRAW_BITS = 53
@@ -113,8 +113,10 @@ class Sampled:
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
-def sample(logits: Tensor, rows: Sequence[SamplerRow], positions: Sequence[int]) -> list[Sampled | InternalError]:
-    """The next token of each row, or the fault of this row alone.
+def sample(logits: Tensor, rows: Sequence[SamplerRow], positions: Sequence[int]) -> list[Sampled | KVServiceError]:
+    """The next token of each row, or what went wrong with this row alone.
+
+    That is an InternalError if it has a logit that is NaN, or none that is finite, and what its matcher raised.
 
     Args:
         logits: fp32 `[n, vocab]`; not changed.
@@ -128,34 +130,32 @@ def sample(logits: Tensor, rows: Sequence[SamplerRow], positions: Sequence[int])
         logits = functional.pad(logits, (0, -vocab_size % _ROW_ALIGNMENT), value=-torch.inf)
     highest, tokens = logits.max(-1)
     is_sound = highest.isfinite()
-    adjusted = _adjusted(logits, rows)
+    faults: dict[int, KVServiceError] = {}
+    adjusted = _adjusted(logits, rows, faults)
     if adjusted is not logits:
         highest, tokens = adjusted.max(-1)
         is_sound &= highest.isfinite()
-    sound = is_sound.tolist()
-    hot = [i for i, row in enumerate(rows) if row.params.temperature > 0.0 and sound[i]]
+    for i, sound in enumerate(is_sound.tolist()):
+        if not sound:
+            faults.setdefault(i, InternalError(f"the model gave no finite logits for position {positions[i]}"))
+    hot = [i for i, row in enumerate(rows) if row.params.temperature > 0.0 and i not in faults]
     if hot:
         at = torch.tensor(hot, device=logits.device)
         tokens[at] = _drawn(adjusted[at], [rows[i] for i in hot], [positions[i] for i in hot])
     chosen = tokens.tolist()
     logprobs = _logprobs(adjusted, rows, tokens)
-    return [
-        Sampled(chosen[i], logprobs.get(i, ()))
-        if sound[i]
-        else InternalError(f"the model gave no finite logits for position {positions[i]}")
-        for i in range(len(rows))
-    ]
+    return [faults.get(i) or Sampled(token, logprobs.get(i, ())) for i, token in enumerate(chosen)]
 
 
 # -- what changes logits -----------------------------------------------------------------------------------------------
 
 
-def _adjusted(logits: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
-    """Logits after bias, penalties and grammars; the given ones if no row asks for any."""
+def _adjusted(logits: Tensor, rows: Sequence[SamplerRow], faults: dict[int, KVServiceError]) -> Tensor:
+    """Logits after bias, penalties and grammars; the given ones if no row asks for any. Notes matchers' faults."""
     biased = _wanting(rows, lambda row: bool(row.bias[0]))
     repeating = _wanting(rows, lambda row: row.params.repetition_penalty != 1.0)
     counting = _wanting(rows, lambda row: row.params.frequency_penalty != 0.0 or row.params.presence_penalty != 0.0)
-    matching = _wanting(rows, lambda row: row.matcher is not None)
+    matching = [(i, row.matcher) for i, row in enumerate(rows) if row.matcher is not None]
     if not (biased or repeating or counting or matching):
         return logits
     logits = logits.clone()
@@ -166,7 +166,7 @@ def _adjusted(logits: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
     if counting:
         _add(logits, ((i, rows[i].answer_penalties()) for i in counting), -1.0)
     if matching:
-        _mask(logits, rows, matching)
+        _mask(logits, matching, faults)
     return logits
 
 
@@ -203,15 +203,21 @@ def _penalise_repetition(logits: Tensor, rows: Sequence[SamplerRow], at: Sequenc
     logits[row_of, token_ids] = torch.where(found > 0, found / penalty, found * penalty)
 
 
-def _mask(logits: Tensor, rows: Sequence[SamplerRow], at: Sequence[int]) -> None:
-    words = torch.stack([matcher.allowed() for i in at if (matcher := rows[i].matcher) is not None]).to(logits.device)
+def _mask(logits: Tensor, matching: Sequence[tuple[int, TokenMatcher]], faults: dict[int, KVServiceError]) -> None:
+    found: dict[int, Tensor] = {}
+    for i, matcher in matching:
+        try:
+            found[i] = matcher.allowed()
+        except KVServiceError as error:
+            faults[i] = error
+    if not found:
+        return
+    words = torch.stack(list(found.values())).to(logits.device)
     bits = (words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=logits.device)) & 1
-    allowed = bits.flatten(1).bool()
-    covered = min(allowed.shape[1], logits.shape[1])
-    index = torch.tensor(at, device=logits.device)
-    masked = torch.full_like(logits[index], -torch.inf)
-    masked[:, :covered] = logits[index, :covered].masked_fill_(~allowed[:, :covered], -torch.inf)
-    logits[index] = masked
+    forbidden = bits.flatten(1) == 0
+    forbidden = functional.pad(forbidden, (0, logits.shape[1] - forbidden.shape[1]), value=True)
+    index = torch.tensor(list(found), device=logits.device)
+    logits[index] = logits[index].masked_fill_(forbidden, -torch.inf)
 
 
 # -- what is told of them ----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvservice.engine import truncation
 from kvservice.engine.sampler import SamplerRow, sample
-from kvservice.errors import InternalError
+from kvservice.errors import InternalError, InvalidRequest
 from kvservice.types import SamplingParams
 from tests.unit.engine import sampler_reference
 
@@ -220,6 +220,18 @@ def test_a_row_without_finite_logits_fails_alone(bad, temperature):
     assert before.token_id == after.token_id == 1
     assert isinstance(failed, InternalError)
     assert "position 7" in failed.message
+
+
+class Stuck(Allowing):
+    def allowed(self):
+        raise InvalidRequest("the grammar is too complex here", field="sampling.grammar")
+
+
+def test_a_matcher_that_fails_fails_its_row_alone():
+    stuck, free = row_of(SamplingParams(), matcher=Stuck([])), row_of(SamplingParams(), matcher=Allowing([2]))
+    failed, fine = sample(LOGITS.expand(2, -1), [stuck, free], [0, 0])
+    assert isinstance(failed, InvalidRequest)
+    assert fine.token_id == 2
 
 
 def test_a_grammar_that_allows_nothing_fails_its_row_alone():

@@ -105,12 +105,11 @@ def test_a_token_that_does_not_match_is_a_fault(tokenizer, grammars):
         (regex("(a"), "unclosed group"),
         (regex("a(?=b)"), "look-ahead"),
         (regex(r"(a)\1"), "backreferences"),
-        (regex("((a{1,1000}){1,1000}b){1,1000}"), "big|large|complex|limit|fuel"),
         (Grammar(GrammarKind.JSON_SCHEMA, '{"type": '), "EOF|expected value"),
         (schema({"type": "objekt"}), "objekt"),
         (schema({"not": {"type": "string"}}), "not"),
         (schema({"$ref": "https://example.org/schema.json"}), "Resource"),
-        (schema([]), "object or boolean"),
+        (schema([]), "object schema"),
         (schema({"type": "string", "pattern": "(?<=x)y"}), "look-behind"),
         (schema({"allOf": [{"type": "string"}, {"type": "integer"}]}), "Unsatisfiable"),
     ],
@@ -152,7 +151,7 @@ class TestRealTokenizer:
 
     @pytest.mark.parametrize("seed", range(4))
     def test_whatever_is_drawn_matches_a_regex(self, real, seed):
-        pattern = r"(\w+ é){2,4}[0-9]{2}"
+        pattern = r"([a-zà-ÿ]{1,8} é){2,4}[0-9]{2}"
         assert re.fullmatch(pattern, written(*real, regex(pattern), seed))
 
     @pytest.mark.parametrize("seed", range(4))
