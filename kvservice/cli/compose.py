@@ -73,26 +73,30 @@ def make_engine(config: WorkerConfig, folder: Path, frames: WriteBehind | None) 
     from kvservice.engine import Engine
     from kvservice.engine.ports import NoWriter
     from kvservice.kv.layout import KVLayout
+    from kvservice.models.grammar import Grammars
     from kvservice.models.loader import load_model
     from kvservice.models.rows import DETERMINISTIC_ROWS
+    from kvservice.models.tokenizer import Tokenizer
     from kvservice.tier.groups import GroupFrames, kv_fingerprint
 
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
     row_block = DETERMINISTIC_ROWS if config.deterministic else None
     model = load_model(folder, dtype=dtype, device=torch.device(config.device), row_block=row_block)
-    if frames is None:
-        return Engine(model, engine_config(config), NoWriter())
     spec = model.spec
+    grammars = Grammars(Tokenizer.load(folder), spec.shape.vocab_size)
+    if frames is None:
+        return Engine(model, engine_config(config), NoWriter(), grammars)
+    layout = KVLayout.of(spec.shape, model.dtype)
     fingerprint = kv_fingerprint(
         weights=spec.digest,
         origin=spec.origin,
         dtype=config.dtype,
         rope_theta=spec.rope_theta,
+        keys_rotated=layout.keys_rotated,
         tokenizer=hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
     )
-    layout = KVLayout.of(spec.shape, model.dtype)
-    return Engine(model, engine_config(config), GroupFrames(frames, fingerprint, layout.group_bytes))
+    return Engine(model, engine_config(config), GroupFrames(frames, fingerprint, layout.group_bytes), grammars)
 
 
 def engine_config(config: WorkerConfig) -> EngineConfig:
