@@ -21,6 +21,7 @@ from kvservice.store.base import StateStore
 
 if TYPE_CHECKING:
     from kvservice.engine import Engine
+    from kvservice.models.tokenizer import Tokenizer
     from kvservice.tier.writer import WriteBehind
     from kvservice.worker.server import WorkerServer
 
@@ -42,7 +43,7 @@ async def worker(config: WorkerConfig, store: StateStore, stack: AsyncExitStack)
     folder = await asyncio.to_thread(resolve, config.model, None)
     tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
     frames = await _open_frames(config, stack)
-    server = WorkerServer(config, lambda: make_engine(config, folder, frames), tokenizer, store)
+    server = WorkerServer(config, lambda: make_engine(config, folder, frames, tokenizer), tokenizer, store)
     stack.push_async_callback(server.stop)
     return server
 
@@ -66,8 +67,17 @@ async def _open_frames(config: WorkerConfig, stack: AsyncExitStack) -> WriteBehi
     return frames
 
 
-def make_engine(config: WorkerConfig, folder: Path, frames: WriteBehind | None) -> Engine:
-    """Loads the model and makes its engine. Blocks for as long as that takes; called in the engine's thread."""
+def make_engine(
+    config: WorkerConfig, folder: Path, frames: WriteBehind | None = None, tokenizer: Tokenizer | None = None
+) -> Engine:
+    """Loads the model and makes its engine. Blocks for as long as that takes; called in the engine's thread.
+
+    Args:
+        config: of the worker.
+        folder: of the model.
+        frames: where KV is written behind to; None: nowhere.
+        tokenizer: for answers held to a grammar; without it such calls are refused.
+    """
     import torch
 
     from kvservice.engine import Engine
@@ -76,7 +86,6 @@ def make_engine(config: WorkerConfig, folder: Path, frames: WriteBehind | None) 
     from kvservice.models.grammar import Grammars
     from kvservice.models.loader import load_model
     from kvservice.models.rows import DETERMINISTIC_ROWS
-    from kvservice.models.tokenizer import Tokenizer
     from kvservice.tier.groups import GroupFrames, kv_fingerprint
 
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
@@ -84,7 +93,7 @@ def make_engine(config: WorkerConfig, folder: Path, frames: WriteBehind | None) 
     row_block = DETERMINISTIC_ROWS if config.deterministic else None
     model = load_model(folder, dtype=dtype, device=torch.device(config.device), row_block=row_block)
     spec = model.spec
-    grammars = Grammars(Tokenizer.load(folder), spec.shape.vocab_size)
+    grammars = Grammars(tokenizer, spec.shape.vocab_size) if tokenizer is not None else None
     if frames is None:
         return Engine(model, engine_config(config), NoWriter(), grammars)
     layout = KVLayout.of(spec.shape, model.dtype)

@@ -258,4 +258,4 @@ def _engine(model: str, dtype: str, threads: int | None) -> Engine:
     if dtype not in ("bf16", "fp32"):
         raise ConfigError(f"--dtype {dtype}: choose bf16 or fp32")
     settings = {"model": model, "kv_bytes": EVAL_KV_BYTES, "dtype": dtype, "threads": threads}
-    return make_engine(WorkerConfig.model_validate(settings), resolve(model, None), None)
+    return make_engine(WorkerConfig.model_validate(settings), resolve(model, None))
