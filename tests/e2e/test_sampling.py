@@ -79,8 +79,14 @@ async def test_bias_and_penalties_work(client):
     session = await loaded(client)
     ruled = await client.ask(session, "x", max_new_tokens=6, ignore_eos=True, logit_bias={7: 100.0})
     assert ruled.token_ids == (7,) * 6
+    # Another session, as the first one's tokens count.
     spread = await client.ask(
-        session, "x", max_new_tokens=4, ignore_eos=True, logit_bias={7: 100.0, 8: 100.0}, repetition_penalty=10.0
+        await loaded(client),
+        "x",
+        max_new_tokens=4,
+        ignore_eos=True,
+        logit_bias={7: 100.0, 8: 100.0},
+        repetition_penalty=10.0,
     )
     assert set(spread.token_ids[:2]) == {7, 8}
     with pytest.raises(InvalidRequest, match="logit_bias holds 259"):
