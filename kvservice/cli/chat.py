@@ -170,6 +170,8 @@ def _figures(finished: Finished) -> str:
         parts.append(f"{timings.decode_ms / (usage.completion_tokens - 1):.1f} ms a token")
     if kv.recall_lookups:
         parts.append(f"recall hit rate {kv.recall_hits / kv.recall_lookups:.0%}")
+    if usage.reused_tokens:
+        parts.append(f"{usage.reused_tokens:,} tokens reused")
     if usage.recomputed_tokens:
         parts.append(f"{usage.recomputed_tokens:,} tokens recomputed")
     if finished.degraded:

@@ -55,6 +55,7 @@ def usage(message: common_pb2.Usage) -> Usage:
         prompt_tokens=message.prompt_tokens,
         completion_tokens=message.completion_tokens,
         recomputed_tokens=message.recomputed_tokens,
+        reused_tokens=message.reused_tokens,
     )
 
 
@@ -186,4 +187,8 @@ def _worker_report(message: admin_pb2.WorkerStats) -> WorkerReport:
             pending_frames=message.tier.pending_frames,
             failures=dict(message.tier.failures),
         ),
+        swapped_out=message.swapped_out,
+        forgotten=message.forgotten,
+        idle_swapped_out=message.idle_swapped_out,
+        idle_dropped=message.idle_dropped,
     )

@@ -183,6 +183,10 @@ class WorkerReport:
     recomputed_tokens: int
     steps: int
     tier: TierReport
+    swapped_out: int = 0
+    forgotten: int = 0
+    idle_swapped_out: int = 0
+    idle_dropped: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -201,6 +201,7 @@ def usage_to_proto(usage: Usage) -> common_pb2.Usage:
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         recomputed_tokens=usage.recomputed_tokens,
+        reused_tokens=usage.reused_tokens,
     )
 
 
@@ -228,6 +229,10 @@ def stats_to_proto(stats: WorkerStats) -> admin_pb2.WorkerStats:
         recall_lookups=stats.recall_lookups,
         recall_hits=stats.recall_hits,
         recomputed_tokens=stats.recomputed_tokens,
+        swapped_out=stats.swapped_out,
+        forgotten=stats.forgotten,
+        idle_swapped_out=stats.idle_swapped_out,
+        idle_dropped=stats.idle_dropped,
         steps=stats.steps,
         tier=admin_pb2.TierStats(
             connected=stats.tier.connected,
