@@ -68,6 +68,14 @@ def test_a_soak_ends_clean_and_its_callers_cancel_at_all_points(make_engine) -> 
     assert not engine.has_work
 
 
+def test_a_soak_in_too_little_room_makes_sequences_give_way_and_ends_clean(make_engine) -> None:
+    kv_bytes = 3 * MIB // 2
+    result = soak(make_engine(kv_bytes), kv_bytes, 2.0)
+    assert result.faults == ()
+    stats = result.stats
+    assert stats.swapped_out + stats.forgotten + stats.idle_swapped_out + stats.idle_dropped > 0
+
+
 def test_every_part_of_a_step_is_timed_and_the_terms_of_memory_add_up(make_engine, model) -> None:
     engine = make_engine(16 * MIB)
     result = soak(engine, 16 * MIB, 0.1)
