@@ -73,7 +73,7 @@ class SequenceState:
         if self._ragged is not None:
             return self._ragged
         sinks = torch.arange(min(SINK_TOKENS, self.num_computed), dtype=torch.int32)
-        window = torch.arange(self.window_start, self.num_computed, dtype=torch.int32)
+        window = torch.arange(self.window_start, max(self.window_start, self.num_computed), dtype=torch.int32)
         return torch.cat([sinks, window]).unsqueeze(0).to(self._arena.device)
 
     @property

@@ -4,7 +4,7 @@ import torch
 from kvservice.attention.batch import BatchAttention, prepare
 from kvservice.attention.reference import attend_visible
 from kvservice.compression.protocols import RECALL_INDEXES
-from kvservice.config.recipes import EXACT, RECALL
+from kvservice.config.recipes import DENSE, EXACT, RECALL
 from kvservice.errors import InternalError
 from kvservice.kv.arena import Arena
 from kvservice.kv.layout import KVLayout
@@ -30,13 +30,13 @@ def place():
     return arena, HostTier(LAYOUT, 128, ledger, pin=False), StagingRing(arena)
 
 
-def step(place, memory, qkv, reach):
+def step(place, memory, qkv, reach, *, deterministic=False):
     """One step of a sequence through all layers; returns the outputs and commits."""
     arena, _, ring = place
     num_tokens = qkv[0][0].shape[0]
     memory.state.tokens += [0] * num_tokens
     rows = prepare(memory, 0, num_tokens, reach, SHAPE.num_heads // SHAPE.num_kv_heads, torch.float32)
-    attention = BatchAttention(arena, ring, [rows])
+    attention = BatchAttention(arena, ring, [rows], deterministic=deterministic)
     outs = [attention(layer, *qkv[layer]) for layer in range(SHAPE.num_layers)]
     memory.commit(num_tokens, reach)
     memory.check()
@@ -129,3 +129,43 @@ def test_host_kv_that_was_recalled_is_read_from_the_device(place):
     assert memory.counters.hits - hits == SHAPE.num_kv_heads * RECALL.recalled_tokens
     memory.slots().clear()
     assert ask().isnan().any(), "a negative control: fetched anew, the poison shows"
+
+
+# -- heads that hold different tokens --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_heads_that_hold_different_tokens_attend_to_those_alone(place, deterministic, shared):
+    """Two evictions, with questions and single tokens between them; a fork goes on from the same blocks."""
+    memory = SequenceMemory(DENSE, Store(place[0], place[1], SwapSpace(place[0], place[1])))
+    generator = torch.Generator().manual_seed(0)
+    visible = torch.zeros(SHAPE.num_layers, SHAPE.num_kv_heads, 0, dtype=torch.bool)
+    read = []
+    for seed, (count, share) in enumerate([(150, 0.5), (20, None), (1, None), (33, 0.2), (1, None), (40, None)]):
+        read.append(tokens(count, seed))
+        outs = step(place, memory, read[-1], Reach.FULL, deterministic=deterministic)
+        visible = torch.cat([visible, visible.new_ones(*visible.shape[:2], count)], 2)
+        total = visible.shape[2]
+        causal = torch.ones(count, total, dtype=torch.bool).tril(total - count)
+        for layer in range(SHAPE.num_layers):
+            k, v = (joined(read, layer, which).transpose(0, 1) for which in (1, 2))
+            expected = attend_visible(read[-1][layer][0], k, v, causal.unsqueeze(1) & visible[layer])
+            torch.testing.assert_close(outs[layer], expected, atol=FP32_ROUNDING, rtol=FP32_ROUNDING)
+        if share is not None:
+            positions = memory.state.positions.expand(SHAPE.num_layers * SHAPE.num_kv_heads, -1)
+            marked = (torch.rand(positions.shape, generator=generator) < share) & (positions >= 0)
+            marked[0] = False  # One head keeps nothing at all.
+            stays = torch.zeros(positions.shape[0], total + 1, dtype=torch.bool)
+            stays.scatter_(1, positions.masked_fill(~marked, total).long(), True)
+            visible &= stays[:, :total].view(visible.shape)
+            if shared:
+                before = memory
+                memory = memory.fork()
+                memory.state.keep(marked)
+                before.close()
+            else:
+                memory.state.keep(marked)
+    assert memory.state.is_ragged
+    memory.close()
+    place[0].check(torch.empty(0, dtype=torch.int32))
