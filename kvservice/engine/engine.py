@@ -62,7 +62,6 @@ from kvservice.types import (
     ModelInfo,
     OnMiss,
     ProgressEvent,
-    RecipeSpec,
     SessionId,
     TokenEvent,
     Usage,
@@ -212,9 +211,7 @@ class Engine:
         if max(tokens) >= self._shape.vocab_size or min(tokens) < 0:
             wrong = next(token for token in tokens if not 0 <= token < self._shape.vocab_size)
             raise InvalidRequest(f"token id {wrong}: must be in 0 to {self._shape.vocab_size - 1}")
-        held = self._sequences.get(call.session_id)
-        if held is not None:
-            _check_recipe(held.recipe, call.recipe)
+        held = self._usable(call)
         wish = Wish(given + new, call.sampling.n - 1 if call.sampling else 0, given)
         self._sequences.check_fits(held.recipe if held else call.recipe, wish)
 
@@ -230,7 +227,7 @@ class Engine:
 
     def _find(self, call: EngineCall, tokens: Sequence[int]) -> Found:
         """The KV to go on from: the session's own, or what another session of the tenant shares with it."""
-        held = self._sequences.get(call.session_id)
+        held = self._usable(call)
         same = _common_prefix(held.state.tokens, call.base_tokens) if held else 0
         kept = min(same, held.num_computed) if held else 0
         recipe = held.recipe if held else call.recipe
@@ -245,6 +242,24 @@ class Engine:
             return Found(memory, None if donor == call.session_id else donor, length, missing, reused)
         # A token that never had KV isn't missing: the last one of an answer.
         return Found(memory, None, kept, len(call.base_tokens) - same, 0)
+
+    def _usable(self, call: EngineCall) -> SequenceMemory | None:
+        """The session's KV, if it is held and of use to the call.
+
+        A call may attend to more than its session's recipe keeps near, never to what was never kept.
+        """
+        held = self._sequences.get(call.session_id)
+        if held is None or held.recipe == call.recipe:
+            return held
+        kept_and_asked = (held.recipe.distant, call.recipe.distant)
+        if kept_and_asked == (Distant.STREAM, Distant.RECALL):
+            return None  # Made for a call that answered exactly when nothing of the session was held: without an index.
+        if kept_and_asked != (Distant.RECALL, Distant.STREAM):
+            raise FailedPrecondition(
+                f"the session keeps its KV as {held.recipe.name!r}; a call can't use {call.recipe.name!r} on it",
+                reason="recipe",
+            )
+        return held
 
     # -- control -----------------------------------------------------------------------------------------------------
 
@@ -737,14 +752,6 @@ def _samples(sequence: RunningSequence) -> bool:
 
 def _smoothed(old: float, new: float) -> float:
     return new if old == 0.0 else (1 - RATE_SMOOTHING) * old + RATE_SMOOTHING * new
-
-
-def _check_recipe(stored: RecipeSpec, asked: RecipeSpec) -> None:
-    """A call may attend to more than its session's recipe keeps near, never to what was never kept."""
-    if asked != stored and (stored.distant, asked.distant) != (Distant.RECALL, Distant.STREAM):
-        raise FailedPrecondition(
-            f"the session keeps its KV as {stored.name!r}; a call can't use {asked.name!r} on it", reason="recipe"
-        )
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -517,6 +517,16 @@ def test_a_recall_session_answers_exactly_when_asked_to(engine, model):
     assert exact.telemetry.streamed_bytes > 0
 
 
+def test_a_recall_session_that_was_gone_when_it_answered_exactly_recalls_again_afterwards(engine):
+    document, prompt = tokens(700), tokens(10, seed=2)
+    exact = generate(engine, "s", EXACT, document, prompt, new=5)
+    assert exact.usage.recomputed_tokens == 700
+    record = document + exact.appended_tokens
+    finished = generate(engine, "s", RECALL, record, prompt, new=5)
+    assert finished.usage.recomputed_tokens == len(record)
+    assert finished.appended_tokens == generate(engine, "t", RECALL, record, prompt, new=5).appended_tokens
+
+
 # -- sight -----------------------------------------------------------------------------------------------------------
 
 
