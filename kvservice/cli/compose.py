@@ -114,6 +114,7 @@ def engine_config(config: WorkerConfig) -> EngineConfig:
         kv_bytes=config.kv_bytes,
         host_bytes=config.host_bytes,
         step_tokens=config.step_tokens,
+        deterministic=config.deterministic,
         max_prefills=config.max_prefills,
         max_batch=config.max_batch,
     )

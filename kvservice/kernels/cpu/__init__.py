@@ -43,6 +43,9 @@ __all__ = [
     "set_waiting",
 ]
 
+HEAD_DIM_STEP = 8
+"""A head's numbers must be a multiple of it."""
+
 _DTYPES = {torch.bfloat16: 0, torch.float32: 1}
 
 
@@ -229,6 +232,8 @@ class StepSequence:
         num_queries: its tokens of the step.
         first_row: of its tokens among the step's rows. Sequences follow one another in order.
         window_start: position of its 17th token in the arena.
+        groups: int64 `[n]`, the addresses of all groups of 64 tokens between sinks and window, if the queries see them:
+            `[layers, kv, 64, K or V, d]` each, in the dtype of the arena. None: they see sinks and window.
     """
 
     table: Tensor
@@ -236,6 +241,7 @@ class StepSequence:
     num_queries: int
     first_row: int
     window_start: int
+    groups: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +289,7 @@ class Step:
         if 2 * cos.shape[1] > layers.head_dim:
             raise ValueError(f"cos turns {2 * cos.shape[1]} numbers of a head: it has {layers.head_dim}")
         self._max_positions = cos.shape[0]
-        self._max_rows = max_rows
+        self.max_rows = max_rows
         self._buffers = (
             torch.empty(max_rows, layers.hidden_size),
             torch.empty(heads, dtype=layers.dtype),
@@ -313,15 +319,15 @@ class Step:
             sequences: of the rows, in order, leaving none out. Their tables may not move before the step's end.
         """
         rows = positions.shape[0]
-        if rows > self._max_rows:
-            raise ValueError(f"a step of {rows} rows: at most {self._max_rows}")
+        if rows > self.max_rows:
+            raise ValueError(f"a step of {rows} rows: at most {self.max_rows}")
         _check(positions, torch.int64, (rows,), "positions")
         if rows and (int(positions.min()) < 0 or int(positions.max()) >= self._max_positions):
             raise ValueError(f"positions up to {int(positions.max())}: must lie in [0, {self._max_positions})")
         records = (KvSequence * len(sequences))(*[self._sequence_record(sequence) for sequence in sequences])
         if [s.first_row for s in sequences] + [rows] != _starts([s.num_queries for s in sequences]):
             raise ValueError(f"sequences don't make up the step's {rows} rows in order")
-        self._kept[3:] = [positions, records, [sequence.table for sequence in sequences]]
+        self._kept[3:] = [positions, records, [(sequence.table, sequence.groups) for sequence in sequences]]
         self.record.sequences = records
         self.record.num_sequences = len(sequences)
         self.record.positions = positions.data_ptr()
@@ -347,6 +353,8 @@ class Step:
             num_queries=sequence.num_queries,
             first_row=sequence.first_row,
             window_start=sequence.window_start,
+            groups=None if sequence.groups is None else sequence.groups.data_ptr(),
+            num_groups=0 if sequence.groups is None else sequence.groups.numel(),
         )
 
 
@@ -367,7 +375,7 @@ class DecoderLayers:
     def __init__(
         self, layers: Iterable[LayerTensors], num_heads: int, num_kv_heads: int, head_dim: int, eps: float
     ) -> None:
-        if head_dim % 8 or not 8 <= head_dim <= 1024:
+        if head_dim % HEAD_DIM_STEP or not HEAD_DIM_STEP <= head_dim <= 1024:
             raise ValueError(f"head_dim={head_dim}: must be a multiple of 8 up to 1,024")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self._linears: list[tuple[PackedLinear, ...]] = []

@@ -56,6 +56,8 @@ class KvSequence(Structure):
         ("num_queries", c_int32),
         ("first_row", c_int32),
         ("window_start", c_int32),
+        ("groups", c_void_p),
+        ("num_groups", c_int32),
     )
 
 

@@ -39,7 +39,8 @@ struct KvLayer {
   int32_t head_dim;
 };
 
-// One sequence's share of a step: its queries' rows and its tokens in the arena.
+// One sequence's share of a step: its queries' rows, its tokens in the arena, and, where queries see them all, those in
+// host memory between its sinks and its window.
 //   local token    0 .. 15     16 ..
 //   position       0 .. 15     window_start ..
 struct KvSequence {
@@ -49,6 +50,8 @@ struct KvSequence {
   int32_t num_queries;    // tokens of the step, already counted in neither
   int32_t first_row;      // of its queries among the step's rows
   int32_t window_start;   // 16 + a multiple of 64
+  const int64_t* groups;  // addresses of groups of 64 tokens, [layers, num_kv, 64, K or V, head_dim] each
+  int32_t num_groups;     // 0, or all before window_start
 };
 
 // Keys and values of one part of one sequence outside the arena, seen by all its queries.

@@ -137,7 +137,7 @@ struct HeadRows {
   }
 };
 
-// One sequence's tokens in the arena.
+// One sequence's tokens: sinks in the arena, groups in host memory if its queries see them, window in the arena.
 template <class T>
 class PagedTokens {
  public:
@@ -147,9 +147,9 @@ class PagedTokens {
   int num_queries() const { return sequence_.num_queries; }
   int first_row() const { return sequence_.first_row; }
   // How many tokens query i sees.
-  int visible(int query) const { return sequence_.num_resident + query + 1; }
+  int visible(int query) const { return grouped_tokens() + sequence_.num_resident + query + 1; }
 
-  // Tile 0 holds the sinks; tile j >= 1 the local tokens from first_token(j) on.
+  // Tile 0 holds the sinks; the next ones the groups; the others the window. Tokens count through all of them.
   static int first_token(int tile) { return tile == 0 ? 0 : kSinkTokens + (tile - 1) * kTileTokens; }
   static int num_tiles(int tokens) {
     return tokens <= kSinkTokens ? (tokens > 0) : 1 + (tokens - kSinkTokens + kTileTokens - 1) / kTileTokens;
@@ -157,16 +157,18 @@ class PagedTokens {
   // Splits lie at fixed positions, however much of the window has left the arena.
   int split_of(int tile) const {
     const int gone = (sequence_.window_start - kSinkTokens) / kTileTokens;
-    return tile == 0 ? 0 : (gone + tile) / kTilesPerSplit;
+    return tile == 0 ? 0 : (gone - sequence_.num_groups + tile) / kTilesPerSplit;
   }
 
   Tile<T> tile(int index, int kv_head, int tokens, T* spare) const {
+    if (index >= 1 && index <= sequence_.num_groups) return group_tile(index - 1, kv_head);
     const int first = first_token(index);
     Tile<T> tile;
     tile.stride = layer_.head_dim;
     tile.count = smaller(tokens, first_token(index + 1)) - first;
-    const int32_t* keys = row(0, kv_head) + first / kBlockTokens;
-    const int32_t* values = row(1, kv_head) + first / kBlockTokens;
+    const int column = (index == 0 ? first : first - grouped_tokens()) / kBlockTokens;
+    const int32_t* keys = row(0, kv_head) + column;
+    const int32_t* values = row(1, kv_head) + column;
     const int64_t block_elements = kBlockTokens * static_cast<int64_t>(layer_.head_dim);
     for (int b = 0; b < tile.num_blocks(); ++b) {
       tile.keys[b] = arena_ + keys[b] * block_elements;
@@ -177,6 +179,21 @@ class PagedTokens {
   }
 
  private:
+  int grouped_tokens() const { return sequence_.num_groups * kTileTokens; }
+
+  Tile<T> group_tile(int group, int kv_head) const {
+    const int64_t head = static_cast<int64_t>(layer_idx_) * layer_.num_kv + kv_head;
+    const T* pairs = reinterpret_cast<const T*>(sequence_.groups[group]) + head * kTileTokens * 2 * layer_.head_dim;
+    Tile<T> tile;
+    tile.stride = 2 * layer_.head_dim;
+    tile.count = kTileTokens;
+    for (int b = 0; b < kTileBlocks; ++b) {
+      tile.keys[b] = pairs + b * kBlockTokens * tile.stride;
+      tile.values[b] = tile.keys[b] + layer_.head_dim;
+    }
+    return tile;
+  }
+
   const int32_t* row(int kind, int kv_head) const {
     return sequence_.table + ((layer_idx_ * 2 + kind) * layer_.num_kv + kv_head) * sequence_.table_stride;
   }
