@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvservice.cli.bench_interference import interference
+from kvservice.cli.bench_soak import soak
 from kvservice.cli.options import DEFAULT_MODEL, HostBytes, JsonFile, KvBytes, Model, Recipe
 from kvservice.cli.output import hint, human_bytes, progress_bar, show_table, write_json
 from kvservice.cli.settings import read_file
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from kvservice.bench.engine import EngineRow, SkippedRow
     from kvservice.bench.sessions import SessionLoad, SessionsResult
 
-app = typer.Typer(help="Measure speed.", no_args_is_help=True)
+app = typer.Typer(help="Measure speed, and what happens under load.", no_args_is_help=True)
 
 BENCH_KV_BYTES = 2 << 30
 """Of `bench engine`: room for eight dense sequences of 8,000 tokens of the small model."""
@@ -252,3 +254,7 @@ def _show_turns(load: SessionLoad, kv_bytes: int, result: SessionsResult) -> Non
             )
         ],
     )
+
+
+app.command("soak")(soak)
+app.command("interference")(interference)

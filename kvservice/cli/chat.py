@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 import threading
 from collections.abc import AsyncIterator
@@ -20,11 +21,11 @@ from kvservice.errors import ConfigError, KVServiceError
 from kvservice.types import PromptFormat
 
 if TYPE_CHECKING:
-    from kvservice.client import Client, Finished
+    from kvservice.client import Client, Finished, Sampling
 
 RAW_QUESTION = "\n\nQuestion: {}\nAnswer:"
 RAW_STOP = ("\nQuestion:", "\n\n")
-"""Where a raw answer ends: a model that only completes text would ask itself the next question."""
+"""Where a raw answer without a grammar ends: a model that only completes text would ask itself the next question."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Conversation:
     questions: tuple[str, ...]
     prompt_format: PromptFormat
     recipe: str
-    max_new_tokens: int
+    sampling: Sampling
 
 
 def chat(
@@ -54,6 +55,15 @@ def chat(
     ] = PromptFormat.RAW,
     recipe: Recipe = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer.")] = 128,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: the likeliest answer.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", help="Draw from the likeliest tokens that have this share of the probability.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of the draws. Unset: another each time.")] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option("--json-schema", metavar="FILE", help="Answer in JSON that fits this schema.")
+    ] = None,
+    regex: Annotated[str | None, typer.Option("--regex", help="Answer with a text that this matches, whole.")] = None,
     model: Annotated[
         str | None, typer.Option("--model", metavar="NAME|FOLDER", help="Model of the service that is started here.")
     ] = None,
@@ -65,13 +75,33 @@ def chat(
         raise ConfigError(f"--document {document}: it is empty; give a file with text")
     if address is not None and (model is not None or kv_bytes is not None):
         raise typer.BadParameter("--model and --kv-bytes are for a service started here: leave out --address, or them")
-    conversation = Conversation(text, tuple(question or ()), prompt_format, recipe or "", max_new_tokens)
+    if json_schema is not None and regex is not None:
+        raise typer.BadParameter("--json-schema and --regex: give one of them")
+    sampling: Sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    if seed is not None:
+        sampling["seed"] = seed
+    if json_schema is not None:
+        sampling["json_schema"] = _read_schema(json_schema)
+    elif regex is not None:
+        sampling["regex"] = regex
+    elif prompt_format is PromptFormat.RAW:
+        sampling["stop"] = RAW_STOP
+    conversation = Conversation(text, tuple(question or ()), prompt_format, recipe or "", sampling)
     serve_arguments = ["--log-level", "WARNING"]
     if model is not None:
         serve_arguments += ["--model", model]
     if kv_bytes is not None:
         serve_arguments += ["--kv-bytes", str(kv_bytes)]
     asyncio.run(_chat(conversation, address, serve_arguments))
+
+
+def _read_schema(path: Path) -> str:
+    data = read_file(path, "--json-schema")
+    try:
+        json.loads(data)
+    except ValueError as error:
+        raise ConfigError(f"--json-schema {path}: it isn't JSON ({error}); give a file with a JSON schema") from None
+    return data.decode()
 
 
 async def _chat(conversation: Conversation, address: str | None, serve_arguments: list[str]) -> None:
@@ -118,8 +148,7 @@ async def _answer(client: Client, session_id: str, question: str, conversation: 
     events = client.generate(
         session_id,
         RAW_QUESTION.format(question) if raw else question,
-        max_new_tokens=conversation.max_new_tokens,
-        stop=RAW_STOP if raw else (),
+        **conversation.sampling,
     )
     if conversation.questions:
         typer.echo(f"> {question}")
@@ -141,6 +170,8 @@ def _figures(finished: Finished) -> str:
         parts.append(f"{timings.decode_ms / (usage.completion_tokens - 1):.1f} ms a token")
     if kv.recall_lookups:
         parts.append(f"recall hit rate {kv.recall_hits / kv.recall_lookups:.0%}")
+    if usage.reused_tokens:
+        parts.append(f"{usage.reused_tokens:,} tokens reused")
     if usage.recomputed_tokens:
         parts.append(f"{usage.recomputed_tokens:,} tokens recomputed")
     if finished.degraded:

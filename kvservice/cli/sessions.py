@@ -134,6 +134,8 @@ def _worker_rows(worker: WorkerReport) -> dict[str, str]:
         "decode tokens/s": f"{worker.decode_tokens_per_s:,.1f}",
         "recall hit rate": "-" if hit_rate is None else f"{hit_rate:.1%}",
         "recomputed tokens": f"{worker.recomputed_tokens:,}",
+        "made room": f"{worker.swapped_out:,} swapped out, {worker.forgotten:,} to be recomputed",
+        "idle made room": f"{worker.idle_swapped_out:,} swapped out, {worker.idle_dropped:,} dropped",
         "steps": f"{worker.steps:,}",
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from kvservice.client.client import Client
 from kvservice.client.local import LocalService
 from kvservice.client.results import (
+    Alternative,
     Answer,
     AppendResult,
     Event,
@@ -16,6 +17,7 @@ from kvservice.client.results import (
     TierReport,
     Timings,
     TokenCount,
+    TokenLogprobs,
     Tokens,
     WorkerReport,
 )
@@ -23,6 +25,7 @@ from kvservice.client.retry import RetryPolicy
 from kvservice.client.sampling import Sampling
 
 __all__ = [
+    "Alternative",
     "Answer",
     "AppendResult",
     "Client",
@@ -38,6 +41,7 @@ __all__ = [
     "TierReport",
     "Timings",
     "TokenCount",
+    "TokenLogprobs",
     "Tokens",
     "WorkerReport",
 ]

@@ -14,6 +14,7 @@ import grpc
 from kvservice.client import convert
 from kvservice.client.errors import error_from_rpc
 from kvservice.client.results import (
+    Alternative,
     Answer,
     AppendResult,
     Event,
@@ -22,6 +23,7 @@ from kvservice.client.results import (
     SessionInfo,
     Started,
     TokenCount,
+    TokenLogprobs,
     Tokens,
 )
 from kvservice.client.retry import Attempts, RetryPolicy
@@ -163,6 +165,7 @@ class Client:
         token_ids: Sequence[int] | None = None,
         on_progress: Progress | None = None,
         detach: bool = False,
+        priority: int = 0,
         expected_num_tokens: int | None = None,
         request_id: str | None = None,
         timeout_s: float | None = None,
@@ -178,6 +181,7 @@ class Client:
             request_id=request_id or _new_id(),
             expected_num_tokens=expected_num_tokens,
             detach=detach,
+            priority=priority,
         )
         data = b"" if document is None else await _all_bytes(document)
         parts = [sessions_pb2.AppendRequest(start=start), *_parts(data, token_ids or ())]
@@ -201,6 +205,7 @@ class Client:
         prompt_token_ids: Sequence[int] = (),
         keep_partial: bool = False,
         recipe: str = "",
+        priority: int = 0,
         expected_num_tokens: int | None = None,
         request_id: str | None = None,
         timeout_s: float | None = None,
@@ -219,6 +224,7 @@ class Client:
             sampling=sampling_to_proto(sampling),
             keep_partial=keep_partial,
             recipe=recipe,
+            priority=priority,
         )
         attempts = Attempts(self._retry)
         deadline = _Deadline(timeout_s)
@@ -244,13 +250,20 @@ class Client:
         prompt: str,
         *,
         recipe: str = "",
+        priority: int = 0,
         request_id: str | None = None,
         timeout_s: float | None = None,
         **sampling: Unpack[Sampling],
     ) -> Answer:
         """The whole answer at once."""
         events = self.generate(
-            session_id, prompt, recipe=recipe, request_id=request_id, timeout_s=timeout_s, **sampling
+            session_id,
+            prompt,
+            recipe=recipe,
+            priority=priority,
+            request_id=request_id,
+            timeout_s=timeout_s,
+            **sampling,
         )
         return await collect_answer(events)
 
@@ -274,6 +287,7 @@ class Client:
         model: str = "",
         recipe: str = "",
         prompt_format: PromptFormat = PromptFormat.RAW,
+        priority: int = 0,
         timeout_s: float | None = None,
         **sampling: Unpack[Sampling],
     ) -> AsyncGenerator[Event]:
@@ -287,6 +301,7 @@ class Client:
             sampling=sampling_to_proto(sampling),
             document_token_ids=document_token_ids,
             prompt_token_ids=prompt_token_ids,
+            priority=priority,
         )
         attempts = Attempts(self._retry)
         deadline = _Deadline(timeout_s)
@@ -359,21 +374,32 @@ async def collect_answer(events: AsyncGenerator[Event]) -> Answer:
     """A whole answer from its events."""
     started: Started | None = None
     finished: Finished | None = None
-    text: list[str] = []
-    token_ids: list[int] = []
+    parts: dict[int, list[Tokens]] = {}
     async with aclosing(events):
         async for event in events:
             match event:
                 case Started():
                     started = event
                 case Tokens():
-                    text.append(event.text)
-                    token_ids.extend(event.token_ids)
+                    parts.setdefault(event.index, []).append(event)
                 case Finished():
                     finished = event
     if started is None or finished is None:
         raise InternalError("the service ended an answer without its first or its last event")
-    return Answer("".join(text), tuple(token_ids), started, finished)
+    text, token_ids, logprobs = _joined(parts.get(0, ()))
+    alternatives = []
+    for index, reason in enumerate(finished.finish_reasons[1:], start=1):
+        other_text, other_ids, other_logprobs = _joined(parts.get(index, ()))
+        alternatives.append(Alternative(other_text, other_ids, reason, other_logprobs))
+    return Answer(text, token_ids, started, finished, logprobs, tuple(alternatives))
+
+
+def _joined(parts: Sequence[Tokens]) -> tuple[str, tuple[int, ...], tuple[TokenLogprobs, ...]]:
+    return (
+        "".join(part.text for part in parts),
+        tuple(token_id for part in parts for token_id in part.token_ids),
+        tuple(logprobs for part in parts for logprobs in part.logprobs),
+    )
 
 
 class _Deadline:

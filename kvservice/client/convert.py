@@ -12,11 +12,12 @@ from kvservice.client.results import (
     Started,
     TierReport,
     Timings,
+    TokenLogprobs,
     Tokens,
     WorkerReport,
 )
 from kvservice.internal.convert import FINISH_REASONS, ON_MISS, PROMPT_FORMATS
-from kvservice.types import KvTelemetry, SessionId, Usage, WorkerId
+from kvservice.types import KvTelemetry, SessionId, TokenLogprob, Usage, WorkerId
 from kvservice.v1 import admin_pb2, common_pb2, sessions_pb2
 
 _STATES = {
@@ -54,6 +55,7 @@ def usage(message: common_pb2.Usage) -> Usage:
         prompt_tokens=message.prompt_tokens,
         completion_tokens=message.completion_tokens,
         recomputed_tokens=message.recomputed_tokens,
+        reused_tokens=message.reused_tokens,
     )
 
 
@@ -108,7 +110,14 @@ def event(message: common_pb2.GenerateEvent) -> Event | None:
             started.seed,
         )
     if kind == "tokens":
-        return Tokens(message.sequence, tuple(message.tokens.token_ids), message.tokens.text)
+        tokens = message.tokens
+        return Tokens(
+            message.sequence,
+            tuple(tokens.token_ids),
+            tokens.text,
+            tokens.index,
+            tuple(_token_logprobs(each) for each in tokens.logprobs),
+        )
     if kind == "finished":
         finished = message.finished
         return Finished(
@@ -120,8 +129,17 @@ def event(message: common_pb2.GenerateEvent) -> Event | None:
             num_tokens=finished.num_tokens,
             durable_tokens=finished.durable_tokens,
             degraded=finished.degraded,
+            finish_reasons=tuple(FINISH_REASONS[reason] for reason in finished.finish_reasons),
         )
     return None
+
+
+def _token_logprobs(message: common_pb2.TokenLogprobs) -> TokenLogprobs:
+    return TokenLogprobs(_token_logprob(message.chosen), tuple(_token_logprob(each) for each in message.top))
+
+
+def _token_logprob(message: common_pb2.TokenLogprob) -> TokenLogprob:
+    return TokenLogprob(message.token_id, message.logprob)
 
 
 def service_stats(message: admin_pb2.GetStatsResponse) -> ServiceStats:
@@ -169,4 +187,8 @@ def _worker_report(message: admin_pb2.WorkerStats) -> WorkerReport:
             pending_frames=message.tier.pending_frames,
             failures=dict(message.tier.failures),
         ),
+        swapped_out=message.swapped_out,
+        forgotten=message.forgotten,
+        idle_swapped_out=message.idle_swapped_out,
+        idle_dropped=message.idle_dropped,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from kvservice.types import FinishReason, KvTelemetry, OnMiss, PromptFormat, SessionId, Usage, WorkerId
+from kvservice.types import FinishReason, KvTelemetry, OnMiss, PromptFormat, SessionId, TokenLogprob, Usage, WorkerId
 
 
 class SessionState(Enum):
@@ -70,17 +70,32 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """A token of an answer, and the likeliest ones in its place, the likeliest first."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
     """The next tokens of an answer; `text` may be empty while a character is incomplete."""
 
     sequence: int
     token_ids: tuple[int, ...]
     text: str
+    index: int = 0
+    """Which of the `n` answers they belong to."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """If asked for: one for each token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last event of an answer. `degraded` says what was left out, if anything was."""
+    """The last event of an answer. `degraded` says what was left out, if anything was.
+
+    `finish_reason` is that of the first answer, `finish_reasons` has one for each of the `n`.
+    """
 
     sequence: int
     finish_reason: FinishReason
@@ -90,19 +105,34 @@ class Finished:
     num_tokens: int
     durable_tokens: int
     degraded: str
+    finish_reasons: tuple[FinishReason, ...] = ()
 
 
 Event = Started | Tokens | Finished
 
 
 @dataclass(frozen=True, slots=True)
+class Alternative:
+    """One of the other answers to a prompt."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole answer."""
+    """A whole answer: the first of the `n`, the one that joins the session."""
 
     text: str
     token_ids: tuple[int, ...]
     started: Started
     finished: Finished
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """If asked for: one for each token."""
+    alternatives: tuple[Alternative, ...] = ()
+    """The other `n` - 1 answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +183,10 @@ class WorkerReport:
     recomputed_tokens: int
     steps: int
     tier: TierReport
+    swapped_out: int = 0
+    forgotten: int = 0
+    idle_swapped_out: int = 0
+    idle_dropped: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,12 @@ class Limits(BaseModel):
     stop_strings: int = _limit(8, "INVALID_ARGUMENT", "Strings in `sampling.stop`.", ge=0)
     stop_string_bytes: int = _limit(64, "INVALID_ARGUMENT", "UTF-8 bytes of one string in `sampling.stop`.", ge=1)
     max_temperature: float = _limit(10.0, "INVALID_ARGUMENT", "`sampling.temperature`.", gt=0)
+    answers: int = _limit(8, "INVALID_ARGUMENT", "`sampling.n`: answers to one prompt.", ge=1)
+    logprobs: int = _limit(20, "INVALID_ARGUMENT", "`sampling.logprobs`.", ge=0)
+    logit_biases: int = _limit(1024, "INVALID_ARGUMENT", "Entries of `sampling.logit_bias`, each of -100 to 100.", ge=0)
+    grammar_bytes: int = _limit(
+        16 * 1024, "INVALID_ARGUMENT", "UTF-8 bytes of `sampling.grammar`; a worker may refuse a complex one too.", ge=1
+    )
     request_id_bytes: int = _limit(128, "INVALID_ARGUMENT", "UTF-8 bytes of a `request_id`.", ge=1)
     request_memory_s: float = _limit(
         600.0, "-", "How long the outcome of a `request_id` is kept; later the call is carried out again.", gt=0

@@ -179,21 +179,20 @@ class Engine:
     def _admit(self, sequence: RunningSequence, found: Found) -> None:
         call, memory = sequence.call, sequence.memory
         try:
-            if any(not other.is_ready and other.rank[0] <= sequence.rank[0] for other in self._active()):
+            if any(self._waits(other) and other.rank[0] <= sequence.rank[0] for other in self._active()):
                 raise Overloaded("calls that were admitted before wait for room", retry_after_s=1.0)
-            if found.donor is not None:
-                # What the session holds itself is less than what it is about to share.
-                self._sequences.drop(call.session_id)
-            lower = [other for other in self._victims_of(sequence) if other.rank[0] > sequence.rank[0]]
-            has_room = self._make_room(sequence, lower)
-        except KVServiceError:
+            victims = self._victims_of(sequence)
+            lower = [other for other in victims if other.has_ended or other.rank[0] > sequence.rank[0]]
+            names = [other.session_id for other in lower]
+            self._sequences.check_room(call.session_id, memory, self._wish(sequence), names)
+        except Overloaded:
             if found.donor is not None:
                 memory.close()
             raise
         sequence.counters_before = replace(memory.counters)
         self._sequences.add(call.session_id, memory)
         self._calls[call.call_id] = RunningCall(call, {0: sequence}, self._clock(), found.num_reused)
-        if has_room:
+        if self._sequences.make_room(call.session_id, self._wish(sequence), names):
             self._enter(sequence)
 
     def _check(self, call: EngineCall) -> None:
@@ -237,11 +236,15 @@ class Engine:
         same = _common_prefix(held.state.tokens, call.base_tokens) if held else 0
         kept = min(same, held.num_computed) if held else 0
         recipe = held.recipe if held else call.recipe
+        if call.recipe.distant is Distant.RECALL:
+            # What others share saw everything; a question doesn't.
+            tokens = tokens[: len(call.base_tokens) + len(call.document_tokens)]
         donor, length = self._sequences.longest_prefix(call.tenant_tag, recipe, tokens)
         memory = held or self._sequences.new(recipe)
         if donor is not None and length >= kept + GROUP_TOKENS:
             missing = max(0, len(call.base_tokens) - length)
-            return Found(memory, donor, length, missing, max(0, length - len(call.base_tokens)))
+            reused = max(0, length - len(call.base_tokens))
+            return Found(memory, None if donor == call.session_id else donor, length, missing, reused)
         # A token that never had KV isn't missing: the last one of an answer.
         return Found(memory, None, kept, len(call.base_tokens) - same, 0)
 
@@ -300,12 +303,12 @@ class Engine:
         if not 0 < tokens <= have:
             raise NotFound(f"num_tokens={tokens}: the session has KV of {have}", reason="beyond_end")
         twin = memory.fork()
-        try:
-            self._sequences.make_room(fork_id, twin, Wish(have), ())
-        except Overloaded:
-            twin.close()
-            raise
         self._sequences.add(fork_id, twin)
+        try:
+            self._await_room(fork_id, Wish(tokens, num_kept=tokens))
+        except Overloaded:
+            self._sequences.drop(fork_id)
+            raise
         twin.truncate(tokens)
         self._sequences.settle(fork_id)
 
@@ -322,7 +325,7 @@ class Engine:
         self.stopwatch.start()
         self._expire()
         self._bring_in()
-        ready = [sequence for sequence in self._active() if sequence.is_ready]
+        ready = [sequence for sequence in self._active() if self._is_ready(sequence)]
         plan = schedule(ready, self._config.max_prefills, self._prefill_budget(ready))
         self.stopwatch.lap("schedule")
         if plan:
@@ -368,29 +371,29 @@ class Engine:
         for sequence in self._active():
             if sequence.memory.is_moving:
                 continue
-            if not self._sequences.has_bytes(sequence.session_id):
-                sequence.reserved_tokens = 0
-            if sequence.reserved_tokens < sequence.num_known:
-                is_back = sequence.has_begun and sequence.reserved_tokens == 0
+            # One token ahead, so that between steps only those wait that there is no room for.
+            wanted = min(sequence.num_known + 1, sequence.most_tokens)
+            if self._sequences.reserved_tokens(sequence.session_id) < wanted:
+                victims = [other.session_id for other in self._victims_of(sequence)]
                 try:
-                    if not self._make_room(sequence, self._victims_of(sequence)):
+                    if not self._sequences.make_room(sequence.session_id, self._wish(sequence), victims):
                         break
                 except Overloaded:
                     break
-                if is_back:
-                    sequence.recomputed_tokens += sequence.memory.num_dropped
             self._enter(sequence)
 
-    def _make_room(self, sequence: RunningSequence, victims: Sequence[RunningSequence]) -> bool:
+    def _wish(self, sequence: RunningSequence) -> Wish:
+        """What it needs to go on for a while."""
         num_tokens = min(sequence.most_tokens, sequence.num_known + GROWTH_TOKENS)
         sampling = sequence.call.sampling
         answers = sampling.n - 1 if sampling and sequence.index == 0 and not sequence.generated else 0
-        wish = Wish(num_tokens, answers, len(sequence.tokens))
-        names = [victim.session_id for victim in victims]
-        if not self._sequences.make_room(sequence.session_id, sequence.memory, wish, names):
-            return False
-        sequence.reserved_tokens = num_tokens
-        return True
+        return Wish(num_tokens, answers, len(sequence.tokens), None if sequence.has_begun else sequence.kept)
+
+    def _await_room(self, session_id: SessionId, wish: Wish) -> None:
+        """Makes idle sequences give way, and waits for those that go to the host. Raises Overloaded. Blocks."""
+        while not self._sequences.make_room(session_id, wish, ()):
+            self._sequences.wait_for_moves(WRITER_PATIENCE_S)
+            self._sequences.poll()
 
     def _enter(self, sequence: RunningSequence) -> None:
         """The bytes are there: brings the sequence to the device and to the tokens of its call."""
@@ -402,6 +405,7 @@ class Engine:
                 self._sequences.unpublish(sequence.session_id)
             memory.truncate(sequence.kept)
             memory.state.tokens = list(sequence.tokens)
+            self._sequences.begin(sequence.session_id)
             sequence.prefill_from = memory.state.num_computed
             sequence.has_begun = True
 
@@ -441,6 +445,7 @@ class Engine:
     def _commit(self, item: Scheduled) -> None:
         """Counts computed tokens in, slides the window, and hands what left it to the tier below."""
         call, memory = item.sequence.call, item.sequence.memory
+        item.sequence.recomputed_tokens += min(item.num_tokens, memory.num_dropped)
         first_group = memory.distant.num_groups
         groups = memory.commit(item.num_tokens, item.reach)
         # Answers beyond the first belong to nobody's session.
@@ -455,7 +460,7 @@ class Engine:
         for item in plan:
             sequence = item.sequence
             running = self._calls[sequence.call.call_id]
-            if running.first_token_at is None:
+            if running.first_token_at is None and sequence.memory.num_dropped == 0:
                 self._report_progress(sequence)
             if sequence.num_pending:
                 continue
@@ -490,9 +495,10 @@ class Engine:
         """The further answers of a call whose prompt has just been read."""
         if main.index or main.generated or running.num_answers == 1:
             return []
+        reserved_tokens = self._sequences.reserved_tokens(main.session_id)
         for index in range(1, running.num_answers):
             name = answer_name(main.session_id, main.call.call_id, index)
-            wish = Wish(main.reserved_tokens, running.num_answers - 1 - index, len(main.tokens))
+            wish = Wish(reserved_tokens, running.num_answers - 1 - index, len(main.tokens))
             running.sequences[index] = RunningSequence(
                 call=main.call,
                 session_id=name,
@@ -504,7 +510,6 @@ class Engine:
                 full_until=main.full_until,
                 row=self._sampler_row(main.call, main.tokens, index),
                 has_begun=True,
-                reserved_tokens=main.reserved_tokens,
             )
         return [running.sequences[index] for index in range(1, running.num_answers)]
 
@@ -542,9 +547,20 @@ class Engine:
         sequences = (each for running in self._calls.values() for each in running.sequences.values())
         return sorted((each for each in sequences if not each.has_ended), key=lambda each: (each.rank, each.index))
 
+    def _is_ready(self, sequence: RunningSequence) -> bool:
+        """Whether a step can compute it."""
+        return sequence.has_begun and sequence.memory.place is Place.DEVICE and not self._waits(sequence)
+
+    def _waits(self, sequence: RunningSequence) -> bool:
+        """Whether it has no bytes for all its tokens: it must go on waiting, or has made room."""
+        return self._sequences.reserved_tokens(sequence.session_id) < sequence.num_known
+
     def _victims_of(self, sequence: RunningSequence) -> list[RunningSequence]:
         """Sequences that must make room for this one if they are in the way, the first first."""
-        return [other for other in reversed(self._active()) if other.rank > sequence.rank]
+        # A complete answer that others of its call keep waiting has nothing to lose but time.
+        complete = [running.main for running in self._calls.values() if running.main.has_ended]
+        rank = (sequence.rank, sequence.index)
+        return [*complete, *(other for other in reversed(self._active()) if (other.rank, other.index) > rank)]
 
     # -- ends --------------------------------------------------------------------------------------------------------
 
@@ -608,9 +624,9 @@ class Engine:
                 self._sequences.drop(sequence.session_id)
         memory = main.memory
         if not keeps:
-            # Of a base that was being recomputed, what is done stays; its next token counts as pending.
             self._sequences.unpublish(call.session_id)
-            memory.truncate(min(len(call.base_tokens), memory.num_computed + 1))
+        # Of what was being recomputed, what is done stays; its next token counts as pending.
+        memory.truncate(min(len(memory.state.tokens if keeps else call.base_tokens), memory.num_computed + 1))
         if not call.retain or memory.num_computed == 0:
             self._sequences.drop(call.session_id)
             return
@@ -631,7 +647,7 @@ class Engine:
         """
         memory = self._idle(session_id)
         state = memory.state
-        self._sequences.make_room(session_id, memory, Wish(len(state.tokens) + len(token_ids)), ())
+        self._await_room(session_id, Wish(len(state.tokens) + len(token_ids)))
         state.tokens.extend(token_ids)
         reach = Reach.SELECT if memory.recipe.distant is Distant.RECALL else Reach.FULL
         logits = []

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from kvservice.engine.sampler import SamplerRow
 from kvservice.recall.memory import RecallCounters, SequenceMemory
-from kvservice.recall.parking import Place
 from kvservice.recall.reach import Reach
 from kvservice.types import CallId, Distant, EngineCall, FinishReason, SessionId
 
@@ -47,7 +46,6 @@ class RunningSequence:
         kept: of those, the leading ones whose KV need not be computed.
         full_until: tokens before this position attend to everything.
         row: what sampling knows of the answer; None if the call generates nothing.
-        reserved_tokens: it has the bytes for so many tokens.
         has_begun: its memory stands for `tokens`, and the bytes it needs are reserved.
         recomputed_tokens: tokens computed again because their KV wasn't held, or had to make room.
         has_ended: the answer is complete; others of the call may not be.
@@ -62,7 +60,6 @@ class RunningSequence:
     kept: int
     full_until: int
     row: SamplerRow | None
-    reserved_tokens: int = 0
     recomputed_tokens: int = 0
     counters_before: RecallCounters = field(default_factory=RecallCounters)
     has_begun: bool = False
@@ -79,12 +76,6 @@ class RunningSequence:
     def num_known(self) -> int:
         """Tokens given and generated."""
         return len(self.tokens) + len(self.generated)
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether a step can compute it."""
-        has_bytes = self.reserved_tokens >= self.num_known
-        return self.has_begun and has_bytes and self.memory.place is Place.DEVICE
 
     @property
     def is_decoding(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -49,11 +49,13 @@ class Wish:
         num_tokens: the most tokens.
         answers: further answers that will be forked from it.
         prompt_end: tokens that it will have when they are.
+        num_kept: of the tokens that it has now, the leading ones that it goes on from; None: all.
     """
 
     num_tokens: int
     answers: int = 0
     prompt_end: int = 0
+    num_kept: int | None = None
 
 
 class HeldSequences:
@@ -89,6 +91,7 @@ class HeldSequences:
         self._store = Store(self.arena, self._host, SwapSpace(self.arena, self._host))
         self._held: dict[SessionId, SequenceMemory] = {}  # least recently used first
         self._busy: set[SessionId] = set()
+        self._granted: dict[SessionId, Wish] = {}  # what the busy ones on the device have bytes for
         self._prefixes = PrefixIndex()
 
     # -- who is here -------------------------------------------------------------------------------------------------
@@ -113,21 +116,22 @@ class HeldSequences:
         """Holds a sequence from now on, busy, in place of one of the same name."""
         if self._held.get(session_id, memory) is not memory:
             self.drop(session_id)
-        self._held.pop(session_id, None)
+        if self._held.pop(session_id, None) is None:
+            self.ledger.reserve_shared(session_id, Reservation(memory.device_bytes, memory.host_bytes))
         self._held[session_id] = memory
         self._busy.add(session_id)
 
     def settle(self, session_id: SessionId) -> None:
         """The call has ended: the sequence is idle and gives back what it reserved beyond what it holds."""
-        memory = self._held[session_id]
         self._busy.discard(session_id)
-        if memory.place is Place.DEVICE:
-            self.ledger.reserve(session_id, self._needs(memory, len(memory.state.tokens)))
+        self._granted.pop(session_id, None)
+        self._fit(session_id)
 
     def drop(self, session_id: SessionId) -> tuple[int, int]:
         """Frees a sequence. Returns its device and host bytes; (0, 0) if it isn't held."""
         memory = self._held.pop(session_id, None)
         self._busy.discard(session_id)
+        self._granted.pop(session_id, None)
         self._prefixes.remove(session_id)
         if memory is None:
             return (0, 0)
@@ -184,14 +188,37 @@ class HeldSequences:
                 f"recipe that keeps less there"
             )
 
-    def make_room(
+    def check_room(
         self, session_id: SessionId, memory: SequenceMemory, wish: Wish, victims: Sequence[SessionId]
-    ) -> bool:
+    ) -> None:
+        """Raises Overloaded unless there is room for a sequence, or will be when others have given way.
+
+        Args:
+            session_id: what it is called, or will be.
+            memory: the sequence, wherever it is. One of the same name that is held will be dropped for it.
+            wish: what it is to grow to.
+            victims: busy sequences that may be made to give way.
+        """
+        self._fit_sharers()
+        wanted = self._wanted(memory, wish)
+        old = self._held.get(session_id, memory)
+        if old is not memory:
+            # What it shares stays when it goes.
+            device, host = old.shared_bytes_lost(0)
+            wanted = Reservation(wanted.device_bytes + device, wanted.host_bytes + host)
+        missing = self.ledger.shortfall(session_id, wanted)
+        freeable = self._reserved_by({*self._idle(session_id), *victims, *self._leaving(session_id)})
+        if missing.device_bytes > freeable.device_bytes or missing.host_bytes > freeable.host_bytes:
+            raise Overloaded(
+                f"{missing.device_bytes} device and {missing.host_bytes} host bytes are short until running calls end",
+                retry_after_s=1.0,
+            )
+
+    def make_room(self, session_id: SessionId, wish: Wish, victims: Sequence[SessionId]) -> bool:
         """Reserves what a sequence takes, making others give way if it must.
 
         Args:
-            session_id: whose reservation it is.
-            memory: the sequence, wherever it is.
+            session_id: a held sequence, wherever it is.
             wish: what it is to grow to.
             victims: busy sequences that may be made to give way, the first first.
 
@@ -201,31 +228,27 @@ class HeldSequences:
         Raises:
             Overloaded: it doesn't fit, even if all of those gave way. Then nothing has changed.
         """
-        wanted = self._wanted(session_id, memory, wish)
-        missing = self.ledger.shortfall(session_id, wanted)
-        if missing == NOTHING:
-            self.ledger.reserve(session_id, wanted)
-            return True
-        idle = [other for other in self._held if other not in self._busy and other != session_id]
-        leaving = [other for other in self._held if self._held[other].place is Place.LEAVING and other != session_id]
-        freeable = self._reserved_by({*idle, *victims, *leaving})
-        if missing.device_bytes > freeable.device_bytes or missing.host_bytes > freeable.host_bytes:
-            raise Overloaded(
-                f"{missing.device_bytes} device and {missing.host_bytes} host bytes are short until running calls end",
-                retry_after_s=1.0,
-            )
-        coming = self._reserved_by(leaving).device_bytes
-        for other in (*idle, *victims):
+        memory = self._held[session_id]
+        self.check_room(session_id, memory, wish, victims)
+        wanted = self._wanted(memory, wish)
+        coming = self._reserved_by(self._leaving(session_id)).device_bytes
+        for other in (*self._idle(session_id), *victims):
             missing = self.ledger.shortfall(session_id, wanted)
             if missing.host_bytes == 0 and missing.device_bytes <= coming:
-                break
+                break  # Nothing is missing, or it is on its way.
             if self._has_nothing_to_give(other, for_host=missing.host_bytes > 0):
                 continue
             coming += self._evict(other, for_host=missing.host_bytes > 0, busy=other in self._busy)
         if self.ledger.shortfall(session_id, wanted) != NOTHING:
             return False
         self.ledger.reserve(session_id, wanted)
+        self._granted[session_id] = wish
         return True
+
+    def begin(self, session_id: SessionId) -> None:
+        """A busy sequence was taken back to the tokens that it goes on from."""
+        self._granted[session_id] = replace(self._granted[session_id], num_kept=None)
+        self._fit(session_id)
 
     def fork_answer(self, session_id: SessionId, answer_id: SessionId, wish: Wish) -> SequenceMemory:
         """Forks a busy sequence for one more answer, in the bytes that `make_room` reserved for it.
@@ -235,16 +258,18 @@ class HeldSequences:
             answer_id: name of the fork.
             wish: what is left to the sequence, without this answer.
         """
-        memory = self._held[session_id]
-        twin = memory.fork()
-        self.ledger.reserve(session_id, self._wanted(session_id, memory, wish))
-        self.ledger.reserve(answer_id, self._needs(twin, wish.num_tokens))
+        twin, own = self._held[session_id].fork(), Wish(wish.num_tokens)
         self.add(answer_id, twin)
+        wanted = self._wanted(twin, own)
+        more = Reservation(wanted.device_bytes - twin.device_bytes, wanted.host_bytes - twin.host_bytes)
+        self.ledger.hand_over(session_id, answer_id, more)
+        self._granted[session_id], self._granted[answer_id] = wish, own
         return twin
 
-    def has_bytes(self, session_id: SessionId) -> bool:
-        """Whether a sequence still has device bytes reserved: those that made room have not."""
-        return self.ledger.reservation(session_id).device_bytes > 0
+    def reserved_tokens(self, session_id: SessionId) -> int:
+        """How many tokens a busy sequence has bytes for; 0 for one that made room, until it asks again."""
+        wish = self._granted.get(session_id)
+        return wish.num_tokens if wish else 0
 
     def wait_for_moves(self, timeout_s: float) -> bool:
         """Waits until a move under way is done, at most `timeout_s`; False if there is none."""
@@ -255,15 +280,11 @@ class HeldSequences:
         for session_id, memory in self._held.items():
             if not memory.is_moving:
                 continue
-            parked_bytes = memory.parked_bytes
-            place = memory.poll()
-            reserved = self.ledger.reservation(session_id)
-            if place is Place.PARKED:
+            if memory.poll() is Place.PARKED:
+                self._granted.pop(session_id, None)
                 self.ledger.reserve(session_id, Reservation(0, memory.host_bytes))
-            elif place is Place.DEVICE:
-                self.ledger.reserve(session_id, Reservation(reserved.device_bytes, reserved.host_bytes - parked_bytes))
-                if session_id not in self._busy:
-                    self.settle(session_id)
+            else:
+                self._fit(session_id)
 
     def headroom(self, running_calls: int) -> Headroom:
         """What is left."""
@@ -308,28 +329,41 @@ class HeldSequences:
 
     # ----------------------------------------------------------------------------------------------------------------
 
+    def _fit(self, session_id: SessionId) -> None:
+        """A sequence on the device gives back what it reserved beyond what was granted, or, idle, holds."""
+        memory, reserved = self._held[session_id], self.ledger.reservation(session_id)
+        if memory.place is Place.DEVICE:
+            wanted = self._wanted(memory, self._granted.get(session_id, Wish(len(memory.state.tokens))))
+            # Never more than before: what it shares with a newer fork, that one counts.
+            device = min(wanted.device_bytes, reserved.device_bytes)
+            self.ledger.reserve(session_id, Reservation(device, min(wanted.host_bytes, reserved.host_bytes)))
+
+    def _fit_sharers(self) -> None:
+        """What was reserved to be copied one day, and has been since, is given back."""
+        for session_id, memory in self._held.items():
+            if memory.counts_shared:
+                self._fit(session_id)
+
+    def _idle(self, besides: SessionId) -> list[SessionId]:
+        return [other for other in self._held if other not in self._busy and other != besides]
+
+    def _leaving(self, besides: SessionId) -> list[SessionId]:
+        return [other for other in self._held if self._held[other].place is Place.LEAVING and other != besides]
+
     def _evict(self, session_id: SessionId, *, for_host: bool, busy: bool) -> int:
         """Makes a sequence give way. Returns the device bytes that will come free once it has left."""
         memory = self._held[session_id]
         reserved = self.ledger.reservation(session_id)
-        swap_bytes = memory.swap_bytes() if memory.place is Place.DEVICE else 0
-        fits = (
-            self._store.swap.has_room
-            and self.ledger.shortfall(session_id, Reservation(reserved.device_bytes, memory.host_bytes + swap_bytes))
-            == NOTHING
-        )
+        self._granted.pop(session_id, None)
         counts = self.evictions
-        if memory.place is Place.DEVICE and memory.state.num_computed and fits and not for_host:
-            self.ledger.reserve(session_id, Reservation(reserved.device_bytes, memory.host_bytes + swap_bytes))
+        if not for_host and self._can_swap_out(session_id, memory):
             memory.swap_out()
             counts.swapped += busy
             counts.idle_swapped += not busy
             logger.info("sequence_swapped_out", extra={"session_id": session_id, "running": busy})
             return reserved.device_bytes
         if not busy:
-            counts.idle_dropped += 1
-            logger.info("sequence_evicted", extra={"session_id": session_id})
-            self.drop(session_id)
+            self._drop_idle(session_id)
             return 0
         counts.forgotten += 1
         logger.info("sequence_forgotten", extra={"session_id": session_id})
@@ -339,28 +373,52 @@ class HeldSequences:
         return 0
 
     def _has_nothing_to_give(self, session_id: SessionId, *, for_host: bool) -> bool:
+        if self.ledger.reservation(session_id) == NOTHING:
+            return True
         memory = self._held[session_id]
-        reserved = self.ledger.reservation(session_id)
-        return memory.is_moving or reserved == NOTHING or (memory.place is Place.PARKED and not for_host)
+        return memory.is_moving or (memory.place is Place.PARKED and not for_host)
 
-    def _wanted(self, session_id: SessionId, memory: SequenceMemory, wish: Wish) -> Reservation:
-        needed = self._with_answers(self._needs(memory, wish.num_tokens), memory.recipe, wish)
-        reserved = self.ledger.reservation(session_id)
-        if memory.place is not Place.DEVICE:
-            # Until it is back it is in both places.
-            return Reservation(needed.device_bytes, max(needed.host_bytes + memory.parked_bytes, reserved.host_bytes))
-        # It never shrinks under what it holds now.
-        return Reservation(max(needed.device_bytes, memory.device_bytes), max(needed.host_bytes, memory.host_bytes))
+    def _can_swap_out(self, session_id: SessionId, memory: SequenceMemory) -> bool:
+        """Reserves host bytes for a sequence's device part, if it has one and they are there or can be made free."""
+        if memory.place is not Place.DEVICE or memory.num_computed == 0 or not self._store.swap.has_room:
+            return False
+        device_bytes = self.ledger.reservation(session_id).device_bytes
+        wanted = Reservation(device_bytes, memory.host_bytes + memory.swap_bytes())
+        # Idle ones in host memory go first: all of them for a running one, else those used less recently.
+        others = list(self._held)
+        if session_id not in self._busy:
+            others = others[: others.index(session_id)]
+        parked = [other for other in others if other not in self._busy and self._held[other].place is Place.PARKED]
+        if self.ledger.shortfall(session_id, wanted).host_bytes > self._reserved_by(parked).host_bytes:
+            return False
+        for other in parked:
+            if self.ledger.shortfall(session_id, wanted).host_bytes == 0:
+                break
+            self._drop_idle(other)
+        if self.ledger.shortfall(session_id, wanted).host_bytes:
+            return False
+        self.ledger.reserve(session_id, wanted)
+        return True
+
+    def _drop_idle(self, session_id: SessionId) -> None:
+        self.evictions.idle_dropped += 1
+        logger.info("sequence_evicted", extra={"session_id": session_id})
+        self.drop(session_id)
+
+    def _wanted(self, memory: SequenceMemory, wish: Wish) -> Reservation:
+        alone = footprint(self._shape, memory.recipe, wish.num_tokens)
+        lost = memory.shared_bytes_lost(memory.num_computed if wish.num_kept is None else wish.num_kept)
+        own = Reservation(alone.device_bytes + lost[0], alone.host_bytes + lost[1])
+        needed = self._with_answers(own, memory.recipe, wish)
+        # It never shrinks under what it holds now, or will when it is back; then it is in both places for a moment.
+        held = max(memory.device_bytes, memory.returning_bytes)
+        return Reservation(max(needed.device_bytes, held), max(needed.host_bytes, memory.host_bytes))
 
     def _with_answers(self, needed: Reservation, recipe: RecipeSpec, wish: Wish) -> Reservation:
         if wish.answers == 0:
             return needed
         device, host = self._private_bytes(recipe, wish.prompt_end, wish.num_tokens)
         return Reservation(needed.device_bytes + wish.answers * device, needed.host_bytes + wish.answers * host)
-
-    def _needs(self, memory: SequenceMemory, num_tokens: int) -> Reservation:
-        needed = footprint(self._shape, memory.recipe, num_tokens)
-        return Reservation(needed.device_bytes + memory.replaceable_bytes, needed.host_bytes)
 
     def _private_bytes(self, recipe: RecipeSpec, shared_tokens: int, num_tokens: int) -> tuple[int, int]:
         """Device and host bytes that a fork at `shared_tokens` tokens takes for itself on its way to `num_tokens`."""

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
+import itertools
+import time
+from dataclasses import dataclass, field
 
-from kvservice.errors import BudgetTooSmall, KVServiceError, Overloaded, Unavailable
+from kvservice.errors import BudgetTooSmall, DeadlineExceeded, KVServiceError, Overloaded, Unavailable
 from kvservice.gateway.fleet import Fleet
 from kvservice.gateway.placement import PlacementRequest, WorkerView, place
 from kvservice.gateway.worker_link import RETRY_AFTER_S, WorkerCall
@@ -12,41 +16,61 @@ from kvservice.internal.v1 import worker_pb2
 from kvservice.types import footprint
 
 
+@dataclass(order=True, slots=True)
+class _Ticket:
+    """A place in line: by priority, then by arrival."""
+
+    rank: tuple[int, int]
+    is_first: asyncio.Event = field(default_factory=asyncio.Event, compare=False)
+
+
 class Admission:
     """Submits calls to the workers in the order of `place`.
 
     A call that every worker refuses for now waits in line. Only the first in line tries again, whenever a headroom
-    changes; a new call goes to the end of the line if there is one. So a large call isn't overtaken for ever by small
-    ones, at the price that small ones wait behind it.
+    changes; a new call takes its place in the line if there is one: behind those of its priority and of higher ones. So
+    a large call isn't overtaken for ever by small ones of its priority, at the price that they wait behind it.
     """
 
     def __init__(self, fleet: Fleet, *, max_waiting: int, max_wait_s: float) -> None:
-        self.waiting = 0
         self._fleet = fleet
         self._max_waiting = max_waiting
         self._max_wait_s = max_wait_s
-        self._first_in_line = asyncio.Lock()
+        self._line: list[_Ticket] = []
+        self._arrivals = itertools.count()
 
-    async def admit(self, request: PlacementRequest, submit: worker_pb2.Submit) -> WorkerCall:
-        """The call, running on a worker. The caller's deadline is the caller's to watch.
+    @property
+    def waiting(self) -> int:
+        """Calls in line."""
+        return len(self._line)
+
+    async def admit(
+        self, request: PlacementRequest, submit: worker_pb2.Submit, deadline: float | None = None
+    ) -> WorkerCall:
+        """The call, running on a worker. It isn't given up here at its deadline: that is the caller's to watch.
+
+        Args:
+            request: where it may go.
+            submit: what the worker is told; the time that it has left is filled in.
+            deadline: in seconds of `time.monotonic`.
 
         Raises:
+            DeadlineExceeded: the deadline passed before a worker was asked.
             BudgetTooSmall: it fits on no worker even alone.
             Overloaded: no room within the longest wait, or too many calls in line already.
             Unavailable: no worker of the model is connected, or all of them drain.
             KVServiceError: what a worker refused it with for good.
         """
-        if self.waiting == 0:
+        version = -1
+        if not self._line:
             version = self._fleet.version
-            call = await self._try(request, submit)
+            call = await self._try(request, submit, deadline)
             if call is not None:
                 return call
-        else:
-            version = -1
-        return await self._wait_in_line(request, submit, version)
+        return await self._wait_in_line(request, submit, deadline, version)
 
     async def _wait_in_line(
-        self, request: PlacementRequest, submit: worker_pb2.Submit, tried_version: int
+        self, request: PlacementRequest, submit: worker_pb2.Submit, deadline: float | None, tried_version: int
     ) -> WorkerCall:
         if self.waiting >= self._max_waiting:
             raise Overloaded(
@@ -54,13 +78,18 @@ class Admission:
                 reason="queue_full",
                 retry_after_s=self._max_wait_s,
             )
-        self.waiting += 1
+        ticket = _Ticket((-submit.priority, next(self._arrivals)))
+        bisect.insort(self._line, ticket)
+        self._show_first()
         try:
-            async with asyncio.timeout(self._max_wait_s), self._first_in_line:
+            async with asyncio.timeout(self._max_wait_s):
                 while True:
+                    await ticket.is_first.wait()
                     await self._fleet.changed_since(tried_version)
+                    if not ticket.is_first.is_set():
+                        continue  # One of a higher priority has come.
                     tried_version = self._fleet.version
-                    call = await self._try(request, submit)
+                    call = await self._try(request, submit, deadline)
                     if call is not None:
                         return call
         except TimeoutError:
@@ -70,10 +99,23 @@ class Admission:
                 retry_after_s=self._max_wait_s,
             ) from None
         finally:
-            self.waiting -= 1
+            self._line.remove(ticket)
+            self._show_first()
 
-    async def _try(self, request: PlacementRequest, submit: worker_pb2.Submit) -> WorkerCall | None:
+    def _show_first(self) -> None:
+        for ticket in self._line[1:]:
+            ticket.is_first.clear()
+        if self._line:
+            self._line[0].is_first.set()
+
+    async def _try(
+        self, request: PlacementRequest, submit: worker_pb2.Submit, deadline: float | None
+    ) -> WorkerCall | None:
         """One round over the ranked workers; None when all refuse for now."""
+        if deadline is not None:
+            submit.deadline_s = deadline - time.monotonic()
+            if submit.deadline_s <= 0.0:
+                raise DeadlineExceeded("the call's deadline passed before a worker had room for it")
         views = self._fleet.views()
         ranked = place(request, views)
         if not ranked:

@@ -6,7 +6,7 @@ import secrets
 from dataclasses import dataclass, replace
 
 from kvservice.config.gateway import GatewayConfig
-from kvservice.errors import InvalidRequest
+from kvservice.errors import FailedPrecondition, InvalidRequest
 from kvservice.gateway import convert
 from kvservice.gateway.admission import Admission
 from kvservice.gateway.auth import Caller
@@ -121,6 +121,7 @@ class Answers:
         # A repeat of a call that failed gets the same seed, so its events go on where the first ones broke off.
         seed = convert.derived_seed(f"{caller.tenant}\0{request_id}") if request_id else secrets.randbits(64)
         sampling = convert.sampling(request.sampling, self._limits, seed=seed)
+        convert.priority(request.priority)
         _question(request).check()
         same_whatever_was_seen = sessions_pb2.SessionServiceGenerateRequest()
         same_whatever_was_seen.CopyFrom(request)
@@ -132,6 +133,12 @@ class Answers:
             async with self._repeats.claim(caller.tenant, request_id, request_digest) as claim:
                 if claim.kept is not None:
                     log.replay(claim.kept)
+                elif request.last_sequence and sampling.n > 1:
+                    raise FailedPrecondition(
+                        f"the call failed, and tokens of its {sampling.n} answers may come in another order now: "
+                        "ask again with last_sequence 0",
+                        reason="not_resumable",
+                    )
                 else:
                     await self._ask(run, caller, request, sampling, log, watch)
                     claim.keep(log.events)
@@ -160,10 +167,13 @@ class Answers:
                 )
                 if not prompt and not record.token_ids:
                     raise InvalidRequest("prompt is empty and so is the session: send a prompt", field="prompt")
-                sampling = _within_positions(model, request.sampling, sampling, len(record.token_ids), len(prompt))
+                sampling = _fitted(model, request.sampling, sampling, len(record.token_ids), len(prompt))
                 submit = self._sessions.submission(record, recipe.name)
+                submit.priority = request.priority
                 submit.generate.keep_partial = request.keep_partial
-                order = _order(submit, Plan(model, recipe, (), prompt, sampling), log, record)
+                # At its deadline a worker fails a call; the end of the RPC cancels it, which keeps what is to be kept.
+                deadline = None if request.keep_partial else watch.deadline
+                order = _order(submit, Plan(model, recipe, (), prompt, sampling), log, record, deadline)
                 outcome = await carry_out(self._admission, order, watch)
             record = await self._sessions.commit(record, outcome)
             log.finished(_finished(outcome, watch, len(record.token_ids), record.durable_tokens))
@@ -175,6 +185,7 @@ class Answers:
     ) -> Run[common_pb2.GenerateEvent]:
         """Begins to answer a question about a document that comes with it. Nothing is kept."""
         sampling = convert.sampling(request.sampling, self._limits, seed=secrets.randbits(64))
+        priority = convert.priority(request.priority)
         prompt_format = convert.prompt_format(request.prompt_format)
         document = Question(request.document, tuple(request.document_token_ids), "document")
         question = _question(request)
@@ -190,7 +201,7 @@ class Answers:
                 prompt = await self._tokens(model, question, TextRole.QUESTION, prompt_format, first=not read)
                 if not read and not prompt:
                     raise InvalidRequest("document and prompt are empty: send one of them", field="prompt")
-                fitted = _within_positions(model, request.sampling, sampling, 0, len(read) + len(prompt))
+                fitted = _fitted(model, request.sampling, sampling, 0, len(read) + len(prompt))
                 call_id = secrets.token_hex(16)
                 submit = worker_pb2.Submit(
                     call_id=call_id,
@@ -200,8 +211,9 @@ class Answers:
                     recipe=recipe.name,
                     retain=False,
                     on_miss=common_pb2.ON_MISS_RECOMPUTE,
+                    priority=priority,
                 )
-                order = _order(submit, Plan(model, recipe, read, prompt, fitted), log, None)
+                order = _order(submit, Plan(model, recipe, read, prompt, fitted), log, None, watch.deadline)
                 outcome = await carry_out(self._admission, order, watch)
             log.finished(_finished(outcome, watch, 0, 0))
             log.flush()
@@ -226,7 +238,9 @@ def _question(
     return Question(request.prompt, tuple(request.prompt_token_ids), "prompt")
 
 
-def _order(submit: worker_pb2.Submit, plan: Plan, log: EventLog, record: SessionRecord | None) -> Order:
+def _order(
+    submit: worker_pb2.Submit, plan: Plan, log: EventLog, record: SessionRecord | None, deadline: float | None
+) -> Order:
     submit.generate.document_token_ids.extend(plan.document)
     submit.generate.prompt_token_ids.extend(plan.prompt)
     submit.generate.sampling.CopyFrom(sampling_to_proto(plan.sampling))
@@ -238,13 +252,15 @@ def _order(submit: worker_pb2.Submit, plan: Plan, log: EventLog, record: Session
         submit=submit,
         on_admitted=lambda worker: log.started(session_id, worker, plan.recipe.name, plan.sampling.seed),
         on_event=log.relay,
+        deadline=deadline,
     )
 
 
-def _within_positions(
+def _fitted(
     model: ModelInfo, asked: common_pb2.SamplingParams, sampling: SamplingParams, held: int, added: int
 ) -> SamplingParams:
-    """Checks the length; a caller who didn't ask for one isn't refused because the default is too long."""
+    """Checks token ids and length; a caller who asked for no length isn't refused because the default is too long."""
+    convert.check_vocabulary(sampling, model.shape.vocab_size)
     room = model.shape.max_positions - held - added
     if not asked.HasField("max_new_tokens") and room >= 1:
         sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
@@ -255,7 +271,8 @@ def _within_positions(
 def _finished(outcome: Outcome, watch: Stopwatch, num_tokens: int, durable_tokens: int) -> common_pb2.Finished:
     done = outcome.done
     return common_pb2.Finished(
-        finish_reason=done.finish_reason,
+        finish_reason=done.finish_reasons[0],
+        finish_reasons=done.finish_reasons,
         usage=done.usage,
         timings=watch.timings(done),
         kv=done.kv,

@@ -57,6 +57,7 @@ async def collect(requests: AsyncIterator[sessions_pb2.AppendRequest], limits: L
         if part == "start":
             start = request.start
             convert.request_id(start.request_id, limits)
+            convert.priority(start.priority)
         elif part == "data":
             data += request.data
         elif part == "token_ids":
@@ -175,6 +176,7 @@ class Appends:
         show(0, len(token_ids))
         submit = self._sessions.submission(record, record.recipe)
         submit.append.token_ids.extend(token_ids)
+        submit.priority = upload.start.priority
         order = Order(
             request=PlacementRequest(
                 record.model, get_recipe(record.recipe), num_tokens, record.worker_id, record.worker_epoch
@@ -182,6 +184,8 @@ class Appends:
             submit=submit,
             on_admitted=lambda _: None,
             on_event=on_event,
+            # What is detached outlives the caller's patience.
+            deadline=None if upload.start.detach else watch.deadline,
         )
         return await carry_out(self._admission, order, watch)
 

@@ -3,47 +3,78 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Collection
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from kvservice.config.limits import Limits
-from kvservice.errors import InvalidRequest, NotImplementedYet
-from kvservice.internal.convert import ON_MISS, ON_MISS_CODES, PROMPT_FORMAT_CODES, PROMPT_FORMATS
+from kvservice.errors import InvalidRequest
+from kvservice.internal.convert import (
+    ON_MISS,
+    ON_MISS_CODES,
+    PROMPT_FORMAT_CODES,
+    PROMPT_FORMATS,
+    grammar_from_proto,
+)
 from kvservice.store.base import SessionRecord
-from kvservice.types import OnMiss, PromptFormat, SamplingParams
+from kvservice.types import Grammar, OnMiss, PromptFormat, SamplingParams
 from kvservice.v1 import common_pb2, sessions_pb2
 
 _DEFAULTS = SamplingParams()
-_NEUTRAL = {"typical_p": 1.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
+MAX_PRIORITY = 100
+_MAX_BIAS = 100.0
+_MAX_PENALTY = 2.0
+_MAX_REPETITION_PENALTY = 10.0
 
 
 def sampling(message: common_pb2.SamplingParams, limits: Limits, *, seed: int) -> SamplingParams:
-    """The sampling parameters in force; `seed` where the caller gave none.
+    """The sampling parameters in force; `seed` where the caller gave none. Ranges are those of OpenAI, vLLM and TGI.
 
     Raises:
-        InvalidRequest: a value no release could accept; `field` names it.
-        NotImplementedYet: a value that this release doesn't implement.
+        InvalidRequest: a value that can't be had; `field` names it.
     """
-    _refuse_unimplemented(message)
     _check_stop(message.stop, limits)
-    max_new_tokens = limits.default_new_tokens
-    if message.HasField("max_new_tokens"):
-        max_new_tokens = message.max_new_tokens
-        if not 1 <= max_new_tokens <= limits.max_new_tokens:
-            raise _invalid("max_new_tokens", max_new_tokens, f"it must be 1 to {limits.max_new_tokens}")
+    temperature = _number(message, "temperature", _DEFAULTS.temperature, 0.0, limits.max_temperature)
     return SamplingParams(
-        temperature=_number(message, "temperature", _DEFAULTS.temperature, 0.0, limits.max_temperature),
+        temperature=temperature,
         top_k=message.top_k if message.HasField("top_k") else _DEFAULTS.top_k,
         top_p=_number(message, "top_p", _DEFAULTS.top_p, 0.0, 1.0, least_allowed=False),
         min_p=_number(message, "min_p", _DEFAULTS.min_p, 0.0, 1.0),
+        typical_p=_number(message, "typical_p", _DEFAULTS.typical_p, 0.0, 1.0, least_allowed=False),
+        repetition_penalty=_number(
+            message,
+            "repetition_penalty",
+            _DEFAULTS.repetition_penalty,
+            0.0,
+            _MAX_REPETITION_PENALTY,
+            least_allowed=False,
+        ),
+        frequency_penalty=_number(
+            message, "frequency_penalty", _DEFAULTS.frequency_penalty, -_MAX_PENALTY, _MAX_PENALTY
+        ),
+        presence_penalty=_number(message, "presence_penalty", _DEFAULTS.presence_penalty, -_MAX_PENALTY, _MAX_PENALTY),
+        logit_bias=_logit_bias(message, limits),
         seed=message.seed if message.HasField("seed") else seed,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=_count(message, "max_new_tokens", limits.default_new_tokens, 1, limits.max_new_tokens),
         stop=tuple(message.stop),
         ignore_eos=message.ignore_eos,
+        grammar=_grammar(message, limits),
+        n=_num_answers(message, temperature, limits),
+        logprobs=_count(message, "logprobs", 0, 0, limits.logprobs) if message.HasField("logprobs") else None,
     )
+
+
+def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
+    """Refuses token ids that the model doesn't have."""
+    token_ids([token_id for token_id, _ in params.logit_bias], vocab_size, "sampling.logit_bias")
+
+
+def priority(value: int) -> int:
+    """A call's priority; 0 where the caller gave none."""
+    if not -MAX_PRIORITY <= value <= MAX_PRIORITY:
+        raise InvalidRequest(f"priority={value}: it must be -{MAX_PRIORITY} to {MAX_PRIORITY}", field="priority")
+    return value
 
 
 def _invalid(name: str, value: object, rule: str) -> InvalidRequest:
@@ -68,29 +99,49 @@ def _number(
     raise _invalid(name, value, f"it must be {'from' if least_allowed else 'more than'} {least:g} to {most:g}")
 
 
-def _refuse_unimplemented(message: common_pb2.SamplingParams) -> None:
-    for name, neutral in _NEUTRAL.items():
-        value: float = getattr(message, name)
-        if not message.HasField(name) or value == neutral:  # type: ignore[arg-type] # the name of a field
-            continue
-        if not math.isfinite(value) or (neutral == 1.0 and value <= 0.0):
-            raise _invalid(name, value, "it must be a finite number" + (" above 0" if neutral == 1.0 else ""))
-        raise _not_yet(name, f"this release takes {neutral:g} only")
-    if message.HasField("n"):
-        if message.n == 0:
-            raise _invalid("n", 0, "it must be 1")
-        if message.n > 1:
-            raise _not_yet("n", "this release gives one answer; make the call again with another seed")
-    if message.logprobs:
-        raise _not_yet("logprobs", "leave it unset")
-    if message.logit_bias:
-        raise _not_yet("logit_bias", "leave it empty")
-    if message.HasField("grammar"):
-        raise _not_yet("grammar", "leave it unset")
+def _count(message: common_pb2.SamplingParams, name: str, default: int, least: int, most: int) -> int:
+    if not message.HasField(name):  # type: ignore[arg-type] # the name of a field
+        return default
+    value: int = getattr(message, name)
+    if not least <= value <= most:
+        raise _invalid(name, value, f"it must be {least} to {most}")
+    return value
 
 
-def _not_yet(name: str, rule: str) -> NotImplementedYet:
-    return NotImplementedYet(f"sampling.{name} is not implemented yet: {rule}", field=f"sampling.{name}")
+def _num_answers(message: common_pb2.SamplingParams, temperature: float, limits: Limits) -> int:
+    num_answers = _count(message, "n", _DEFAULTS.n, 1, limits.answers)
+    if num_answers > 1 and temperature == 0.0:
+        raise _invalid("n", num_answers, "at temperature 0 all answers are alike; set a temperature above 0, or n to 1")
+    return num_answers
+
+
+def _logit_bias(message: common_pb2.SamplingParams, limits: Limits) -> tuple[tuple[int, float], ...]:
+    if len(message.logit_bias) > limits.logit_biases:
+        raise InvalidRequest(
+            f"sampling.logit_bias has {len(message.logit_bias)} entries: at most {limits.logit_biases} are allowed",
+            field="sampling.logit_bias",
+        )
+    for token_id, bias in message.logit_bias.items():
+        if not -_MAX_BIAS <= bias <= _MAX_BIAS:
+            raise _invalid("logit_bias", f"{{{token_id}: {bias}}}", f"a bias must be -{_MAX_BIAS:g} to {_MAX_BIAS:g}")
+    return tuple(sorted(message.logit_bias.items()))
+
+
+def _grammar(message: common_pb2.SamplingParams, limits: Limits) -> Grammar | None:
+    """The grammar as it was sent. The worker compiles it, and refuses what is wrong in it."""
+    if not message.HasField("grammar"):
+        return None
+    grammar = grammar_from_proto(message.grammar)
+    if grammar is None or not grammar.text:
+        raise InvalidRequest("sampling.grammar is empty: set json_schema or regex", field="sampling.grammar")
+    length = len(grammar.text.encode())
+    if length > limits.grammar_bytes:
+        raise InvalidRequest(
+            f"sampling.grammar has {length} bytes: at most {limits.grammar_bytes} are allowed", field="sampling.grammar"
+        )
+    if message.ignore_eos:
+        raise _invalid("ignore_eos", True, "under a grammar an answer ends where nothing may follow; leave out one")
+    return grammar
 
 
 def _check_stop(stop: Collection[str], limits: Limits) -> None:

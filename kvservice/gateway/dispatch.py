@@ -20,10 +20,13 @@ CANCEL_TIMEOUT_S = 10.0
 
 
 class Stopwatch:
-    """Times of one call, from the gateway's receipt of it."""
+    """Times of one call, from the gateway's receipt of it, and the time by which its caller wants it."""
 
-    def __init__(self) -> None:
+    def __init__(self, time_remaining_s: float | None) -> None:
+        """Starts; None: the caller waits as long as it takes."""
         self._received = time.monotonic()
+        self.deadline = None if time_remaining_s is None else self._received + time_remaining_s
+        """Seconds of `time.monotonic`."""
         self._queue_ms = 0.0
         self._ttft_ms = 0.0
 
@@ -57,6 +60,8 @@ class Order:
     submit: worker_pb2.Submit
     on_admitted: Callable[[WorkerView], None]
     on_event: Callable[[worker_pb2.CallEvent], None]
+    deadline: float | None
+    """When the worker gives the call up, in seconds of `time.monotonic`; None: when it is told to."""
 
     @property
     def keep_partial(self) -> bool:
@@ -79,7 +84,7 @@ async def carry_out(admission: Admission, order: Order, watch: Stopwatch) -> Out
         asyncio.CancelledError: the caller was cancelled; the worker has freed what the call held.
         KVServiceError: no worker took it, or the one that did failed or was lost.
     """
-    call = await admission.admit(order.request, order.submit)
+    call = await admission.admit(order.request, order.submit, order.deadline)
     watch.admitted()
     order.on_admitted(call.worker)
     try:
@@ -90,7 +95,7 @@ async def carry_out(admission: Admission, order: Order, watch: Stopwatch) -> Out
         if last is None or not _is_kept(order, last):
             raise
         done = last
-    if done.finish_reason == common_pb2.FINISH_REASON_CANCELLED and not _is_kept(order, done):
+    if done.finish_reasons[0] == common_pb2.FINISH_REASON_CANCELLED and not _is_kept(order, done):
         raise Unavailable(
             f"worker {call.worker.worker_id} cancelled the call; the session is as before, make the call again",
             reason="worker_cancelled",

@@ -29,9 +29,9 @@ class InferenceServicer(InferenceServiceServicer):
     async def Generate(  # noqa: D102
         self,
         request: inference_pb2.InferenceServiceGenerateRequest,
-        context: Context,  # noqa: ARG002
+        context: Context,
     ) -> AsyncIterator[inference_pb2.InferenceServiceGenerateResponse]:
-        run = self._answers.complete(CALLER.get(), request, Stopwatch())
+        run = self._answers.complete(CALLER.get(), request, Stopwatch(context.time_remaining()))
         async with aclosing(run.messages()) as events:
             async for event in events:
                 yield inference_pb2.InferenceServiceGenerateResponse(event=event)

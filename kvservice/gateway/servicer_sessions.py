@@ -49,9 +49,9 @@ class SessionServicer(SessionServiceServicer):
     async def Append(  # noqa: D102
         self,
         request_iterator: AsyncIterator[sessions_pb2.AppendRequest],
-        context: Context,  # noqa: ARG002
+        context: Context,
     ) -> AsyncIterator[sessions_pb2.AppendResponse]:
-        watch = Stopwatch()
+        watch = Stopwatch(context.time_remaining())
         upload = await collect(request_iterator, self._limits)
         # A connection that broke looks like the end of the document. Writing to it fails, and so half a document isn't
         # taken for a whole one.
@@ -64,9 +64,9 @@ class SessionServicer(SessionServiceServicer):
     async def Generate(  # noqa: D102
         self,
         request: sessions_pb2.SessionServiceGenerateRequest,
-        context: Context,  # noqa: ARG002
+        context: Context,
     ) -> AsyncIterator[sessions_pb2.SessionServiceGenerateResponse]:
-        run = self._answers.ask(CALLER.get(), request, Stopwatch())
+        run = self._answers.ask(CALLER.get(), request, Stopwatch(context.time_remaining()))
         async with aclosing(run.messages()) as events:
             async for event in events:
                 yield sessions_pb2.SessionServiceGenerateResponse(event=event)

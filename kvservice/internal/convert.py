@@ -5,6 +5,8 @@ from __future__ import annotations
 from kvservice.internal.v1 import worker_pb2
 from kvservice.types import (
     FinishReason,
+    Grammar,
+    GrammarKind,
     Headroom,
     KvTelemetry,
     ModelInfo,
@@ -47,16 +49,24 @@ FINISH_REASON_CODES = {value: code for code, value in FINISH_REASONS.items()}
 
 
 def sampling_to_proto(params: SamplingParams) -> common_pb2.SamplingParams:
-    """Sampling parameters with every field set."""
+    """Sampling parameters with every field set, but for those whose absence says something."""
     return common_pb2.SamplingParams(
         temperature=params.temperature,
         top_k=params.top_k,
         top_p=params.top_p,
         min_p=params.min_p,
+        typical_p=params.typical_p,
+        repetition_penalty=params.repetition_penalty,
+        frequency_penalty=params.frequency_penalty,
+        presence_penalty=params.presence_penalty,
         seed=params.seed,
         max_new_tokens=params.max_new_tokens,
         stop=params.stop,
         ignore_eos=params.ignore_eos,
+        logit_bias=dict(params.logit_bias),
+        grammar=None if params.grammar is None else grammar_to_proto(params.grammar),
+        n=params.n,
+        logprobs=params.logprobs,
     )
 
 
@@ -67,11 +77,36 @@ def sampling_from_proto(message: common_pb2.SamplingParams) -> SamplingParams:
         top_k=message.top_k,
         top_p=message.top_p,
         min_p=message.min_p,
+        typical_p=message.typical_p,
+        repetition_penalty=message.repetition_penalty,
+        frequency_penalty=message.frequency_penalty,
+        presence_penalty=message.presence_penalty,
+        logit_bias=tuple(sorted(message.logit_bias.items())),
         seed=message.seed,
         max_new_tokens=message.max_new_tokens,
         stop=tuple(message.stop),
         ignore_eos=message.ignore_eos,
+        grammar=grammar_from_proto(message.grammar),
+        n=message.n,
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
     )
+
+
+def grammar_to_proto(grammar: Grammar) -> common_pb2.Grammar:
+    """See `Grammar`."""
+    if grammar.kind is GrammarKind.REGEX:
+        return common_pb2.Grammar(regex=grammar.text)
+    return common_pb2.Grammar(json_schema=grammar.text)
+
+
+def grammar_from_proto(message: common_pb2.Grammar) -> Grammar | None:
+    """See `Grammar`; None when no kind is set."""
+    match message.WhichOneof("kind"):
+        case "regex":
+            return Grammar(GrammarKind.REGEX, message.regex)
+        case "json_schema":
+            return Grammar(GrammarKind.JSON_SCHEMA, message.json_schema)
+    return None
 
 
 def headroom_to_proto(headroom: Headroom) -> worker_pb2.Headroom:
@@ -166,6 +201,7 @@ def usage_to_proto(usage: Usage) -> common_pb2.Usage:
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         recomputed_tokens=usage.recomputed_tokens,
+        reused_tokens=usage.reused_tokens,
     )
 
 
@@ -193,6 +229,10 @@ def stats_to_proto(stats: WorkerStats) -> admin_pb2.WorkerStats:
         recall_lookups=stats.recall_lookups,
         recall_hits=stats.recall_hits,
         recomputed_tokens=stats.recomputed_tokens,
+        swapped_out=stats.swapped_out,
+        forgotten=stats.forgotten,
+        idle_swapped_out=stats.idle_swapped_out,
+        idle_dropped=stats.idle_dropped,
         steps=stats.steps,
         tier=admin_pb2.TierStats(
             connected=stats.tier.connected,

@@ -37,10 +37,9 @@ class PagedEntries:
         """Arena bytes held, shared ones included."""
         return self._table.numel() * self._arena.layout.block_bytes
 
-    @property
-    def column_bytes(self) -> int:
-        """Arena bytes of one block for every row; what a first write after `fork` may have to copy."""
-        return self._table.shape[0] * self._arena.layout.block_bytes if self.entry_bytes else 0
+    def num_shared_from(self, length: int) -> int:
+        """How many of its blocks that don't lie wholly before entry `length` somebody else holds too."""
+        return self._arena.num_shared(self._table[:, length * self._pieces_per_entry // self._pieces_per_block :])
 
     def append(self, entries: Tensor) -> None:
         """Adds entries, uint8 `[num_rows, n, entry_bytes]`, in blocks that nobody else holds."""

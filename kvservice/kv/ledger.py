@@ -51,7 +51,11 @@ class Ledger:
 
     @property
     def device_free_bytes(self) -> int:
-        """Device bytes promised to nobody."""
+        """Device bytes promised to nobody.
+
+        Below zero for a while when a sequence that gave up tokens shares less than before, and will have to copy more
+        when it goes on: until that is made good nobody gets more.
+        """
         return self.device_capacity_bytes - self._device_reserved + self._device_shared
 
     @property
@@ -99,14 +103,24 @@ class Ledger:
         """Sets the sequence's reservation to `wanted`, all of it or nothing.
 
         Raises:
-            InternalError: it doesn't fit; the caller asked `shortfall` first.
+            InternalError: it grows, and that doesn't fit; the caller asked `shortfall` first.
         """
-        if self.shortfall(session_id, wanted) != Reservation(0, 0):
-            raise InternalError(f"no room to reserve {wanted}")
         held = self.reservation(session_id)
-        self._device_reserved += wanted.device_bytes - held.device_bytes
-        self._host_reserved += wanted.host_bytes - held.host_bytes
-        self._reserved[session_id] = wanted
+        device, host = wanted.device_bytes - held.device_bytes, wanted.host_bytes - held.host_bytes
+        # What is free may be below zero, see `device_free_bytes`; giving back is always possible.
+        if device > max(0, self.device_free_bytes) or host > max(0, self.host_free_bytes):
+            raise InternalError(f"no room to reserve {wanted}")
+        self._set(session_id, wanted)
+
+    def reserve_shared(self, session_id: SessionId, held: Reservation) -> None:
+        """The first reservation of a fork: all that it holds. It is credited, so this takes nothing from anyone."""
+        self._set(session_id, held)
+
+    def hand_over(self, giver: SessionId, taker: SessionId, part: Reservation) -> None:
+        """Makes a part of one sequence's reservation another's."""
+        gives, takes = self.reservation(giver), self.reservation(taker)
+        self._set(giver, Reservation(gives.device_bytes - part.device_bytes, gives.host_bytes - part.host_bytes))
+        self._set(taker, Reservation(takes.device_bytes + part.device_bytes, takes.host_bytes + part.host_bytes))
 
     def release(self, session_id: SessionId) -> Reservation:
         """Forgets the sequence's reservation and returns what it was."""
@@ -114,3 +128,9 @@ class Ledger:
         self._device_reserved -= held.device_bytes
         self._host_reserved -= held.host_bytes
         return held
+
+    def _set(self, session_id: SessionId, reservation: Reservation) -> None:
+        held = self.reservation(session_id)
+        self._device_reserved += reservation.device_bytes - held.device_bytes
+        self._host_reserved += reservation.host_bytes - held.host_bytes
+        self._reserved[session_id] = reservation

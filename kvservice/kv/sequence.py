@@ -232,8 +232,8 @@ class SequenceState:
         self._may_share = twin._may_share = True
         return twin
 
-    def num_shared_after(self, column: int) -> int:
-        """How many of its blocks in the columns from `column` on are shared."""
+    def num_shared_from(self, column: int) -> int:
+        """How many of its blocks in the columns from `column` on somebody else holds too."""
         if not self._may_share:
             return 0
         held = self._blocks[:, column : self._num_columns]

@@ -92,6 +92,10 @@ class DistantKV:
         self._host.share(self._numbers)
         return twin
 
+    def num_shared_from(self, num_groups: int) -> int:
+        """How many of its groups from `num_groups` on somebody else holds too."""
+        return self._host.num_shared(self._numbers[num_groups:])
+
     def gather(self, layer: int, offsets: Tensor, out: Tensor) -> None:
         """Copies chosen tokens to the device.
 

@@ -34,10 +34,9 @@ class SequenceIndex:
         """Arena bytes held."""
         return self._codes.num_bytes + self._params.num_bytes
 
-    @property
-    def column_bytes(self) -> int:
-        """What the first write after `fork` may have to copy."""
-        return self._codes.column_bytes + self._params.column_bytes
+    def num_shared_from(self, num_groups: int) -> int:
+        """How many of its blocks that hold more than the first `num_groups` groups somebody else holds too."""
+        return self._codes.num_shared_from(num_groups) + self._params.num_shared_from(num_groups)
 
     def fork(self) -> SequenceIndex:
         """The same entries once more, in shared blocks."""

@@ -42,7 +42,12 @@ class Store:
 
 
 class SequenceMemory:
-    """The KV of one sequence: window on the device, distant groups in the tier, their index, recall slots."""
+    """The KV of one sequence: window on the device, distant groups in the tier, their index, recall slots.
+
+    Attributes:
+        counts_shared: it reserves for what it shares and may not share for ever. Of those that hold a block, all do
+            but the one that first had it, as long as that goes on from what it has.
+    """
 
     def __init__(self, recipe: RecipeSpec, store: Store) -> None:
         layout = store.arena.layout
@@ -54,9 +59,9 @@ class SequenceMemory:
             self.index = SequenceIndex(RECALL_INDEXES.get(recipe.index), recipe.index_bits, store.arena)
         self.reaches = ReachLog()
         self.counters = RecallCounters()
+        self.counts_shared = False
         self._store = store
         self._slots: RecallSlots | None = None
-        self._is_fork = False
         self._rollback: int | None = None
         self._parking = Parking(store.arena, store.swap)
 
@@ -95,19 +100,31 @@ class SequenceMemory:
         return self.window_bytes + self.index_bytes + self.slot_bytes
 
     @property
-    def replaceable_bytes(self) -> int:
-        """Shared device bytes that two may come to hold where one does now: see `Ledger`. Counted at the fork alone.
+    def returning_bytes(self) -> int:
+        """Device bytes that it takes when it is back; 0 while it is on the device."""
+        return self._parking.num_blocks * self._store.arena.layout.block_bytes
 
-        What slides out of a shared window frees nothing while somebody else holds it, and a shared block is copied
-        before it is written to. Sinks and whole blocks of keys are never written to again.
+    def shared_bytes_lost(self, num_kept: int) -> tuple[int, int]:
+        """Device and host bytes that it shares now, and may not when it goes on from its first `num_kept` tokens.
+
+        What slides out of a shared window, and what is given up of a shared sequence, frees nothing while somebody
+        else holds it, and a shared block is copied before it is written to: then two hold what one does now (see
+        `Ledger`). Sinks and whole blocks of keys are never written to again.
         """
         state = self.state
-        if not self._is_fork or self.place is not Place.DEVICE:
-            return 0
-        resident = self.recipe.distant is Distant.RESIDENT and not state.is_ragged
-        first = state.num_resident // BLOCK_TOKENS if resident else 1
-        shared = state.num_shared_after(first) * self._store.arena.layout.block_bytes
-        return shared + (self.index.column_bytes if shared and self.index else 0)
+        if not self.counts_shared and num_kept >= self.num_computed:
+            return (0, 0)
+        layout = self._store.arena.layout
+        groups = self.recipe.distant_groups(min(num_kept, self.num_computed))
+        host = self.distant.num_shared_from(groups) * layout.group_bytes
+        if self.place is not Place.DEVICE:
+            return (0, host)
+        column = min(num_kept, state.num_computed) // BLOCK_TOKENS
+        if self.recipe.distant is not Distant.RESIDENT:
+            column = min(column, 1)
+        shared = state.num_shared_from(0 if state.is_ragged else column)
+        shared += self.index.num_shared_from(groups) if self.index else 0
+        return (shared * layout.block_bytes, host)
 
     def swap_bytes(self) -> int:
         """Host bytes that its device blocks would take."""
@@ -167,6 +184,7 @@ class SequenceMemory:
             self._rollback = num_tokens if self._rollback is None else min(self._rollback, num_tokens)
             return
         computed = min(num_tokens, state.num_computed)
+        self.counts_shared |= computed < state.num_computed
         count = (state.window_start - self.recipe.window_start(computed)) // GROUP_TOKENS
         if count > 0:
             groups = self.distant.load_last(count)
@@ -185,7 +203,7 @@ class SequenceMemory:
     def fork(self) -> SequenceMemory:
         """The same sequence once more. Nothing is copied: what both hold is shared until one of them writes to it."""
         twin = SequenceMemory(self.recipe, self._store)
-        twin._is_fork = True
+        twin.counts_shared = True
         twin.state = self.state.fork()
         twin.distant = self.distant.fork()
         twin.index = self.index.fork() if self.index else None

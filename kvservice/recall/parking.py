@@ -43,6 +43,11 @@ class Parking:
         return len(self._swapped.numbers) if self._swapped else 0
 
     @property
+    def num_blocks(self) -> int:
+        """Device blocks that it takes when it is back; 0 while it is on the device."""
+        return self._swapped.num_blocks if self._swapped else 0
+
+    @property
     def host_groups(self) -> list[int]:
         """Their numbers."""
         return list(self._swapped.numbers) if self._swapped else []

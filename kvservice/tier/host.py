@@ -51,6 +51,10 @@ class HostTier:
         self._pool.share(torch.tensor(numbers, dtype=torch.int64))
         self._ledger.share(Owner.HOST, len(numbers) * self._layout.group_bytes)
 
+    def num_shared(self, numbers: list[int]) -> int:
+        """How many of some groups have more than one holder."""
+        return int(self._pool.shared(torch.tensor(numbers, dtype=torch.int64)).sum())
+
     def free(self, numbers: list[int]) -> None:
         """Gives groups back."""
         if numbers:

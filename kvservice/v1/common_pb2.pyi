@@ -100,7 +100,10 @@ Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
 class SamplingParams(_message.Message):
-    """A field that is not set takes the server's default; 0 is a value like any other."""
+    """A field that is not set takes the server's default; 0 is a value like any other. They work in this order: logit_bias,
+    repetition_penalty, frequency_penalty and presence_penalty, grammar, (log-probabilities are taken here,) temperature,
+    top_k, typical_p, top_p, min_p; then a token is drawn.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -141,27 +144,49 @@ class SamplingParams(_message.Message):
     N_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """0 is greedy (the default)."""
+    """0 to 10. 0 is greedy (the default): the likeliest token, whatever top_k and those below it say."""
     top_k: _builtins.int
+    """The k likeliest tokens stay; 0 (the default): all."""
     top_p: _builtins.float
+    """More than 0, to 1 (the default): the fewest of the likeliest tokens that have this share of the probability stay."""
     min_p: _builtins.float
+    """0 (the default) to 1: tokens with at least this share of the likeliest one's probability stay."""
     typical_p: _builtins.float
+    """More than 0, to 1 (the default): the tokens whose surprise is nearest to the mean one stay, the fewest that have
+    this share of the probability (locally typical sampling).
+    """
     repetition_penalty: _builtins.float
+    """More than 0, to 10; 1 is none (the default). Positive logits of tokens that occurred, in the session or the answer,
+    are divided by it, negative ones multiplied.
+    """
     frequency_penalty: _builtins.float
+    """-2 to 2, by default 0: subtracted from a token's logit for each time that it occurred in the answer."""
     presence_penalty: _builtins.float
+    """-2 to 2, by default 0: subtracted once from the logit of each token that occurred in the answer."""
     seed: _builtins.int
-    """Token t of an answer is drawn from a generator seeded by (seed, position of t)."""
+    """Token t of an answer is a function of the logits, the seed and the position of t. Of several answers to one prompt
+    the first has this seed, the others seeds made from it.
+    """
     max_new_tokens: _builtins.int
     """At most 256 by default, 4,096 at the most."""
     ignore_eos: _builtins.bool
+    """Go on when the model ends its answer. Not with a grammar."""
     n: _builtins.int
+    """Answers to the prompt: 1 (the default) to 8, above 1 at a temperature above 0 only. The first joins the session,
+    the others are only told.
+    """
     logprobs: _builtins.int
+    """Tell the log-probability of each token, and those of this many likeliest ones, 0 to 20."""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
-    def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]: ...
+    def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
+        """Added to the logits of these token ids: -100 to 100, for at most 1,024 of them."""
+
     @_builtins.property
-    def grammar(self) -> Global___Grammar: ...
+    def grammar(self) -> Global___Grammar:
+        """The answer matches it, unless it is cut off by max_new_tokens or a stop string."""
+
     def __init__(
         self,
         *,
@@ -263,14 +288,18 @@ Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
 
 @_typing.final
 class Grammar(_message.Message):
-    """Restricts the answer to a language."""
+    """Restricts the answer to a language. At most 16 KiB."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     JSON_SCHEMA_FIELD_NUMBER: _builtins.int
     REGEX_FIELD_NUMBER: _builtins.int
     json_schema: _builtins.str
+    """The answer is JSON that fits this schema, laid out with one space after each comma and colon. A keyword that
+    isn't implemented is refused.
+    """
     regex: _builtins.str
+    """The whole answer matches this regular expression (Rust's syntax: no look-around, no back-references)."""
     def __init__(
         self,
         *,
@@ -295,6 +324,7 @@ class Usage(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
     RECOMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
+    REUSED_TOKENS_FIELD_NUMBER: _builtins.int
     cached_tokens: _builtins.int
     """Tokens the session held before the call."""
     prompt_tokens: _builtins.int
@@ -302,6 +332,8 @@ class Usage(_message.Message):
     completion_tokens: _builtins.int
     recomputed_tokens: _builtins.int
     """Tokens whose KV was found nowhere and computed again."""
+    reused_tokens: _builtins.int
+    """Of the prompt tokens, those whose KV another session of the tenant had already."""
     def __init__(
         self,
         *,
@@ -309,10 +341,11 @@ class Usage(_message.Message):
         prompt_tokens: _builtins.int = ...,
         completion_tokens: _builtins.int = ...,
         recomputed_tokens: _builtins.int = ...,
+        reused_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens", "recomputed_tokens", b"recomputed_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens", "recomputed_tokens", b"recomputed_tokens", "reused_tokens", b"reused_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -467,23 +500,84 @@ class TokenChunk(_message.Message):
 
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """May be empty while a character is incomplete."""
+    index: _builtins.int
+    """Which of the `n` answers they belong to."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
+        """If asked for: one for each of `token_ids`."""
+
     def __init__(
         self,
         *,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         text: _builtins.str = ...,
+        index: _builtins.int = ...,
+        logprobs: _abc.Iterable[Global___TokenLogprobs] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TokenChunk: _TypeAlias = TokenChunk  # noqa: Y015
+
+@_typing.final
+class TokenLogprob(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    logprob: _builtins.float
+    """Natural logarithm of the probability after bias, penalties and grammar, before temperature and truncation."""
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        logprob: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenLogprob: _TypeAlias = TokenLogprob  # noqa: Y015
+
+@_typing.final
+class TokenLogprobs(_message.Message):
+    """A token of an answer, and the likeliest ones in its place."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHOSEN_FIELD_NUMBER: _builtins.int
+    TOP_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def chosen(self) -> Global___TokenLogprob: ...
+    @_builtins.property
+    def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """The likeliest first. Tokens that a grammar rules out are left out."""
+
+    def __init__(
+        self,
+        *,
+        chosen: Global___TokenLogprob | None = ...,
+        top: _abc.Iterable[Global___TokenLogprob] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chosen", b"chosen"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chosen", b"chosen", "top", b"top"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenLogprobs: _TypeAlias = TokenLogprobs  # noqa: Y015
 
 @_typing.final
 class Finished(_message.Message):
@@ -496,7 +590,9 @@ class Finished(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     DURABLE_TOKENS_FIELD_NUMBER: _builtins.int
     DEGRADED_FIELD_NUMBER: _builtins.int
+    FINISH_REASONS_FIELD_NUMBER: _builtins.int
     finish_reason: Global___FinishReason.ValueType
+    """Of the answer that joins the session, the first."""
     num_tokens: _builtins.int
     """Tokens the session holds now."""
     durable_tokens: _builtins.int
@@ -509,6 +605,10 @@ class Finished(_message.Message):
     def timings(self) -> Global___Timings: ...
     @_builtins.property
     def kv(self) -> Global___KvTelemetry: ...
+    @_builtins.property
+    def finish_reasons(self) -> _containers.RepeatedScalarFieldContainer[Global___FinishReason.ValueType]:
+        """One for each of the `n` answers."""
+
     def __init__(
         self,
         *,
@@ -519,10 +619,11 @@ class Finished(_message.Message):
         num_tokens: _builtins.int = ...,
         durable_tokens: _builtins.int = ...,
         degraded: _builtins.str = ...,
+        finish_reasons: _abc.Iterable[Global___FinishReason.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv", b"kv", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["degraded", b"degraded", "durable_tokens", b"durable_tokens", "finish_reason", b"finish_reason", "kv", b"kv", "num_tokens", b"num_tokens", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["degraded", b"degraded", "durable_tokens", b"durable_tokens", "finish_reason", b"finish_reason", "finish_reasons", b"finish_reasons", "kv", b"kv", "num_tokens", b"num_tokens", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

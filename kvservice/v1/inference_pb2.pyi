@@ -31,12 +31,17 @@ class InferenceServiceGenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     DOCUMENT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     recipe: _builtins.str
     prompt_format: _common_pb2.PromptFormat.ValueType
     document: _builtins.str
     """Read before the prompt, every token attended to; may be empty."""
     prompt: _builtins.str
+    priority: _builtins.int
+    """-100 to 100. Calls of a higher priority go first, and may take the memory of running calls of a lower one for a
+    while.
+    """
     @_builtins.property
     def sampling(self) -> _common_pb2.SamplingParams: ...
     @_builtins.property
@@ -56,10 +61,11 @@ class InferenceServiceGenerateRequest(_message.Message):
         sampling: _common_pb2.SamplingParams | None = ...,
         document_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["document", b"document", "document_token_ids", b"document_token_ids", "model", b"model", "prompt", b"prompt", "prompt_format", b"prompt_format", "prompt_token_ids", b"prompt_token_ids", "recipe", b"recipe", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["document", b"document", "document_token_ids", b"document_token_ids", "model", b"model", "priority", b"priority", "prompt", b"prompt", "prompt_format", b"prompt_format", "prompt_token_ids", b"prompt_token_ids", "recipe", b"recipe", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

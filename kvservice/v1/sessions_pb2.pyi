@@ -293,11 +293,16 @@ class AppendStart(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     EXPECTED_NUM_TOKENS_FIELD_NUMBER: _builtins.int
     DETACH_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     request_id: _builtins.str
     expected_num_tokens: _builtins.int
     detach: _builtins.bool
     """The prefill outlives the connection; Get shows its progress."""
+    priority: _builtins.int
+    """-100 to 100. Calls of a higher priority go first, and may take the memory of running calls of a lower one for a
+    while.
+    """
     def __init__(
         self,
         *,
@@ -305,10 +310,11 @@ class AppendStart(_message.Message):
         request_id: _builtins.str = ...,
         expected_num_tokens: _builtins.int | None = ...,
         detach: _builtins.bool = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_num_tokens", b"_expected_num_tokens", "expected_num_tokens", b"expected_num_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_num_tokens", b"_expected_num_tokens", "detach", b"detach", "expected_num_tokens", b"expected_num_tokens", "request_id", b"request_id", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_num_tokens", b"_expected_num_tokens", "detach", b"detach", "expected_num_tokens", b"expected_num_tokens", "priority", b"priority", "request_id", b"request_id", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_num_tokens: _TypeAlias = _typing.Literal["expected_num_tokens"]  # noqa: Y015
     _WhichOneofArgType__expected_num_tokens: _TypeAlias = _typing.Literal["_expected_num_tokens", b"_expected_num_tokens"]  # noqa: Y015
@@ -411,6 +417,7 @@ class SessionServiceGenerateRequest(_message.Message):
     RECIPE_FIELD_NUMBER: _builtins.int
     LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     request_id: _builtins.str
     expected_num_tokens: _builtins.int
@@ -422,6 +429,10 @@ class SessionServiceGenerateRequest(_message.Message):
     """Overrides the session's recipe for this call, where nothing it needs has been dropped."""
     last_sequence: _builtins.int
     """With a repeated request_id: events up to this sequence number are not sent again."""
+    priority: _builtins.int
+    """-100 to 100. Calls of a higher priority go first, and may take the memory of running calls of a lower one for a
+    while.
+    """
     @_builtins.property
     def sampling(self) -> _common_pb2.SamplingParams: ...
     @_builtins.property
@@ -440,10 +451,11 @@ class SessionServiceGenerateRequest(_message.Message):
         recipe: _builtins.str = ...,
         last_sequence: _builtins.int = ...,
         prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_num_tokens", b"_expected_num_tokens", "expected_num_tokens", b"expected_num_tokens", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_num_tokens", b"_expected_num_tokens", "expected_num_tokens", b"expected_num_tokens", "keep_partial", b"keep_partial", "last_sequence", b"last_sequence", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "recipe", b"recipe", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_num_tokens", b"_expected_num_tokens", "expected_num_tokens", b"expected_num_tokens", "keep_partial", b"keep_partial", "last_sequence", b"last_sequence", "priority", b"priority", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "recipe", b"recipe", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_num_tokens: _TypeAlias = _typing.Literal["expected_num_tokens"]  # noqa: Y015
     _WhichOneofArgType__expected_num_tokens: _TypeAlias = _typing.Literal["_expected_num_tokens", b"_expected_num_tokens"]  # noqa: Y015

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from kvservice.types import (
     Headroom,
     ModelInfo,
     SessionId,
+    TokenEvent,
     WorkerStats,
 )
 from kvservice.worker.answer import AnswerText, TokenStream
@@ -49,6 +51,9 @@ T = TypeVar("T")
 MAX_FAULTS_IN_A_ROW = 3
 """After so many steps that went wrong inside, with no call served between them, the engine gets no more work."""
 
+CHECK_INTERVAL_S = 1.0
+"""An engine that falls idle more often isn't checked each time."""
+
 
 class EngineLike(Protocol):
     """What the loop needs of an engine. Every method is called in the engine thread only."""
@@ -67,8 +72,8 @@ class EngineLike(Protocol):
     def cancel(self, call_id: CallId) -> None:
         """Frees what the call holds; the next `step` gives its FinishedEvent(CANCELLED)."""
 
-    def stop(self, call_id: CallId) -> None:
-        """Ends a call with FinishReason.STOP at the next `step`."""
+    def stop(self, call_id: CallId, index: int) -> None:
+        """Ends one of a call's answers with FinishReason.STOP at the next `step`."""
 
     def release(self, session_id: SessionId, tenant_tag: bytes, *, purge: bool) -> tuple[int, int]:
         """Drops a session's KV, with `purge` its stored blobs too: (device, host) bytes freed."""
@@ -81,6 +86,9 @@ class EngineLike(Protocol):
 
     def stats(self) -> WorkerStats:
         """The counters."""
+
+    def check(self) -> None:
+        """Raises unless what it holds adds up. Called when no call runs."""
 
     def close(self) -> None:
         """Frees everything."""
@@ -96,7 +104,7 @@ class Detokenizer(Protocol):
 @dataclass(slots=True)
 class _RunningCall:
     listener: Listener
-    answer: AnswerText | None
+    answers: tuple[AnswerText, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +124,14 @@ class EngineLoop:
         engine_factory: Callable[[], EngineLike],
         detokenizer: Detokenizer,
         on_unhealthy: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`engine_factory` is called in the engine thread; `on_unhealthy` too, once, when the engine is given up."""
         self._engine_factory = engine_factory
         self._engine: EngineLike
         self._detokenizer = detokenizer
         self._on_unhealthy = on_unhealthy
+        self._clock = clock
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._started: Future[ModelInfo] = Future()
@@ -136,6 +146,9 @@ class EngineLoop:
         self._refusal: Unavailable | None = None
         self._healthy = True
         self._stopping = False
+        self._unchecked = False
+        """A step has been made since the engine was checked."""
+        self._checked_at = -CHECK_INTERVAL_S
         self.num_faults = 0
         """Steps that went wrong inside, since the start."""
 
@@ -233,6 +246,8 @@ class EngineLoop:
                     self._step()
                 if not self._calls:
                     self._wake_idle_waiters()
+                if not self._calls and not self._can_step() and not self._stopping:
+                    self._check_engine()
         finally:
             if not self._stopping:
                 self._on_unhealthy()
@@ -290,11 +305,11 @@ class EngineLoop:
             raise Unavailable("the stream that submitted the call has ended", reason="stream_ended")
         if call.call_id in self._calls:
             raise Conflict(f"call_id {call.call_id!r} is running already: choose a new one", reason="call_id_in_use")
-        answer = None
-        if call.sampling is not None:
-            answer = AnswerText(self._detokenizer.stream(), call.sampling.stop)
+        answers: tuple[AnswerText, ...] = ()
+        if (sampling := call.sampling) is not None:
+            answers = tuple(AnswerText(self._detokenizer.stream(), sampling.stop) for _ in range(sampling.n))
         self._engine.submit(call)
-        self._calls[call.call_id] = _RunningCall(listener, answer)
+        self._calls[call.call_id] = _RunningCall(listener, answers)
 
     def _cancel(self, call_id: CallId) -> None:
         if call_id in self._calls:
@@ -334,6 +349,7 @@ class EngineLoop:
         self._deliver_step(outputs)
 
     def _step(self) -> None:
+        self._unchecked = True
         try:
             events = self._engine.step()
             self._deliver_step(self._take_events(events))
@@ -350,33 +366,48 @@ class EngineLoop:
     def _note_fault(self) -> None:
         self.num_faults += 1
         self._faults_in_a_row += 1
-        if self._faults_in_a_row < MAX_FAULTS_IN_A_ROW:
+        if self._faults_in_a_row >= MAX_FAULTS_IN_A_ROW:
+            self._give_up("the worker's engine fails again and again: call another worker")
+
+    def _check_engine(self) -> None:
+        """Has the engine checked once it has become idle, when that costs nobody time."""
+        now = self._clock()
+        if not self._healthy or not self._unchecked or now - self._checked_at < CHECK_INTERVAL_S:
             return
+        self._unchecked, self._checked_at = False, now
+        try:
+            self._engine.check()
+        except Exception:
+            # Whatever it says: an engine whose books are wrong can't be trusted with another session.
+            logger.exception("engine_check_failed")
+            self.num_faults += 1
+            self._give_up("the worker's engine has lost count of its memory: call another worker")
+
+    def _give_up(self, why: str) -> None:
         logger.error("engine_given_up", extra={"faults": self.num_faults})
         self._healthy = False
         self._fail_running(InternalError("the worker's engine was given up; its log says why"))
-        self._refuse_from_now(
-            Unavailable("the worker's engine fails again and again: call another worker", reason="unhealthy")
-        )
+        self._refuse_from_now(Unavailable(why, reason="unhealthy"))
         self._on_unhealthy()
 
     def _take_events(self, events: Sequence[EngineEvent]) -> dict[Listener, list[CallOutput]]:
         """Post-processes a step: text from tokens, stop strings, the end of calls."""
         outputs: dict[Listener, list[CallOutput]] = {}
-        stopped: list[CallId] = []
+        stopped: list[tuple[CallId, int]] = []
         for event in events:
             call = self._calls.get(event.call_id)
             if call is None:
                 continue  # Its listener has gone, or was told of a failure already.
-            was_stopped = _is_stopped(call)
-            outputs.setdefault(call.listener, []).extend(call_outputs(event, call.answer))
+            answer = call.answers[event.index] if isinstance(event, TokenEvent) else None
+            was_stopped = _is_stopped(answer)
+            outputs.setdefault(call.listener, []).extend(call_outputs(event, call.answers))
             if isinstance(event, FinishedEvent | FailedEvent):
                 del self._calls[event.call_id]
-            elif _is_stopped(call) and not was_stopped:
-                stopped.append(event.call_id)
-        for call_id in stopped:
+            elif isinstance(event, TokenEvent) and _is_stopped(answer) and not was_stopped:
+                stopped.append((event.call_id, event.index))
+        for call_id, index in stopped:
             if call_id in self._calls:
-                self._engine.stop(call_id)
+                self._engine.stop(call_id, index)
         return outputs
 
     def _deliver_step(self, outputs: dict[Listener, list[CallOutput]]) -> None:
@@ -413,8 +444,8 @@ class EngineLoop:
         _resolve(self._stopped, None)
 
 
-def _is_stopped(call: _RunningCall) -> bool:
-    return call.answer is not None and call.answer.stopped
+def _is_stopped(answer: AnswerText | None) -> bool:
+    return answer is not None and answer.stopped
 
 
 def _resolve(answer: Future[T], value: T) -> None:

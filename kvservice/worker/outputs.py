@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from kvservice.types import (
     ProgressEvent,
     SessionId,
     TokenEvent,
+    TokenLogprob,
 )
 from kvservice.worker.answer import AnswerText
 
@@ -30,6 +32,10 @@ class TextEvent:
     call_id: CallId
     token_ids: tuple[int, ...]
     text: str
+    index: int = 0
+    """Which of the call's answers."""
+    logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
+    """If asked for: of each token, as in TokenEvent."""
 
 
 CallOutput = ProgressEvent | TextEvent | FinishedEvent | FailedEvent
@@ -74,15 +80,13 @@ class Listener(Protocol):
         """Takes an output. Called in the engine thread: must neither block nor raise."""
 
 
-def call_outputs(event: EngineEvent, answer: AnswerText | None) -> list[CallOutput]:
-    """What an engine's event is to the call's listener; `answer` None: the call generates nothing."""
+def call_outputs(event: EngineEvent, answers: Sequence[AnswerText]) -> list[CallOutput]:
+    """What an engine's event is to the call's listener; `answers`: the texts of the call's answers, by index."""
     match event:
-        case TokenEvent(call_id, token_id):
-            if answer is None or answer.stopped:
-                return []
-            return [TextEvent(call_id, (token_id,), answer.push(token_id))]
-        case FinishedEvent():
-            return _finished_outputs(event, answer)
+        case TokenEvent():
+            return _token_outputs(event, answers[event.index])
+        case FinishedEvent() if answers:
+            return _finished_outputs(event, answers)
         case FailedEvent(call_id, error) if not isinstance(error, KVServiceError):
             logger.error("call_failed", extra={"call_id": call_id}, exc_info=error)
             return [FailedEvent(call_id, InternalError("the call failed inside; the worker's log says why"))]
@@ -90,14 +94,23 @@ def call_outputs(event: EngineEvent, answer: AnswerText | None) -> list[CallOutp
             return [event]
 
 
-def _finished_outputs(event: FinishedEvent, answer: AnswerText | None) -> list[CallOutput]:
-    if answer is None:
-        return [event]
-    rest = answer.finish()
-    if answer.stopped and event.finish_reason in (FinishReason.LENGTH, FinishReason.EOS):
-        # The last token completed a stop string.
-        event = replace(event, finish_reasons=(FinishReason.STOP,))
-    return [TextEvent(event.call_id, (), rest), event] if rest else [event]
+def _token_outputs(event: TokenEvent, answer: AnswerText) -> list[CallOutput]:
+    if answer.stopped:
+        return []
+    logprobs = (event.logprobs,) if event.logprobs else ()
+    return [TextEvent(event.call_id, (event.token_id,), answer.push(event.token_id), event.index, logprobs)]
+
+
+def _finished_outputs(event: FinishedEvent, answers: Sequence[AnswerText]) -> list[CallOutput]:
+    outputs: list[CallOutput] = []
+    reasons: list[FinishReason] = []
+    for index, (answer, reason) in enumerate(zip(answers, event.finish_reasons, strict=True)):
+        if rest := answer.finish():
+            outputs.append(TextEvent(event.call_id, (), rest, index))
+        # The last token may have completed a stop string.
+        is_cut = answer.stopped and reason in (FinishReason.LENGTH, FinishReason.EOS)
+        reasons.append(FinishReason.STOP if is_cut else reason)
+    return [*outputs, replace(event, finish_reasons=tuple(reasons))]
 
 
 def is_served(event: EngineEvent) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -189,7 +190,7 @@ class Servicer(WorkerServiceServicer):
     def _submit(self, submit: worker_pb2.Submit, stream: GatewayStream) -> None:
         call_id = stream.internal_id(submit.call_id)
         try:
-            call = convert.engine_call(submit, call_id, self._identity().model)
+            call = convert.engine_call(submit, call_id, self._identity().model, time.monotonic())
         except KVServiceError as error:
             self._engine.refuse(stream, call_id, error)
         else:

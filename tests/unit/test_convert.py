@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from kvservice.internal import convert
 from kvservice.types import (
     FinishReason,
+    Grammar,
+    GrammarKind,
     Headroom,
     KvTelemetry,
     ModelInfo,
@@ -36,6 +38,14 @@ samplings = st.builds(
     max_new_tokens=small,
     stop=st.lists(st.text()).map(tuple),
     ignore_eos=st.booleans(),
+    typical_p=number,
+    repetition_penalty=number,
+    frequency_penalty=number,
+    presence_penalty=number,
+    logit_bias=st.dictionaries(small, number).map(lambda biases: tuple(sorted(biases.items()))),
+    grammar=st.none() | st.builds(Grammar, st.sampled_from(GrammarKind), st.text()),
+    n=small,
+    logprobs=st.none() | st.integers(0, 20),
 )
 headrooms = st.builds(
     Headroom, count, count, count, count, count, count, st.integers(0, 2**31), st.integers(0, 2**31), st.booleans()

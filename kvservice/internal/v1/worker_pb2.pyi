@@ -109,6 +109,8 @@ class Submit(_message.Message):
     GENERATE_FIELD_NUMBER: _builtins.int
     RETAIN_FIELD_NUMBER: _builtins.int
     ON_MISS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    DEADLINE_S_FIELD_NUMBER: _builtins.int
     call_id: _builtins.str
     session_id: _builtins.str
     tenant_tag: _builtins.bytes
@@ -117,6 +119,9 @@ class Submit(_message.Message):
     retain: _builtins.bool
     """Keep the session's KV after the call."""
     on_miss: _common_pb2.OnMiss.ValueType
+    priority: _builtins.int
+    deadline_s: _builtins.float
+    """Seconds that the call has left; 0: as long as it takes."""
     @_builtins.property
     def base_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """All tokens of the session before this call. KV that the worker doesn't hold is computed again."""
@@ -137,10 +142,12 @@ class Submit(_message.Message):
         generate: Global___GenerateWork | None = ...,
         retain: _builtins.bool = ...,
         on_miss: _common_pb2.OnMiss.ValueType = ...,
+        priority: _builtins.int = ...,
+        deadline_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["append", b"append", "generate", b"generate", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["append", b"append", "base_token_ids", b"base_token_ids", "call_id", b"call_id", "generate", b"generate", "on_miss", b"on_miss", "recipe", b"recipe", "retain", b"retain", "session_id", b"session_id", "tenant_tag", b"tenant_tag", "work", b"work"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["append", b"append", "base_token_ids", b"base_token_ids", "call_id", b"call_id", "deadline_s", b"deadline_s", "generate", b"generate", "on_miss", b"on_miss", "priority", b"priority", "recipe", b"recipe", "retain", b"retain", "session_id", b"session_id", "tenant_tag", b"tenant_tag", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_work: _TypeAlias = _typing.Literal["append", "generate"]  # noqa: Y015
     _WhichOneofArgType_work: _TypeAlias = _typing.Literal["work", b"work"]  # noqa: Y015
@@ -499,15 +506,18 @@ Global___Progress: _TypeAlias = Progress  # noqa: Y015
 class Done(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    FINISH_REASON_FIELD_NUMBER: _builtins.int
+    FINISH_REASONS_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     KV_FIELD_NUMBER: _builtins.int
     APPENDED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     PREFILL_MS_FIELD_NUMBER: _builtins.int
     DECODE_MS_FIELD_NUMBER: _builtins.int
-    finish_reason: _common_pb2.FinishReason.ValueType
     prefill_ms: _builtins.float
     decode_ms: _builtins.float
+    @_builtins.property
+    def finish_reasons(self) -> _containers.RepeatedScalarFieldContainer[_common_pb2.FinishReason.ValueType]:
+        """One for each of the call's answers; one if it generates nothing."""
+
     @_builtins.property
     def usage(self) -> _common_pb2.Usage: ...
     @_builtins.property
@@ -519,7 +529,7 @@ class Done(_message.Message):
     def __init__(
         self,
         *,
-        finish_reason: _common_pb2.FinishReason.ValueType = ...,
+        finish_reasons: _abc.Iterable[_common_pb2.FinishReason.ValueType] | None = ...,
         usage: _common_pb2.Usage | None = ...,
         kv: _common_pb2.KvTelemetry | None = ...,
         appended_token_ids: _abc.Iterable[_builtins.int] | None = ...,
@@ -528,7 +538,7 @@ class Done(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv", b"kv", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["appended_token_ids", b"appended_token_ids", "decode_ms", b"decode_ms", "finish_reason", b"finish_reason", "kv", b"kv", "prefill_ms", b"prefill_ms", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["appended_token_ids", b"appended_token_ids", "decode_ms", b"decode_ms", "finish_reasons", b"finish_reasons", "kv", b"kv", "prefill_ms", b"prefill_ms", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,107 @@ def test_an_empty_text_makes_no_documents(folder: str, tmp_path: Path, capsys) -
     (tmp_path / "empty.txt").touch()
     assert run("sessions", "--model", folder, "--text", str(tmp_path / "empty.txt")) == 2
     assert "it is empty" in capsys.readouterr().err
+
+
+PNG = b"\x89PNG\r\n\x1a\n"
+SOAK = (
+    "--sessions",
+    "3",
+    "--doc-tokens",
+    "60-400",
+    "--minutes",
+    "0.03",
+    "--kv-bytes",
+    "32MiB",
+    "--host-bytes",
+    "32MiB",
+)
+
+
+def test_bench_soak_writes_the_promised_names_and_a_picture(folder: str, tmp_path: Path, capsys) -> None:
+    report, picture = tmp_path / "soak.json", tmp_path / "soak.png"
+    files = ("--json", str(report), "--plot", str(picture))
+    assert run("soak", "--model", folder, *SOAK, "--threads", "1", *files) == 0
+    written = json.loads(report.read_text())
+    assert {"sessions", "minutes", "document_tokens", "recipes", "origin", "seed"} <= set(written["config"])
+    assert written["config"]["recipes"] == ["dense", "exact", "recall"]
+    results = written["results"]
+    assert set(results) == {
+        *("seconds", "faults", "left", "checks", "counts", "preemptions", "drift_mib_per_min", "memory"),
+        *("steps", "full_batch_steps", "overhead", "samples"),
+    }
+    assert results["faults"] == []
+    assert {"rss", "anonymous", "other"} == set(results["drift_mib_per_min"])
+    assert results["memory"]["peak_bytes"] <= results["memory"]["bound_bytes"]
+    samples = results["samples"]
+    assert {"time_s", "window_bytes", "host_bytes", "rss_bytes", "free_blocks", "running", "waiting"} <= set(samples)
+    assert len({len(column) for column in samples.values()}) == 1
+    assert results["overhead"]["steps"]["num_steps"] == 60
+    assert picture.read_bytes().startswith(PNG)
+    printed = capsys.readouterr().out
+    assert "bound: the sum" in printed
+    assert "3 sessions that only decode" in printed
+
+
+def test_bench_soak_exits_1_and_says_what_drifted(folder: str, monkeypatch, capsys) -> None:
+    from kvservice.engine import Engine
+    from kvservice.types import SessionId
+
+    release = Engine.release
+
+    def leaking(self: Engine, session_id: SessionId, *more: object, **options: object) -> tuple[int, int]:
+        return (0, 0) if session_id.startswith("session") else release(self, session_id, *more, **options)
+
+    monkeypatch.setattr(Engine, "release", leaking)
+    assert run("soak", "--model", folder, *SOAK, "--recipe", "dense", "--threads", "1") == 1
+    assert "not back at zero after everything was released: window_bytes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["600-500", "0-5", "1-2-3", "many"])
+def test_a_range_that_is_none_is_bad_usage(folder: str, words: str, capsys) -> None:
+    assert run("soak", "--model", folder, "--doc-tokens", words) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_soak_of_a_baseline_is_bad_usage(folder: str, capsys) -> None:
+    assert run("soak", "--model", folder, "--recipe", "recall-oracle") == 2
+    assert "mixed" in capsys.readouterr().err
+
+
+def test_bench_interference_writes_the_promised_names_and_a_picture(folder: str, tmp_path: Path, capsys) -> None:
+    report, picture = tmp_path / "interference.json", tmp_path / "interference.png"
+    load = ("--decoding", "2", "--doc-tokens", "60", "--prefill-tokens", "700", "--rounds", "1", "--threads", "1")
+    files = ("--json", str(report), "--plot", str(picture))
+    sizes = ("--kv-bytes", "32MiB", "--host-bytes", "64MiB")
+    assert run("interference", "--model", folder, *load, *sizes, *files) == 0
+    rows = json.loads(report.read_text())["results"]["rows"]
+    assert [row["case"] for row in rows] == ["alone", "offload", "write_behind", "control"]
+    names = {
+        *("case", "num_intervals", "interval_ms", "to_alone", "to_control", "prefill_tokens_per_s", "written_frames"),
+    }
+    assert all(set(row) == names for row in rows)
+    assert all(set(row["interval_ms"]) == {"p50", "p90", "p99", "max"} for row in rows)
+    # 700 tokens: 16 sinks, a window of at least 256, and 6 groups of 64 that leave it.
+    assert [row["written_frames"] for row in rows] == [0, 0, 6, 0]
+    assert picture.read_bytes().startswith(PNG)
+    printed = capsys.readouterr().out
+    for words in ("alone", "offloaded to host memory", "written to Redis", "of a dense session"):
+        assert words in printed
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+@pytest.mark.parametrize("command", ["soak", "interference"])
+def test_a_file_in_no_folder_is_refused_before_anything_is_measured(
+    folder: str, tmp_path: Path, command: str, option: str, capsys
+) -> None:
+    assert run(command, "--model", folder, option, str(tmp_path / "none" / "file")) == 2
+    assert "there is no folder" in capsys.readouterr().err
+
+
+def test_a_plot_without_matplotlib_says_what_to_install(folder: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.delitem(sys.modules, "kvservice.bench.plots", raising=False)
+    for name in [name for name in sys.modules if name == "matplotlib" or name.startswith("matplotlib.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run("soak", "--model", folder, "--plot", str(tmp_path / "soak.png")) == 2
+    assert "pip install 'kvservice[plots]'" in capsys.readouterr().err

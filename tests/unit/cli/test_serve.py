@@ -132,6 +132,20 @@ def test_chat_streams_answers_about_a_document(kvservice, service: str, document
     assert ran.err.count("first after") == 2
 
 
+def test_chat_holds_answers_to_a_grammar(kvservice, service: str, document: str, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["fox", "dog"]}')
+    arguments = ("chat", "--address", service, "--document", document, "--question", "What jumps?")
+    ran = kvservice(*arguments, "--json-schema", str(schema), "--temperature", "1.5", "--seed", "3")
+    assert ran.out.splitlines()[-1] in ('"fox"', '"dog"')
+    assert kvservice(*arguments, "--regex", "[0-9]{4}").out.splitlines()[-1].isdecimal()
+    wrong = kvservice(*arguments, "--regex", "(")
+    assert wrong.code == 1
+    assert "unclosed group" in wrong.err
+    schema.write_text("{")
+    assert "it isn't JSON" in kvservice(*arguments, "--json-schema", str(schema)).err
+
+
 def test_chat_starts_a_service_of_its_own_and_takes_questions_until_the_input_ends(
     kvservice, model: str, document: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,8 +43,18 @@ OVERLOADED = worker_pb2.Failure(
 
 
 def answer_tokens(seed: int, num_tokens: int) -> list[int]:
-    """What the fake answers."""
+    """What the fake answers; answer `i` of several as if its seed were `i` more."""
     return [ord("a") + (seed + i) % 26 for i in range(num_tokens)]
+
+
+def token_chunk(token_id: int, index: int, sampling: common_pb2.SamplingParams) -> common_pb2.TokenChunk:
+    """One token; the log-probability of each is minus its number."""
+    chunk = common_pb2.TokenChunk(token_ids=[token_id], text=chr(token_id), index=index)
+    if sampling.HasField("logprobs"):
+        logprobs = chunk.logprobs.add()
+        logprobs.chosen.CopyFrom(common_pb2.TokenLogprob(token_id=token_id, logprob=-token_id))
+        logprobs.top.extend(common_pb2.TokenLogprob(token_id=i, logprob=-i) for i in range(sampling.logprobs))
+    return chunk
 
 
 @dataclass
@@ -205,7 +215,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                 await self._go_or_cancel(call)
             if call.cancelled.is_set():
                 break
-            produced.extend(event.tokens.token_ids)
+            if event.tokens.index == 0:
+                produced.extend(event.tokens.token_ids)
             self._event(outgoing, event)
         del self.running[submit.call_id]
         if self.failures:
@@ -231,11 +242,11 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                 for done in (total // 2, total)
             ]
         sampling = submit.generate.sampling
+        answers = [answer_tokens(sampling.seed + index, sampling.max_new_tokens) for index in range(sampling.n)]
         return [
-            worker_pb2.CallEvent(
-                call_id=submit.call_id, tokens=common_pb2.TokenChunk(token_ids=[token_id], text=chr(token_id))
-            )
-            for token_id in answer_tokens(sampling.seed, sampling.max_new_tokens)
+            worker_pb2.CallEvent(call_id=submit.call_id, tokens=token_chunk(token_ids[i], index, sampling))
+            for i in range(sampling.max_new_tokens)
+            for index, token_ids in enumerate(answers)
         ]
 
     def _done(self, call: Running, produced: list[int]) -> worker_pb2.CallEvent:
@@ -247,7 +258,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             if not submit.generate.keep_partial:
                 appended = []
         done = worker_pb2.Done(
-            finish_reason=reason, appended_token_ids=appended if submit.retain else [], prefill_ms=1.5, decode_ms=2.5
+            finish_reasons=[reason] * max(1, submit.generate.sampling.n),
+            appended_token_ids=appended if submit.retain else [],
+            prefill_ms=1.5,
+            decode_ms=2.5,
         )
         done.usage.cached_tokens = len(submit.base_token_ids)
         done.usage.completion_tokens = len(produced)

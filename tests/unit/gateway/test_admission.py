@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
 
 import pytest
 
-from kvservice.errors import BudgetTooSmall, Overloaded, Unavailable
+from kvservice.config.recipes import get_recipe
+from kvservice.errors import BudgetTooSmall, DeadlineExceeded, Overloaded, Unavailable
+from kvservice.gateway.admission import Admission
+from kvservice.gateway.placement import PlacementRequest
 from kvservice.internal.v1 import worker_pb2
 from tests.unit.gateway.conftest import eventually, running
 from tests.unit.gateway.fake_worker import OVERLOADED, ROOMY, FakeWorker
@@ -63,8 +67,46 @@ async def test_calls_in_line_are_served_in_order() -> None:
         await worker.wait_for("submits", 2)
         worker.show(replace(ROOMY, device_free_bytes=2))
         await asyncio.gather(*calls)
-        documents = [bytes(submit.append.token_ids).decode() for submit in worker.submits]
-        assert documents == ["document 0", "document 0", "document 1", "document 2"]
+        assert documents_of(worker) == ["document 0", "document 0", "document 1", "document 2"]
+
+
+async def test_a_call_of_a_higher_priority_goes_to_the_front_of_the_line() -> None:
+    async with running() as service:
+        client, worker = await service.client(), service.worker
+        sessions = [await client.create_session() for _ in range(4)]
+        worker.refusals.extend([OVERLOADED, OVERLOADED])
+        calls = []
+        for position, (session, priority) in enumerate(zip(sessions, (0, -1, 5, 0), strict=True)):
+            append = client.append(session.session_id, f"document {position}", priority=priority)
+            calls.append(asyncio.create_task(append))
+            await waiting(client, position + 1)
+        # The urgent one was tried at once: a worker may make room for it. The others have never asked.
+        assert documents_of(worker) == ["document 0", "document 2"]
+        worker.show(replace(ROOMY, device_free_bytes=1))
+        await asyncio.gather(*calls)
+        assert documents_of(worker)[2:] == ["document 2", "document 0", "document 3", "document 1"]
+
+
+async def test_a_call_whose_deadline_passes_in_line_is_not_submitted() -> None:
+    fleet = FullFleet()
+    admission = Admission(fleet, max_waiting=10, max_wait_s=60.0)
+    request = PlacementRequest("toy", get_recipe("dense"), 1, "", 0)
+    with pytest.raises(DeadlineExceeded, match="before a worker had room"):
+        await admission.admit(request, worker_pb2.Submit(), deadline=time.monotonic())
+    assert fleet.submits == 0
+    assert admission.waiting == 0
+
+
+class FullFleet:
+    version = 0
+    submits = 0
+
+    def views(self):
+        raise AssertionError("nobody is asked")
+
+
+def documents_of(worker) -> list[str]:
+    return [bytes(submit.append.token_ids).decode() for submit in worker.submits]
 
 
 async def test_the_longest_wait_ends_overloaded_with_a_time_to_retry() -> None:

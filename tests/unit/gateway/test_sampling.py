@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvservice.config.limits import Limits
-from kvservice.errors import InvalidRequest, NotImplementedYet
+from kvservice.errors import InvalidRequest
 from kvservice.gateway import convert
-from kvservice.types import SamplingParams
+from kvservice.internal.convert import sampling_to_proto
+from kvservice.types import Grammar, GrammarKind, SamplingParams
 from kvservice.v1 import common_pb2
 
 LIMITS = Limits()
@@ -34,16 +35,26 @@ def test_what_is_set_is_kept_also_when_it_is_zero() -> None:
         ("temperature", [math.nan, -0.1, math.inf, 10.1]),
         ("top_p", [math.nan, -1.0, 0.0, 1.1]),
         ("min_p", [math.nan, -0.1, 1.1]),
-        ("typical_p", [math.nan, -0.5, 0.0]),
-        ("repetition_penalty", [math.nan, 0.0, -1.0]),
-        ("frequency_penalty", [math.nan, math.inf]),
-        ("presence_penalty", [math.nan]),
+        ("typical_p", [math.nan, -0.5, 0.0, 1.1]),
+        ("repetition_penalty", [math.nan, 0.0, -1.0, 10.1]),
+        ("frequency_penalty", [math.nan, math.inf, -2.1, 2.1]),
+        ("presence_penalty", [math.nan, -2.1, 2.1]),
         ("max_new_tokens", [0, 4097]),
-        ("n", [0]),
+        ("n", [0, 9]),
+        ("logprobs", [21]),
+        ("logit_bias", [{3: 100.1}, {3: math.nan}, dict.fromkeys(range(1025), 1.0)]),
+        (
+            "grammar",
+            [
+                common_pb2.Grammar(),
+                common_pb2.Grammar(regex=""),
+                common_pb2.Grammar(json_schema="x" * (16 * 1024 + 1)),
+            ],
+        ),
         ("stop", [["x"] * 9, [""], ["x" * 65], ["€" * 22]]),
     ],
 )
-def test_values_that_no_release_could_accept_are_refused_by_name(name: str, values: list) -> None:
+def test_values_out_of_range_are_refused_by_name(name: str, values: list) -> None:
     for value in values:
         with pytest.raises(InvalidRequest) as caught:
             checked(**{name: value})
@@ -51,27 +62,62 @@ def test_values_that_no_release_could_accept_are_refused_by_name(name: str, valu
         assert f"sampling.{name}" in caught.value.message
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "neutral"),
-    [
-        ("typical_p", 0.9, 1.0),
-        ("repetition_penalty", 1.1, 1.0),
-        ("frequency_penalty", 0.5, 0.0),
-        ("presence_penalty", -0.5, 0.0),
-        ("n", 2, 1),
-        ("logprobs", 5, 0),
-        ("logit_bias", {3: 1.0}, {}),
-        ("grammar", common_pb2.Grammar(regex="a+"), None),
-    ],
-)
-def test_what_this_release_does_not_do_is_refused_by_name_and_neutral_values_pass(
-    name: str, value: object, neutral: object
-) -> None:
-    with pytest.raises(NotImplementedYet) as caught:
-        checked(**{name: value})
-    assert caught.value.field == f"sampling.{name}"
-    if neutral is not None:
-        checked(**{name: neutral})
+def test_every_parameter_reaches_the_worker_as_it_was_sent() -> None:
+    sent = common_pb2.SamplingParams(
+        temperature=0.5,
+        top_k=3,
+        top_p=0.9,
+        min_p=0.1,
+        typical_p=0.8,
+        repetition_penalty=1.1,
+        frequency_penalty=0.5,
+        presence_penalty=-0.5,
+        seed=7,
+        max_new_tokens=9,
+        stop=["x"],
+        logit_bias={9: 1.0, 3: -100.0},
+        grammar=common_pb2.Grammar(regex="a+"),
+        n=2,
+        logprobs=0,
+        ignore_eos=False,
+    )
+    params = convert.sampling(sent, LIMITS, seed=42)
+    assert params.logit_bias == ((3, -100.0), (9, 1.0))
+    assert params.grammar == Grammar(GrammarKind.REGEX, "a+")
+    assert sampling_to_proto(params) == sent
+
+
+def test_no_logprobs_and_zero_of_them_are_different_wishes() -> None:
+    assert checked().logprobs is None
+    assert checked(logprobs=0).logprobs == 0
+
+
+def test_several_answers_need_a_temperature() -> None:
+    assert checked(n=8, temperature=0.1).n == 8
+    with pytest.raises(InvalidRequest, match="all answers are alike"):
+        checked(n=2)
+
+
+def test_an_answer_under_a_grammar_cannot_ignore_its_end() -> None:
+    grammar = common_pb2.Grammar(json_schema="{}")
+    assert checked(grammar=grammar).grammar == Grammar(GrammarKind.JSON_SCHEMA, "{}")
+    with pytest.raises(InvalidRequest, match="ignore_eos"):
+        checked(grammar=grammar, ignore_eos=True)
+
+
+def test_a_bias_on_a_token_that_the_model_does_not_have_is_refused() -> None:
+    params = checked(logit_bias={10: 1.0})
+    convert.check_vocabulary(params, 11)
+    with pytest.raises(InvalidRequest, match="holds 10: the model's token ids are 0 to 9") as caught:
+        convert.check_vocabulary(params, 10)
+    assert caught.value.field == "sampling.logit_bias"
+
+
+@pytest.mark.parametrize("value", [-101, 101])
+def test_a_priority_out_of_range_is_refused(value: int) -> None:
+    assert convert.priority(-100) == -100
+    with pytest.raises(InvalidRequest, match="-100 to 100"):
+        convert.priority(value)
 
 
 @given(st.floats(), st.floats(), st.floats())

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import aclosing
 
+import grpc
 import pytest
 
 from kvservice.client import Finished, SessionState, Started, Tokens
@@ -13,13 +14,12 @@ from kvservice.errors import (
     InvalidRequest,
     LimitExceeded,
     NotFound,
-    NotImplementedYet,
     PromptTooLong,
     Unavailable,
 )
 from kvservice.internal.v1 import worker_pb2
-from kvservice.types import FinishReason, Headroom, PromptFormat, Role, SessionId
-from kvservice.v1 import sessions_pb2
+from kvservice.types import FinishReason, Headroom, PromptFormat, Role, SessionId, TokenLogprob
+from kvservice.v1 import common_pb2, sessions_pb2
 from tests.unit.gateway.conftest import Service, eventually, keys, running
 from tests.unit.gateway.fake_worker import ROOMY, FakeWorker, answer_tokens
 
@@ -51,6 +51,73 @@ async def test_a_document_is_read_and_a_question_answered(service: Service) -> N
     document, question = service.worker.tokenized
     assert (document.role, document.first) == (worker_pb2.TEXT_ROLE_DOCUMENT, True)
     assert (question.role, question.first) == (worker_pb2.TEXT_ROLE_QUESTION, False)
+
+
+async def test_of_several_answers_the_first_joins_the_session_and_the_others_are_told(service: Service) -> None:
+    client = await service.client()
+    session = await client.create_session()
+    answer = await client.ask(session.session_id, "q", n=3, temperature=1.0, seed=0, max_new_tokens=2, logprobs=1)
+    assert (answer.text, [other.text for other in answer.alternatives]) == ("ab", ["bc", "cd"])
+    assert answer.finished.finish_reasons == (FinishReason.LENGTH,) * 3
+    assert answer.alternatives[0].finish_reason is FinishReason.LENGTH
+    [first, second] = answer.alternatives[1].logprobs
+    assert (first.chosen, second.chosen) == (TokenLogprob(ord("c"), -ord("c")), TokenLogprob(ord("d"), -ord("d")))
+    assert first.top == (TokenLogprob(0, 0.0),)
+    assert (await client.get(session.session_id)).num_tokens == 1 + 2
+
+
+async def test_sampling_priority_and_the_time_left_reach_the_worker(service: Service) -> None:
+    client = await service.client()
+    session = await client.create_session()
+    await client.append(session.session_id, "x", priority=-5, timeout_s=30.0)
+    await client.append(session.session_id, "x", detach=True, timeout_s=30.0)
+    schema = {"type": "object"}
+    await client.ask(session.session_id, "q", priority=7, timeout_s=30.0, json_schema=schema, logit_bias={3: 1.5})
+    await client.ask(session.session_id, "q")
+    kept = client.generate(session.session_id, "q", keep_partial=True, timeout_s=30.0)
+    assert [type(event) for event in [event async for event in kept]][-1] is Finished
+    complete = client.complete("q", priority=100, timeout_s=30.0, regex="a+")
+    assert [type(event) for event in [event async for event in complete]][-1] is Finished
+
+    append, detached, ask, patient, keeping, sessionless = service.worker.submits
+    assert [submit.priority for submit in service.worker.submits] == [-5, 0, 7, 0, 0, 100]
+    assert all(20.0 < submit.deadline_s < 31.0 for submit in (append, ask, sessionless))
+    # What outlives the RPC, what has no deadline, and what is to be kept when it passes.
+    assert detached.deadline_s == patient.deadline_s == keeping.deadline_s == 0.0
+    assert ask.generate.sampling.grammar == common_pb2.Grammar(json_schema='{"type": "object"}')
+    assert dict(ask.generate.sampling.logit_bias) == {3: 1.5}
+    assert sessionless.generate.sampling.grammar == common_pb2.Grammar(regex="a+")
+
+
+async def test_what_only_the_model_can_tell_is_refused_too(service: Service) -> None:
+    client = await service.client()
+    session = await client.create_session()
+    with pytest.raises(InvalidRequest, match=r"sampling\.logit_bias holds 256"):
+        await client.ask(session.session_id, "q", logit_bias={256: 1.0})
+    with pytest.raises(InvalidRequest, match="priority=101"):
+        await client.append(session.session_id, "x", priority=101)
+    with pytest.raises(InvalidRequest, match="priority=-101"):
+        await client.ask(session.session_id, "x", priority=-101)
+    assert service.worker.submits == []
+
+
+async def test_several_answers_of_a_failed_call_are_not_resumed(service: Service) -> None:
+    client = await service.client()
+    session = await client.create_session()
+    stub = await service.sessions()
+    request = sessions_pb2.SessionServiceGenerateRequest(
+        session_id=session.session_id, request_id="r", prompt="q", last_sequence=3
+    )
+    request.sampling.n, request.sampling.temperature = 2, 1.0
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        _ = [response async for response in stub.Generate(request)]
+    assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    assert "last_sequence 0" in caught.value.details()
+    request.last_sequence = 0
+    whole = [response.event async for response in stub.Generate(request)]
+    # One that went well is kept as it was.
+    request.last_sequence = 3
+    assert [response.event async for response in stub.Generate(request)] == whole[3:]
 
 
 async def test_chunks_may_split_a_character(service: Service) -> None:
@@ -671,18 +738,16 @@ async def test_answers_are_a_function_of_the_seed(service: Service) -> None:
     assert list(answer.token_ids) == answer_tokens(7, 4)
 
 
-async def test_sampling_that_is_not_implemented_is_named(service: Service) -> None:
+async def test_the_sampling_parameter_at_fault_is_named(service: Service) -> None:
     stub = await service.sessions()
     client = await service.client()
     session = await client.create_session()
     request = sessions_pb2.SessionServiceGenerateRequest(session_id=session.session_id, prompt="q")
     request.sampling.n = 2
-    import grpc
-
     from kvservice.client.errors import error_from_rpc
 
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await anext(aiter(stub.Generate(request)))
     error = error_from_rpc(caught.value, "")
-    assert isinstance(error, NotImplementedYet)
+    assert isinstance(error, InvalidRequest)
     assert error.field == "sampling.n"

@@ -67,6 +67,12 @@ def test_a_regex_allows_what_matches_it_and_ends_there(tokenizer, grammars):
     assert allowed_tokens(matcher) == set(ids_of(tokenizer, "ab")) | tokenizer.eos_token_ids
 
 
+def test_the_end_token_is_accepted_where_more_could_follow(tokenizer, grammars):
+    for end in tokenizer.eos_token_ids:
+        matcher = grammars.compile(regex("a+"))
+        assert follow(matcher, [*ids_of(tokenizer, "aa"), end])
+
+
 def test_where_nothing_may_follow_only_the_end_token_is_allowed(tokenizer, grammars):
     matcher = grammars.compile(regex("yes|no"))
     assert follow(matcher, ids_of(tokenizer, "yes"))

@@ -10,10 +10,11 @@ import grpc
 import pytest
 
 from kvservice.config.worker import WorkerConfig
+from kvservice.internal.convert import sampling_to_proto
 from kvservice.internal.v1 import worker_pb2
 from kvservice.internal.v1.worker_pb2_grpc import WorkerServiceStub
 from kvservice.store.memory import MemoryStateStore
-from kvservice.v1 import common_pb2
+from kvservice.types import SamplingParams
 from kvservice.worker.server import WorkerServer
 from tests.unit.worker.scripted_engine import ScriptedEngine, ToyTokenizer
 
@@ -41,7 +42,7 @@ class GatewaySide:
         """Submits a call that the scripted engine answers with `text`, over and over."""
         work = worker_pb2.GenerateWork(
             prompt_token_ids=[ord(character) for character in text],
-            sampling=common_pb2.SamplingParams(**{"max_new_tokens": len(text), **sampling}),
+            sampling=sampling_to_proto(SamplingParams(**{"max_new_tokens": len(text), **sampling})),
         )
         await self.submit(call_id, generate=work)
 

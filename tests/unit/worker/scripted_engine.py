@@ -23,6 +23,7 @@ from kvservice.types import (
     SessionId,
     TextRole,
     TokenEvent,
+    TokenLogprob,
     Usage,
     WorkerStats,
 )
@@ -75,14 +76,16 @@ class ToyTokenizer:
 @dataclass
 class _Running:
     call: EngineCall
-    generated: list[int] = field(default_factory=list)
-    finish: FinishReason | None = None
+    generated: dict[int, list[int]] = field(default_factory=dict)
+    reasons: dict[int, FinishReason] = field(default_factory=dict)
+    cancelled: bool = False
 
 
 class ScriptedEngine:
     """Answers a call with its own prompt, one token a step, over and over until `max_new_tokens`.
 
-    A prompt token 0 ends the answer (EOS). An Append reports progress, then ends.
+    Answer `i` begins at token `i` of the prompt. A prompt token 0 ends the answer (EOS). An Append reports progress,
+    then ends. The log-probability of token `t` is -1 - t, whatever it is.
     """
 
     def __init__(self) -> None:
@@ -97,8 +100,10 @@ class ScriptedEngine:
         self.call_error: Exception | None = None
         """What running calls fail with."""
         self.headroom_error: Exception | None = None
+        self.check_error: Exception | None = None
+        self.checks = 0
         self.cancelled: list[CallId] = []
-        self.stopped: list[CallId] = []
+        self.stopped: list[tuple[CallId, int]] = []
         self.submitted: list[EngineCall] = []
         self.purged: list[tuple[bytes, SessionId]] = []
         self.closed = False
@@ -114,18 +119,19 @@ class ScriptedEngine:
         if self.refusal is not None:
             raise self.refusal
         self.submitted.append(call)
-        self._running[call.call_id] = _Running(call)
+        num_answers = call.sampling.n if call.sampling is not None else 0
+        self._running[call.call_id] = _Running(call, {index: [] for index in range(num_answers)})
         self.sessions.add(call.session_id)
 
     def cancel(self, call_id: CallId) -> None:
         self._check_thread()
         self.cancelled.append(call_id)
-        self._running[call_id].finish = FinishReason.CANCELLED
+        self._running[call_id].cancelled = True
 
-    def stop(self, call_id: CallId) -> None:
+    def stop(self, call_id: CallId, index: int) -> None:
         self._check_thread()
-        self.stopped.append(call_id)
-        self._running[call_id].finish = FinishReason.STOP
+        self.stopped.append((call_id, index))
+        self._running[call_id].reasons[index] = FinishReason.STOP
 
     def release(self, session_id: SessionId, tenant_tag: bytes, *, purge: bool) -> tuple[int, int]:
         self._check_thread()
@@ -139,7 +145,7 @@ class ScriptedEngine:
         self._check_thread()
         if self.permits is not None:
             self.permits.acquire()
-        if self.step_errors and any(running.finish is None for running in self._running.values()):
+        if self.step_errors and not all(running.cancelled for running in self._running.values()):
             raise self.step_errors.pop(0)
         events: list[EngineEvent] = []
         for running in list(self._running.values()):
@@ -160,6 +166,13 @@ class ScriptedEngine:
     def stats(self) -> WorkerStats:
         return WorkerStats(headroom=self.headroom(), weight_bytes=7, steps=3)
 
+    def check(self) -> None:
+        self._check_thread()
+        assert not self._running, "a running engine was checked"
+        self.checks += 1
+        if self.check_error is not None:
+            raise self.check_error
+
     def close(self) -> None:
         self._check_thread()
         self.closed = True
@@ -169,33 +182,49 @@ class ScriptedEngine:
         if self.call_error is not None:
             del self._running[call_id]
             return [FailedEvent(call_id, self.call_error)]
-        if running.finish is not None:
-            return [self._finish(running, running.finish)]
+        if running.cancelled:
+            return [self._finish(running)]
         if call.sampling is None:
             total = len(call.document_tokens)
-            return [ProgressEvent(call_id, total, total), self._finish(running, FinishReason.LENGTH)]
-        token = call.prompt_tokens[len(running.generated) % len(call.prompt_tokens)]
-        if token == 0:
-            return [self._finish(running, FinishReason.EOS)]
-        running.generated.append(token)
-        events: list[EngineEvent] = [TokenEvent(call_id, token)]
-        if len(running.generated) == call.sampling.max_new_tokens:
-            events.append(self._finish(running, FinishReason.LENGTH))
+            return [ProgressEvent(call_id, total, total), self._finish(running)]
+        events: list[EngineEvent] = []
+        for index, generated in running.generated.items():
+            if index in running.reasons:
+                continue
+            token = call.prompt_tokens[(index + len(generated)) % len(call.prompt_tokens)]
+            if token == 0:
+                running.reasons[index] = FinishReason.EOS
+                continue
+            generated.append(token)
+            events.append(TokenEvent(call_id, token, index, _logprobs(call, token)))
+            if len(generated) == call.sampling.max_new_tokens:
+                running.reasons[index] = FinishReason.LENGTH
+        if len(running.reasons) == call.sampling.n:
+            events.append(self._finish(running))
         return events
 
-    def _finish(self, running: _Running, reason: FinishReason) -> FinishedEvent:
+    def _finish(self, running: _Running) -> FinishedEvent:
         call = running.call
         del self._running[call.call_id]
-        appended = (*call.document_tokens, *call.prompt_tokens, *running.generated)
+        other = FinishReason.CANCELLED if running.cancelled else FinishReason.LENGTH
+        reasons = tuple(running.reasons.get(index, other) for index in running.generated) or (other,)
+        first = running.generated.get(0, [])
         return FinishedEvent(
             call.call_id,
-            (reason,),
-            Usage(len(call.base_tokens), len(call.prompt_tokens), len(running.generated)),
+            reasons,
+            Usage(len(call.base_tokens), len(call.prompt_tokens), sum(map(len, running.generated.values()))),
             KvTelemetry(window_bytes=64),
-            () if reason is FinishReason.CANCELLED else appended,
+            () if running.cancelled else (*call.document_tokens, *call.prompt_tokens, *first),
             prefill_ms=1.5,
             decode_ms=2.5,
         )
 
     def _check_thread(self) -> None:
         assert threading.current_thread() is self.thread, "the engine was touched from another thread"
+
+
+def _logprobs(call: EngineCall, token: int) -> tuple[TokenLogprob, ...]:
+    if call.sampling is None or call.sampling.logprobs is None:
+        return ()
+    likeliest = [TokenLogprob(number, -1.0 - number) for number in range(call.sampling.logprobs)]
+    return (TokenLogprob(token, -1.0 - token), *likeliest)

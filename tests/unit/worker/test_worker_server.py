@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from kvservice.config.recipes import get_recipe
 from kvservice.config.worker import WorkerConfig
 from kvservice.errors import ConfigError, InternalError, ModelError, Overloaded
 from kvservice.internal.v1 import worker_pb2
 from kvservice.internal.v1.worker_pb2_grpc import WorkerServiceStub
 from kvservice.store.memory import MemoryStateStore
+from kvservice.types import CallId, EngineCall, SessionId
 from kvservice.v1 import common_pb2
+from kvservice.worker.loop import EngineLoop
 from kvservice.worker.server import SERVICE_NAME, WorkerServer
 from tests.unit.worker.conftest import GatewaySide
 from tests.unit.worker.scripted_engine import ScriptedEngine, ToyTokenizer
@@ -94,7 +98,7 @@ async def test_a_generate_is_admitted_streamed_and_done(worker):
     assert (admission.call_id, admission.admitted) == ("c1", True)
     text, last = await gateway.answer("c1")
     assert text == "héllo"
-    assert last.done.finish_reason == common_pb2.FINISH_REASON_LENGTH
+    assert last.done.finish_reasons == [common_pb2.FINISH_REASON_LENGTH]
     assert last.done.usage.completion_tokens == 5
     assert last.done.kv.bytes.device_window == 64
     assert "".join(map(chr, last.done.appended_token_ids)) == "héllohéllo"
@@ -161,7 +165,7 @@ async def test_a_stop_string_ends_the_call_in_the_engine_and_cuts_the_text(worke
     await gateway.admission()
     text, last = await gateway.answer("c1")
     assert text == "one "
-    assert last.done.finish_reason == common_pb2.FINISH_REASON_STOP
+    assert last.done.finish_reasons == [common_pb2.FINISH_REASON_STOP]
     assert len(worker.engine.stopped) == 1
 
 
@@ -171,7 +175,7 @@ async def test_a_stop_string_in_the_last_token_turns_the_finish_reason_to_stop(w
     await gateway.admission()
     text, last = await gateway.answer("c1")
     assert text == "one "
-    assert last.done.finish_reason == common_pb2.FINISH_REASON_STOP
+    assert last.done.finish_reasons == [common_pb2.FINISH_REASON_STOP]
     assert worker.engine.stopped == []
 
 
@@ -181,7 +185,60 @@ async def test_text_held_back_for_a_stop_string_comes_before_done(worker):
     await gateway.admission()
     text, last = await gateway.answer("c1")
     assert text == "one EN"
-    assert last.done.finish_reason == common_pb2.FINISH_REASON_LENGTH
+    assert last.done.finish_reasons == [common_pb2.FINISH_REASON_LENGTH]
+
+
+async def test_each_of_several_answers_has_its_own_text_stop_and_reason(worker):
+    gateway = await worker.connect()
+    # Answer i begins at token i: "a.bcd", ".bcda", "bcda.", of which the first stop string ends the first two.
+    await gateway.generate("c1", "a.bcd", max_new_tokens=5, n=3, stop=[".", "xyz"])
+    await gateway.admission()
+    texts, events = {0: "", 1: "", 2: ""}, [event async for event in gateway.events("c1")]
+    for event in events[:-1]:
+        texts[event.tokens.index] += event.tokens.text
+    assert texts == {0: "a", 1: "", 2: "bcda"}
+    assert events[-1].done.finish_reasons == [common_pb2.FINISH_REASON_STOP] * 3
+    # That of the last answer came with its last token, when the engine had ended it.
+    assert [index for _, index in worker.engine.stopped] == [1, 0]
+    assert "".join(map(chr, events[-1].done.appended_token_ids)) == "a.bcda."
+
+
+async def test_text_held_back_of_any_answer_comes_before_done(worker):
+    gateway = await worker.connect()
+    await gateway.generate("c1", "xE", max_new_tokens=2, n=2, stop=["EN"])
+    await gateway.admission()
+    *tokens, last = [event async for event in gateway.events("c1")]
+    assert [(event.tokens.index, event.tokens.text) for event in tokens if event.tokens.text] == [
+        (0, "x"),
+        (1, "Ex"),
+        (0, "E"),
+    ]
+    assert last.done.finish_reasons == [common_pb2.FINISH_REASON_LENGTH] * 2
+
+
+async def test_log_probabilities_come_with_their_token(worker):
+    gateway = await worker.connect()
+    await gateway.generate("c1", "\1\2", logprobs=1)
+    await gateway.admission()
+    *tokens, _ = [event.tokens async for event in gateway.events("c1")]
+    likeliest = common_pb2.TokenLogprob(token_id=0, logprob=-1)
+    assert [list(chunk.logprobs) for chunk in tokens] == [
+        [common_pb2.TokenLogprobs(chosen=common_pb2.TokenLogprob(token_id=token, logprob=-1 - token), top=[likeliest])]
+        for token in (1, 2)
+    ]
+
+
+async def test_priority_and_what_is_left_of_the_time_reach_the_engine(worker):
+    gateway = await worker.connect()
+    append = worker_pb2.AppendWork(token_ids=[1])
+    before = time.monotonic()
+    await gateway.submit("c1", append=append, priority=-3, deadline_s=60.0)
+    await gateway.admission()
+    await gateway.submit("c2", append=append)
+    await gateway.answer("c2")
+    hurried, patient = worker.engine.submitted
+    assert (hurried.priority, patient.priority, patient.deadline) == (-3, 0, None)
+    assert before + 60.0 <= hurried.deadline <= time.monotonic() + 60.0
 
 
 async def test_events_of_two_calls_in_one_step_come_in_one_message(start_worker):
@@ -210,7 +267,7 @@ async def test_a_cancelled_call_ends_as_cancelled(start_worker):
     await gateway.send(cancel=worker_pb2.Cancel(call_id="c1"))
     worker.engine.permits.release(1000)
     _, last = await gateway.answer("c1")
-    assert last.done.finish_reason == common_pb2.FINISH_REASON_CANCELLED
+    assert last.done.finish_reasons == [common_pb2.FINISH_REASON_CANCELLED]
     assert list(last.done.appended_token_ids) == []
 
 
@@ -239,7 +296,7 @@ async def test_when_a_gateway_disconnects_its_calls_are_cancelled_and_others_go_
         await stepping(worker.engine, worker.stub.GetStats(worker_pb2.GetStatsRequest()))
     text, last = await stepping(worker.engine, staying.answer("same-id"))
     assert text == "abcabc"
-    assert last.done.finish_reason == common_pb2.FINISH_REASON_LENGTH
+    assert last.done.finish_reasons == [common_pb2.FINISH_REASON_LENGTH]
     assert len(worker.engine.cancelled) == 1
 
 
@@ -352,6 +409,50 @@ async def test_an_engine_that_fails_three_times_in_a_row_is_given_up(worker, cap
     assert "engine_given_up" in caplog.messages
 
 
+async def test_an_engine_whose_books_are_wrong_when_it_is_idle_is_given_up(worker, caplog):
+    gateway = await worker.connect()
+    worker.engine.check_error = InternalError("3 blocks have no owner")
+    await gateway.generate("c1", "ab")
+    await gateway.admission()
+    assert (await gateway.answer("c1"))[0] == "ab"
+    assert (await gateway.read()).headroom.draining
+    await gateway.generate("c2", "ab")
+    assert (await gateway.admission()).refusal.reason == "unhealthy"
+    assert worker.engine.checks == 1
+    assert {"engine_check_failed", "engine_given_up"} <= set(caplog.messages)
+
+
+async def test_an_engine_is_checked_when_it_becomes_idle_once_a_second_at_most():
+    now, engines = [100.0], []
+
+    def make_engine():
+        engines.append(ScriptedEngine())
+        return engines[0]
+
+    loop = EngineLoop(make_engine, ToyTokenizer(), lambda: None, clock=lambda: now[0])
+    await asyncio.wrap_future(loop.start())
+    told = Told()
+    loop.connect(told)
+
+    async def checks_after_a_call(call_id):
+        loop.submit(told, EngineCall(CallId(call_id), SessionId("s"), get_recipe("dense"), (), (1, 2)))
+        await asyncio.wrap_future(loop.idle())
+        # When this is answered, the loop has been around once more.
+        await asyncio.wrap_future(loop.stats())
+        return engines[0].checks
+
+    assert await checks_after_a_call("c1") == 1
+    assert await checks_after_a_call("c2") == 1
+    now[0] += 1.0
+    assert await checks_after_a_call("c3") == 2
+    await asyncio.wrap_future(loop.stop())
+
+
+class Told:
+    def deliver(self, output, headroom):
+        pass
+
+
 async def test_a_failure_is_told_even_when_the_engine_cannot_say_what_is_left(worker, caplog):
     gateway = await worker.connect()
     worker.engine.permits = threading.Semaphore(0)
@@ -437,7 +538,7 @@ async def test_drain_refuses_new_calls_lets_running_ones_end_and_stops(start_wor
     assert [event.tokens.text for event in message.step.events] == ["a"]
     await gateway.send(cancel=worker_pb2.Cancel(call_id="c1"))
     last = await last_event(worker, gateway)
-    assert last.done.finish_reason == common_pb2.FINISH_REASON_CANCELLED
+    assert last.done.finish_reasons == [common_pb2.FINISH_REASON_CANCELLED]
     await worker.server.wait_stopped()
     assert worker.engine.closed
     assert await worker.store.list_workers() == []

@@ -9,12 +9,13 @@ from kvservice.config.engine import EngineConfig
 from kvservice.config.worker import WorkerConfig
 from kvservice.engine import Engine
 from kvservice.engine.ports import NoWriter
+from kvservice.internal.convert import sampling_to_proto
 from kvservice.internal.v1 import worker_pb2
 from kvservice.internal.v1.worker_pb2_grpc import WorkerServiceStub
 from kvservice.models.tiny import tiny_model, write_tiny_checkpoint
 from kvservice.models.tokenizer import Tokenizer
 from kvservice.store.memory import MemoryStateStore
-from kvservice.v1 import common_pb2
+from kvservice.types import SamplingParams
 from kvservice.worker.server import WorkerServer
 from tests.unit.worker.conftest import GatewaySide
 
@@ -55,7 +56,8 @@ async def test_a_document_is_read_and_questions_about_it_are_answered_from_held_
     assert progress[-1].progress.done_tokens == len(document)
     assert list(read.done.appended_token_ids) == document
 
-    work = worker_pb2.GenerateWork(prompt_token_ids=question, sampling=common_pb2.SamplingParams(max_new_tokens=8))
+    sampling = sampling_to_proto(SamplingParams(max_new_tokens=8))
+    work = worker_pb2.GenerateWork(prompt_token_ids=question, sampling=sampling)
     await gateway.submit("ask", session_id="s", recipe=recipe, base_token_ids=document, generate=work)
     assert (await gateway.admission()).admitted
     events = [event async for event in gateway.events("ask")]

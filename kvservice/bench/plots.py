@@ -1,0 +1,136 @@
+"""Figures of measurements, as PNG files. The only importer of matplotlib, which is an extra.
+
+No global state and no windows: figures are made, saved and dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from kvservice.bench.soak import MemoryTerms, Sample
+from kvservice.errors import ConfigError
+
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+except ModuleNotFoundError as error:
+    raise ConfigError("--plot needs matplotlib: pip install 'kvservice[plots]'") from error
+
+MIB = 1 << 20
+DPI = 120
+
+OWNERS = {
+    "workspace_bytes": ("prefill workspace", "#9aa0a6"),
+    "window_bytes": ("sinks and windows, dense KV", "#3b6fb6"),
+    "index_bytes": ("recall indexes", "#e0a030"),
+    "slot_bytes": ("recall slots", "#5fa55a"),
+}
+PREEMPTIONS = {
+    "swapped_out": ("running, swapped out", "#c0392b"),
+    "forgotten": ("running, to be recomputed", "#7d3c98"),
+    "idle_swapped_out": ("idle, swapped out", "#e08a7e"),
+    "idle_dropped": ("idle, dropped", "#8a8a8a"),
+}
+BEFORE = "#222222"
+LINES = ("#3b6fb6", "#c0392b", "#e0a030", "#5fa55a", "#7d3c98")
+
+
+def plot_soak(path: Path, samples: Sequence[Sample], kv_bytes: int, memory: MemoryTerms, title: str) -> None:
+    """Arena by owner, who made room, host tier and process memory, over time.
+
+    Raises:
+        ConfigError: the file can't be written.
+    """
+    figure = Figure(figsize=(11, 10), layout="constrained")
+    arena, room, host, process = figure.subplots(4, 1, sharex=True, gridspec_kw={"height_ratios": (3.2, 1.1, 1.8, 2.2)})
+    minutes = [sample.time_s / 60 for sample in samples]
+    figure.suptitle(title, fontsize=12)
+    arena.stackplot(
+        minutes,
+        [_mib(samples, name) for name in OWNERS],
+        labels=[label for label, _ in OWNERS.values()],
+        colors=[color for _, color in OWNERS.values()],
+        linewidth=0,
+    )
+    reserved = [(sample.device_reserved_bytes + sample.workspace_bytes) / MIB for sample in samples]
+    arena.plot(minutes, reserved, color=BEFORE, linewidth=1.0, label="promised")
+    arena.axhline(kv_bytes / MIB, color=BEFORE, linestyle="--", linewidth=1.0, label="--kv-bytes")
+    arena.set_ylabel("arena, MiB")
+    _plot_preemptions(room, minutes, samples)
+    host.plot(minutes, _mib(samples, "host_bytes"), color="#3b6fb6", label="in use")
+    host.plot(minutes, _mib(samples, "host_reserved_bytes"), color=BEFORE, linewidth=1.0, label="promised")
+    host.set_ylabel("host tier, MiB")
+    process.plot(minutes, _mib(samples, "rss_bytes"), color="#9aa0a6", label="resident")
+    process.plot(minutes, _mib(samples, "anonymous_bytes"), color="#c0392b", label="of that anonymous")
+    process.axhline(memory.bound_bytes / MIB, color=BEFORE, linestyle="--", linewidth=1.0, label="bound of anonymous")
+    process.set_ylabel("process, MiB")
+    process.set_xlabel("minutes")
+    for axes in (arena, host, process):
+        axes.set_ylim(bottom=0)
+        axes.margins(x=0.01)
+        _beside(axes)
+    _save(figure, path)
+
+
+def plot_intervals(path: Path, intervals: Mapping[str, Sequence[float]], limit_ms: float, title: str) -> None:
+    """What part of the inter-token intervals is longer than so many milliseconds, one line a case.
+
+    Args:
+        path: of the PNG.
+        intervals: seconds, by the name of the case.
+        limit_ms: drawn as a line: the bar that the 99th percentile is to stay below.
+        title: of the figure.
+
+    Raises:
+        ConfigError: the file can't be written.
+    """
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    for (name, seconds), color in zip(intervals.items(), LINES, strict=False):
+        ordered = sorted(second * 1e3 for second in seconds)
+        beyond = [1 - index / len(ordered) for index in range(len(ordered))]
+        axes.step(ordered, beyond, where="pre", color=color, label=name)
+    axes.axhline(0.01, color="#9aa0a6", linewidth=0.8)
+    axes.text(1.0, 0.01, "p99 ", transform=axes.get_yaxis_transform(), ha="right", va="bottom", color="#666666")
+    axes.axvline(limit_ms, color=BEFORE, linestyle="--", linewidth=1.0, label=f"1.3 x p99 alone: {limit_ms:.0f} ms")
+    axes.set_yscale("log")
+    axes.set_xlabel("time between two tokens of a session, ms")
+    axes.set_ylabel("part of the intervals that are longer")
+    axes.set_title(title)
+    axes.grid(visible=True, color="#eeeeee")
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def _plot_preemptions(axes: Axes, minutes: Sequence[float], samples: Sequence[Sample]) -> None:
+    """A row of marks for each kind; each mark is a second in which it happened."""
+    for row, (name, (label, color)) in enumerate(PREEMPTIONS.items()):
+        counts = [0, *(getattr(sample, name) for sample in samples)]
+        times = [minute for minute, old, new in zip(minutes, counts, counts[1:], strict=False) if new > old]
+        axes.plot(times, [row] * len(times), "|", color=color, markersize=9, markeredgewidth=1.4)
+        axes.text(1.01, row, f"{label}: {counts[-1]}", transform=axes.get_yaxis_transform(), va="center", fontsize=9)
+    axes.set_ylim(len(PREEMPTIONS) - 0.5, -0.5)
+    axes.set_yticks([])
+    axes.set_ylabel("made room")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _mib(samples: Sequence[Sample], name: str) -> list[float]:
+    return [getattr(sample, name) / MIB for sample in samples]
+
+
+def _beside(axes: Axes) -> None:
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
+    axes.grid(visible=True, axis="y", color="#eeeeee")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    try:
+        figure.savefig(path, dpi=DPI, format="png")
+    except OSError as error:
+        raise ConfigError(f"--plot {path}: can't be written: {error.strerror}") from error
