@@ -14,7 +14,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 SOURCES = Path("kvservice/kernels/cpu/src")
-COMMON = ["abi.cpp", "features.cpp", "threads.cpp"]
+COMMON = ["abi.cpp", "isa.cpp", "threads.cpp"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"]
 UNITS = {
     "isa_avx2.cpp": ["-mavx2", "-mfma"],

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <mutex>
 
-#include "features.h"
+#include "isa.h"
 #include "kernels.h"
 #include "packing.h"
 #include "parallel.h"

@@ -62,7 +62,14 @@ void complete_last_block(Tile<T>& tile, int head_dim, T* spare) {
   tile.values[last] = copies[1];
 }
 
-// Running softmax of `rows` rows: sums of values and of weights, both divided by e^peak.
+template <class T>
+void prefetch(const T* from, int64_t count) {
+  const char* bytes = reinterpret_cast<const char*>(from);
+  for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(T)); i += 64) _mm_prefetch(bytes + i, _MM_HINT_T0);
+}
+
+// Running softmax of `rows` rows: sums of values and of weights, both divided by 2^peak. Scores are kept times log2(e),
+// so that powers of two do.
 struct State {
   float* sums;  // [rows][stride]
   float* peak;
@@ -95,7 +102,7 @@ struct State {
   void merge(const State& other, int rows) {
     for (int r = 0; r < rows; ++r) {
       const float highest = peak[r] > other.peak[r] ? peak[r] : other.peak[r];
-      const Vec mine = exp(broadcast(peak[r] - highest)), theirs = exp(broadcast(other.peak[r] - highest));
+      const Vec mine = exp2(broadcast(peak[r] - highest)), theirs = exp2(broadcast(other.peak[r] - highest));
       float* to = sums + r * stride;
       const float* from = other.sums + r * stride;
       for (int i = 0; i < stride; i += Vec::width) store(to + i, fma(load(to + i), mine, load(from + i) * theirs));
@@ -132,7 +139,7 @@ struct HeadRows {
         const int n = smaller(Vec::width, layer.head_dim - i);
         store_n(out + i, load_n(sums + i, n) * factor, n);
       }
-      if (step.lse) step.lse[head(row)] = mass > 0 ? state.peak[row] + std::log(mass) : -INFINITY;
+      if (step.lse) step.lse[head(row)] = mass > 0 ? state.peak[row] * kLn2 + std::log(mass) : -INFINITY;
     }
   }
 };
@@ -176,6 +183,19 @@ class PagedTokens {
     return tile;
   }
 
+  // Where a tile's blocks start, for prefetching; `blocks` has room for those of keys and values.
+  int block_starts(int index, int kv_head, int tokens, const T** blocks) const {
+    const int first = first_token(index) / kBlockTokens;
+    const int count = static_cast<int>(divide_up(smaller(tokens, first_token(index + 1)), kBlockTokens)) - first;
+    for (int b = 0; b < count; ++b) {
+      for (int kind = 0; kind < 2; ++kind) {
+        const int64_t block = row(kind, kv_head)[first + b];
+        blocks[2 * b + kind] = arena_ + block * kBlockTokens * layer_.head_dim;
+      }
+    }
+    return 2 * count;
+  }
+
  private:
   const int32_t* row(int kind, int kv_head) const {
     return sequence_.table + ((layer_idx_ * 2 + kind) * layer_.num_kv + kv_head) * sequence_.table_stride;
@@ -213,6 +233,9 @@ class PartTokens {
     complete_last_block(tile, layer_.head_dim, spare);
     return tile;
   }
+
+  // Contiguous tokens are what the processor prefetches by itself.
+  int block_starts(int, int, int, const T**) const { return 0; }
 
  private:
   const KvLayer& layer_;
@@ -324,12 +347,12 @@ class Attender {
       for (; tile < num_tiles && tokens.split_of(tile) == split; ++tile) {
         if (is_wanted) fold_tile(tokens, item, tile, seen);
       }
-      if (is_wanted) total_.merge(part_, padded(rows));
+      if (is_wanted) total_.merge(part_, rows);
     }
     if (item.split == kAllSplits) {
       heads.finish(total_, rows);
     } else {
-      State(kept, padded(rows), layer_.head_dim).copy(total_, padded(rows));
+      State(kept, padded(rows), layer_.head_dim).copy(total_, rows);
     }
   }
 
@@ -342,6 +365,12 @@ class Attender {
 
   void fold_tile(const Tokens& tokens, const Item& item, int index, int seen) {
     const Tile<T> tile = tokens.tile(index, item.kv_head, seen, spare_);
+    // Blocks lie anywhere in the arena, so the processor can't guess where the next tile is.
+    const T* next[2 * kTileBlocks];
+    if (index + 1 < Tokens::num_tiles(seen)) {
+      const int count = tokens.block_starts(index + 1, item.kv_head, seen, next);
+      for (int b = 0; b < count; ++b) prefetch(next[b], kBlockTokens * layer_.head_dim);
+    }
     fold_.fold(tile, Tokens::first_token(index), visible_, part_);
   }
 

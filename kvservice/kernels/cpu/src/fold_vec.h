@@ -17,7 +17,7 @@ class VecFold {
   }
 
   VecFold(int head_dim, int padded_rows, float scale, char* memory)
-      : head_dim_(head_dim), stride_(round_up(head_dim, 16)), scale_(scale) {
+      : head_dim_(head_dim), stride_(round_up(head_dim, 16)), scale_(scale * kLog2E) {
     queries_ = reinterpret_cast<float*>(memory);
     keys_ = queries_ + padded_rows * stride_;
     values_ = keys_ + kTileTokens * stride_;
@@ -90,12 +90,12 @@ class VecFold {
     const float peak = before > tile_peak ? before : tile_peak;
     Vec mass = zero();
     for (int t = 0; t < num_tokens; t += Vec::width) {
-      const Vec weight = exp(load(weights + t) - broadcast(peak));
+      const Vec weight = exp2(load(weights + t) - broadcast(peak));
       mass = mass + weight;
       store(weights + t, weight);
     }
     float factor[Vec::width];
-    store(factor, exp(broadcast(before - peak)));
+    store(factor, exp2(broadcast(before - peak)));
     state.peak[row] = peak;
     state.mass[row] = state.mass[row] * factor[0] + sum_of_lanes(mass);
     return factor[0];
