@@ -42,7 +42,7 @@ class BuildKernels(build_ext):
         """A plain shared library: Python loads it with ctypes."""
         return str(Path(*fullname.split("."))) + ".so"
 
-    def get_export_symbols(self, ext: Extension) -> list[str]:
+    def get_export_symbols(self, _ext: Extension) -> list[str]:
         """No PyInit function."""
         return []
 

@@ -9,6 +9,8 @@
 // A row is a query in one query head; the rows of a KV head's group run together: row = query * group + head in group.
 #pragma once
 
+#include <immintrin.h>
+
 #include <cmath>
 
 #include "parallel.h"
@@ -62,11 +64,32 @@ void complete_last_block(Tile<T>& tile, int head_dim, T* spare) {
   tile.values[last] = copies[1];
 }
 
-template <class T>
-void prefetch(const T* from, int64_t count) {
-  const char* bytes = reinterpret_cast<const char*>(from);
-  for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(T)); i += 64) _mm_prefetch(bytes + i, _MM_HINT_T0);
-}
+// Fetches the next tile's blocks into the cache bit by bit, between the work on this one: blocks lie anywhere in the
+// arena, so the processor can't guess where, and only so many cache lines can be under way at a time.
+class Ahead {
+ public:
+  Ahead() = default;
+  explicit Ahead(int64_t block_bytes) : lines_per_block_(static_cast<int>(block_bytes / 64)) {}
+
+  void add(const void* block) { blocks_[num_blocks_++] = static_cast<const char*>(block); }
+
+  void fetch(int num_lines) {
+    for (; num_lines > 0 && block_ < num_blocks_; --num_lines) {
+      _mm_prefetch(blocks_[block_] + line_ * 64, _MM_HINT_T0);
+      if (++line_ == lines_per_block_) {
+        line_ = 0;
+        ++block_;
+      }
+    }
+  }
+
+ private:
+  const char* blocks_[2 * kTileBlocks] = {};
+  int lines_per_block_ = 0;
+  unsigned num_blocks_ = 0;
+  unsigned block_ = 0;
+  int line_ = 0;
+};
 
 // Running softmax of `rows` rows: sums of values and of weights, both divided by 2^peak. Scores are kept times log2(e),
 // so that powers of two do.
@@ -183,17 +206,17 @@ class PagedTokens {
     return tile;
   }
 
-  // Where a tile's blocks start, for prefetching; `blocks` has room for those of keys and values.
-  int block_starts(int index, int kv_head, int tokens, const T** blocks) const {
+  // What of a tile is worth fetching ahead.
+  Ahead ahead(int index, int kv_head, int tokens) const {
+    Ahead ahead(kBlockTokens * layer_.head_dim * static_cast<int64_t>(sizeof(T)));
     const int first = first_token(index) / kBlockTokens;
-    const int count = static_cast<int>(divide_up(smaller(tokens, first_token(index + 1)), kBlockTokens)) - first;
-    for (int b = 0; b < count; ++b) {
-      for (int kind = 0; kind < 2; ++kind) {
-        const int64_t block = row(kind, kv_head)[first + b];
-        blocks[2 * b + kind] = arena_ + block * kBlockTokens * layer_.head_dim;
+    const int last = static_cast<int>(divide_up(smaller(tokens, first_token(index + 1)), kBlockTokens));
+    for (int kind = 1; kind >= 0; --kind) {
+      for (int b = first; b < last; ++b) {
+        ahead.add(arena_ + row(kind, kv_head)[b] * static_cast<int64_t>(kBlockTokens) * layer_.head_dim);
       }
     }
-    return 2 * count;
+    return ahead;
   }
 
  private:
@@ -234,8 +257,8 @@ class PartTokens {
     return tile;
   }
 
-  // Contiguous tokens are what the processor prefetches by itself.
-  int block_starts(int, int, int, const T**) const { return 0; }
+  // Nothing: the processor itself runs ahead in contiguous memory.
+  Ahead ahead(int, int, int) const { return Ahead(); }
 
  private:
   const KvLayer& layer_;
@@ -365,13 +388,9 @@ class Attender {
 
   void fold_tile(const Tokens& tokens, const Item& item, int index, int seen) {
     const Tile<T> tile = tokens.tile(index, item.kv_head, seen, spare_);
-    // Blocks lie anywhere in the arena, so the processor can't guess where the next tile is.
-    const T* next[2 * kTileBlocks];
-    if (index + 1 < Tokens::num_tiles(seen)) {
-      const int count = tokens.block_starts(index + 1, item.kv_head, seen, next);
-      for (int b = 0; b < count; ++b) prefetch(next[b], kBlockTokens * layer_.head_dim);
-    }
-    fold_.fold(tile, Tokens::first_token(index), visible_, part_);
+    Ahead ahead;
+    if (index + 1 < Tokens::num_tiles(seen)) ahead = tokens.ahead(index + 1, item.kv_head, seen);
+    fold_.fold(tile, Tokens::first_token(index), visible_, ahead, part_);
   }
 
   const KvLayer& layer_;

@@ -136,7 +136,7 @@ class AmxFold {
     return padded_rows * head_dim * 2 + kTileTokens * head_dim * 2 + kTileTokens * 16 * 4 + kTileTokens * 16 * 2;
   }
 
-  AmxFold(int head_dim, int padded_rows, float scale, char* memory) : head_dim_(head_dim), scale_(scale * kLog2E) {
+  AmxFold(int head_dim, int padded_rows, float scale, char* memory) : head_dim_(head_dim), scale_(scale * kLog2E), lines_at_once_(head_dim / 16) {
     queries_ = reinterpret_cast<bf16*>(memory);
     values_ = queries_ + padded_rows * head_dim;
     scores_ = reinterpret_cast<float*>(values_ + kTileTokens * head_dim);
@@ -162,14 +162,14 @@ class AmxFold {
   }
 
   // Row r sees tokens [0, visible[r]) of those that the tile's first is number `first` of.
-  void fold(const Tile<bf16>& tile, int first, const int32_t* visible, State& state) {
-    interleave_values(tile);
+  void fold(const Tile<bf16>& tile, int first, const int32_t* visible, Ahead& ahead, State& state) {
+    interleave_values(tile, ahead);
     if (rows_ <= 4) {
-      fold_rows<4>(tile, first, visible, 0, state);
+      fold_rows<4>(tile, first, visible, 0, ahead, state);
       return;
     }
     for (int row_tile = 0; row_tile * 16 < rows_; ++row_tile) {
-      if (visible[row_tile * 16 + 15] > first) fold_rows<16>(tile, first, visible, row_tile, state);
+      if (visible[row_tile * 16 + 15] > first) fold_rows<16>(tile, first, visible, row_tile, ahead, state);
     }
   }
 
@@ -190,7 +190,7 @@ class AmxFold {
   // Right operand of 32 tokens and 16 numbers of d: [16 pairs of tokens][16][2].
   bf16* value_tile(int half, int d) const { return values_ + (half * (head_dim_ / 16) + d / 16) * kTileElements; }
 
-  void interleave_values(const Tile<bf16>& tile) const {
+  void interleave_values(const Tile<bf16>& tile, Ahead& ahead) const {
     const __m512i first_half = half_word_order([](int i) { return i / 2 + i % 2 * 32; });
     const __m512i last_half = half_word_order([](int i) { return i / 2 + 16 + i % 2 * 32; });
     const int num_blocks = tile.num_blocks();
@@ -198,6 +198,7 @@ class AmxFold {
       for (int t = 0; t < kBlockTokens; t += 2) {
         const bf16* even = tile.values[b] + t * tile.stride;
         bf16* to = value_tile(b / 2, 0) + (b % 2 * 8 + t / 2) * 32;
+        ahead.fetch(lines_at_once_);
         for (int d = 0; d < head_dim_; d += 32, to += 2 * kTileElements) {
           const __m512i x = _mm512_loadu_si512(even + d), y = _mm512_loadu_si512(even + tile.stride + d);
           _mm512_store_si512(to, _mm512_permutex2var_epi16(x, first_half, y));
@@ -212,12 +213,19 @@ class AmxFold {
   }
 
   template <int Rows>
-  void fold_rows(const Tile<bf16>& tile, int first, const int32_t* visible, int row_tile, State& state) const {
+  void fold_rows(const Tile<bf16>& tile, int first, const int32_t* visible, int row_tile, Ahead& ahead,
+                 State& state) const {
     const int num_tokens = tile.num_blocks() * kBlockTokens;
-    for (int b = 0; b < tile.num_blocks(); b += 2) score<Rows>(tile, b, row_tile);
-    weigh<Rows>(num_tokens, first, visible + row_tile * 16, row_tile, state);
+    for (int b = 0; b < tile.num_blocks(); b += 2) {
+      ahead.fetch(4 * lines_at_once_);
+      score<Rows>(tile, b, row_tile);
+    }
+    weigh<Rows>(num_tokens, first, visible + row_tile * 16, row_tile, ahead, state);
     float* sums = state.sums + row_tile * 16 * state.stride;
-    for (int d = 0; d < head_dim_; d += 32) add_values(num_tokens > 32, d, sums + d, state.stride * 4);
+    for (int d = 0; d < head_dim_; d += 32) {
+      ahead.fetch(16);
+      add_values(num_tokens > 32, d, sums + d, state.stride * 4);
+    }
   }
 
   // Two blocks' scores, [token][Rows].
@@ -242,7 +250,7 @@ class AmxFold {
 
   // Scores to weights, as left operands [half][Rows][32 tokens]; shrinks the rows' earlier sums.
   template <int Rows>
-  void weigh(int num_tokens, int first, const int32_t* visible, int row_tile, State& state) const {
+  void weigh(int num_tokens, int first, const int32_t* visible, int row_tile, Ahead& ahead, State& state) const {
     using In = Lanes<Rows>;
     constexpr int kAtOnce = 16;  // tokens, a block's
     constexpr int kVectors = kAtOnce / In::tokens;
@@ -268,6 +276,7 @@ class AmxFold {
       In::to_operand(
           [&](int v) {
             if (v >= num_vectors) return zero();
+            if (In::tokens > 1) ahead.fetch(lines_at_once_);
             const Vec weight = rough_exp2(fma(load(scores + v * 16), scale, below));
             Vec& sum = mass[In::tokens == 1 ? v % 4 : 0];
             sum = sum + weight;
@@ -319,6 +328,7 @@ class AmxFold {
 
   int head_dim_;
   float scale_;
+  int lines_at_once_;  // fetched ahead: a part of a tile's 4 * head_dim
   int rows_ = 0;
   bf16* queries_;
   bf16* values_;

@@ -31,12 +31,13 @@ class VecFold {
   }
 
   // Row r sees tokens [0, visible[r]) of those that the tile's first is number `first` of.
-  void fold(const Tile<T>& tile, int first, const int32_t* visible, State& state) {
+  void fold(const Tile<T>& tile, int first, const int32_t* visible, Ahead& ahead, State& state) {
     const int num_tokens = tile.num_blocks() * kBlockTokens;
     for (int t = 0; t < num_tokens; ++t) {
       const int64_t offset = t % kBlockTokens * tile.stride;
       widen_row(tile.keys[t / kBlockTokens] + offset, keys_ + t * stride_);
       widen_row(tile.values[t / kBlockTokens] + offset, values_ + t * stride_);
+      ahead.fetch(static_cast<int>(2 * head_dim_ * sizeof(T) / 64 + 1));
     }
     int row = 0;
     for (; row + kRowsTogether <= rows_; row += kRowsTogether) fold_rows<kRowsTogether>(row, num_tokens, first, visible, state);
