@@ -14,7 +14,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 SOURCES = Path("kvservice/kernels/cpu/src")
-COMMON = ["abi.cpp", "features.cpp", "threads.cpp"]
+COMMON = ["abi.cpp", "isa.cpp", "threads.cpp"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"]
 UNITS = {
     "isa_avx2.cpp": ["-mavx2", "-mfma"],
@@ -42,7 +42,7 @@ class BuildKernels(build_ext):
         """A plain shared library: Python loads it with ctypes."""
         return str(Path(*fullname.split("."))) + ".so"
 
-    def get_export_symbols(self, ext: Extension) -> list[str]:
+    def get_export_symbols(self, _ext: Extension) -> list[str]:
         """No PyInit function."""
         return []
 

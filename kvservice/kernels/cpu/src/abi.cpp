@@ -1,11 +1,13 @@
 // The exported functions: one call at a time, by the kernels that this machine runs best.
 #include "abi.h"
 
+#include <sys/mman.h>
+
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
 
-#include "features.h"
+#include "isa.h"
 #include "kernels.h"
 #include "packing.h"
 #include "parallel.h"
@@ -115,6 +117,15 @@ void kv_set_threads(int32_t num_threads) {
 }
 
 void kv_set_waiting(int32_t spin_turns, int32_t yield_turns) { kv::set_waiting(spin_turns, yield_turns); }
+
+void kv_advise_huge(void* memory, int64_t bytes) {
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const auto address = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (address + bytes) / kHugePage * kHugePage;
+  // Only advice: a system without such pages stays as it is.
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
 
 int64_t kv_packed_bytes(int32_t out, int32_t in, int32_t dtype, int32_t is_gated) {
   const kv::PackedShape shape(out, in, is_gated != 0);

@@ -91,6 +91,9 @@ void kv_set_threads(int32_t num_threads);
 // How long idle threads wait for the next call: turns of spinning, then turns of yielding, then they sleep.
 void kv_set_waiting(int32_t spin_turns, int32_t yield_turns);
 
+// Asks the system to back memory by 2 MiB pages where whole ones fit. Reading scattered blocks needs them.
+void kv_advise_huge(void* memory, int64_t bytes);
+
 int64_t kv_packed_bytes(int32_t out, int32_t in, int32_t dtype, int32_t is_gated);
 // weight: [out, in], or [2 * out, in] when gated.
 void kv_pack(const void* weight, int32_t out, int32_t in, int32_t dtype, int32_t is_gated, void* packed);

@@ -9,6 +9,8 @@
 // A row is a query in one query head; the rows of a KV head's group run together: row = query * group + head in group.
 #pragma once
 
+#include <immintrin.h>
+
 #include <cmath>
 
 #include "parallel.h"
@@ -62,7 +64,35 @@ void complete_last_block(Tile<T>& tile, int head_dim, T* spare) {
   tile.values[last] = copies[1];
 }
 
-// Running softmax of `rows` rows: sums of values and of weights, both divided by e^peak.
+// Fetches the next tile's blocks into the cache bit by bit, between the work on this one: blocks lie anywhere in the
+// arena, so the processor can't guess where, and only so many cache lines can be under way at a time.
+class Ahead {
+ public:
+  Ahead() = default;
+  explicit Ahead(int64_t block_bytes) : lines_per_block_(static_cast<int>(block_bytes / 64)) {}
+
+  void add(const void* block) { blocks_[num_blocks_++] = static_cast<const char*>(block); }
+
+  void fetch(int num_lines) {
+    for (; num_lines > 0 && block_ < num_blocks_; --num_lines) {
+      _mm_prefetch(blocks_[block_] + line_ * 64, _MM_HINT_T0);
+      if (++line_ == lines_per_block_) {
+        line_ = 0;
+        ++block_;
+      }
+    }
+  }
+
+ private:
+  const char* blocks_[2 * kTileBlocks] = {};
+  int lines_per_block_ = 0;
+  unsigned num_blocks_ = 0;
+  unsigned block_ = 0;
+  int line_ = 0;
+};
+
+// Running softmax of `rows` rows: sums of values and of weights, both divided by 2^peak. Scores are kept times log2(e),
+// so that powers of two do.
 struct State {
   float* sums;  // [rows][stride]
   float* peak;
@@ -95,7 +125,7 @@ struct State {
   void merge(const State& other, int rows) {
     for (int r = 0; r < rows; ++r) {
       const float highest = peak[r] > other.peak[r] ? peak[r] : other.peak[r];
-      const Vec mine = exp(broadcast(peak[r] - highest)), theirs = exp(broadcast(other.peak[r] - highest));
+      const Vec mine = exp2(broadcast(peak[r] - highest)), theirs = exp2(broadcast(other.peak[r] - highest));
       float* to = sums + r * stride;
       const float* from = other.sums + r * stride;
       for (int i = 0; i < stride; i += Vec::width) store(to + i, fma(load(to + i), mine, load(from + i) * theirs));
@@ -132,7 +162,7 @@ struct HeadRows {
         const int n = smaller(Vec::width, layer.head_dim - i);
         store_n(out + i, load_n(sums + i, n) * factor, n);
       }
-      if (step.lse) step.lse[head(row)] = mass > 0 ? state.peak[row] + std::log(mass) : -INFINITY;
+      if (step.lse) step.lse[head(row)] = mass > 0 ? state.peak[row] * kLn2 + std::log(mass) : -INFINITY;
     }
   }
 };
@@ -176,6 +206,19 @@ class PagedTokens {
     }
     complete_last_block(tile, layer_.head_dim, spare);
     return tile;
+  }
+
+  // What of a tile is worth fetching ahead.
+  Ahead ahead(int index, int kv_head, int tokens) const {
+    Ahead ahead(kBlockTokens * layer_.head_dim * static_cast<int64_t>(sizeof(T)));
+    const int first = first_token(index) / kBlockTokens;
+    const int last = static_cast<int>(divide_up(smaller(tokens, first_token(index + 1)), kBlockTokens));
+    for (int kind = 1; kind >= 0; --kind) {
+      for (int b = first; b < last; ++b) {
+        ahead.add(arena_ + row(kind, kv_head)[b] * static_cast<int64_t>(kBlockTokens) * layer_.head_dim);
+      }
+    }
+    return ahead;
   }
 
  private:
@@ -230,6 +273,9 @@ class PartTokens {
     complete_last_block(tile, layer_.head_dim, spare);
     return tile;
   }
+
+  // Nothing: the processor itself runs ahead in contiguous memory.
+  Ahead ahead(int, int, int) const { return Ahead(); }
 
  private:
   const KvLayer& layer_;
@@ -341,12 +387,12 @@ class Attender {
       for (; tile < num_tiles && tokens.split_of(tile) == split; ++tile) {
         if (is_wanted) fold_tile(tokens, item, tile, seen);
       }
-      if (is_wanted) total_.merge(part_, padded(rows));
+      if (is_wanted) total_.merge(part_, rows);
     }
     if (item.split == kAllSplits) {
       heads.finish(total_, rows);
     } else {
-      State(kept, padded(rows), layer_.head_dim).copy(total_, padded(rows));
+      State(kept, padded(rows), layer_.head_dim).copy(total_, rows);
     }
   }
 
@@ -359,7 +405,9 @@ class Attender {
 
   void fold_tile(const Tokens& tokens, const Item& item, int index, int seen) {
     const Tile<T> tile = tokens.tile(index, item.kv_head, seen, spare_);
-    fold_.fold(tile, Tokens::first_token(index), visible_, part_);
+    Ahead ahead;
+    if (index + 1 < Tokens::num_tiles(seen)) ahead = tokens.ahead(index + 1, item.kv_head, seen);
+    fold_.fold(tile, Tokens::first_token(index), visible_, ahead, part_);
   }
 
   const KvLayer& layer_;

@@ -17,7 +17,7 @@ class VecFold {
   }
 
   VecFold(int head_dim, int padded_rows, float scale, char* memory)
-      : head_dim_(head_dim), stride_(round_up(head_dim, 16)), scale_(scale) {
+      : head_dim_(head_dim), stride_(round_up(head_dim, 16)), scale_(scale * kLog2E) {
     queries_ = reinterpret_cast<float*>(memory);
     keys_ = queries_ + padded_rows * stride_;
     values_ = keys_ + kTileTokens * stride_;
@@ -31,12 +31,13 @@ class VecFold {
   }
 
   // Row r sees tokens [0, visible[r]) of those that the tile's first is number `first` of.
-  void fold(const Tile<T>& tile, int first, const int32_t* visible, State& state) {
+  void fold(const Tile<T>& tile, int first, const int32_t* visible, Ahead& ahead, State& state) {
     const int num_tokens = tile.num_blocks() * kBlockTokens;
     for (int t = 0; t < num_tokens; ++t) {
       const int64_t offset = t % kBlockTokens * tile.stride;
       widen_row(tile.keys[t / kBlockTokens] + offset, keys_ + t * stride_);
       widen_row(tile.values[t / kBlockTokens] + offset, values_ + t * stride_);
+      ahead.fetch(static_cast<int>(2 * head_dim_ * sizeof(T) / 64 + 1));
     }
     int row = 0;
     for (; row + kRowsTogether <= rows_; row += kRowsTogether) fold_rows<kRowsTogether>(row, num_tokens, first, visible, state);
@@ -90,12 +91,12 @@ class VecFold {
     const float peak = before > tile_peak ? before : tile_peak;
     Vec mass = zero();
     for (int t = 0; t < num_tokens; t += Vec::width) {
-      const Vec weight = exp(load(weights + t) - broadcast(peak));
+      const Vec weight = exp2(load(weights + t) - broadcast(peak));
       mass = mass + weight;
       store(weights + t, weight);
     }
     float factor[Vec::width];
-    store(factor, exp(broadcast(before - peak)));
+    store(factor, exp2(broadcast(before - peak)));
     state.peak[row] = peak;
     state.mass[row] = state.mass[row] * factor[0] + sum_of_lanes(mass);
     return factor[0];

@@ -16,11 +16,10 @@ struct AmxProduct {
 
   // c[rows][32] = a[rows][k] x panel; rows <= 32.
   void compute(const bf16* a, ptrdiff_t a_stride, int rows, const bf16* panel, int num_blocks, float* c) {
+    session_.use(shapes_of(rows));
     if (rows <= 16) {
-      session_.set_rows(rows, 16);
       compute_one(a, a_stride, panel, num_blocks, c);
     } else {
-      session_.set_rows(16, rows - 16);
       compute_two(a, a_stride, panel, num_blocks, c);
     }
   }
@@ -30,6 +29,16 @@ struct AmxProduct {
   // With few rows the time is that of reading the weights, and the processor's own prefetching reaches too short.
   static constexpr int kPrefetchBytes = 12 * 1024;
   static constexpr int kResultStride = kPanelColumns * 4;
+
+  // Results 0, 1 are of operand 4, the first 16 rows; results 2, 3 of operand 5, the rest.
+  static TileShapes shapes_of(int rows) {
+    TileShapes shapes;
+    const auto first = static_cast<uint8_t>(rows < 16 ? rows : 16);
+    const auto second = static_cast<uint8_t>(rows <= 16 ? 16 : rows - 16);
+    shapes.rows[0] = shapes.rows[1] = shapes.rows[4] = first;
+    shapes.rows[2] = shapes.rows[3] = shapes.rows[5] = second;
+    return shapes;
+  }
 
   static void compute_one(const bf16* a, ptrdiff_t a_stride, const bf16* panel, int num_blocks, float* c) {
     tile::clear<0>();

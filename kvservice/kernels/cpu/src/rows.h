@@ -1,4 +1,4 @@
-// Work on single rows: exponentials, norms, rotation. A row's result depends on that row alone.
+// Work on single rows: powers, norms, rotation. A row's result depends on that row alone.
 #pragma once
 
 #include <cmath>
@@ -15,21 +15,33 @@ inline int larger(int a, int b) { return a > b ? a : b; }
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
-// e^x to about one unit in the last place (Cephes' polynomial). Exactly 1 at 0, exactly 0 far below, NaN of NaN.
-inline Vec exp(Vec x) {
-  x = min(broadcast(150.0f), max(broadcast(-150.0f), x));
-  const Vec n = round(x * broadcast(1.44269504088896341f));
-  const Vec r = fma(n, broadcast(2.12194440e-4f), fma(n, broadcast(-0.693359375f), x));
-  Vec p = broadcast(1.9875691500e-4f);
-  p = fma(p, r, broadcast(1.3981999507e-3f));
-  p = fma(p, r, broadcast(8.3334519073e-3f));
-  p = fma(p, r, broadcast(4.1665795894e-2f));
-  p = fma(p, r, broadcast(1.6666665459e-1f));
-  p = fma(p, r, broadcast(5.0000001201e-1f));
-  return scale_by_power(fma(p, r * r, r + broadcast(1.0f)), n);
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kLn2 = 0.69314718055994531f;
+
+// 2^x by a polynomial of the fraction, interpolated at Chebyshev's points. Exactly 1 at 0, exactly 0 far below.
+// Good to fp32's last place.
+inline Vec exp2(Vec x) {
+  const Vec n = round(x), f = x - n;
+  Vec p = broadcast(1.545316294e-4f);
+  p = fma(p, f, broadcast(1.339086336e-3f));
+  p = fma(p, f, broadcast(9.618082557e-3f));
+  p = fma(p, f, broadcast(5.550357114e-2f));
+  p = fma(p, f, broadcast(2.402265076e-1f));
+  p = fma(p, f, broadcast(6.931471880e-1f));
+  return scale_by_power(fma(p, f, broadcast(1.0f)), n);
 }
 
-inline Vec silu(Vec x) { return x / (broadcast(1.0f) + exp(zero() - x)); }
+// The same to 7e-6, far below what rounding to bf16 then takes away.
+inline Vec rough_exp2(Vec x) {
+  const Vec n = round(x), f = x - n;
+  Vec p = broadcast(9.656710289e-3f);
+  p = fma(p, f, broadcast(5.583828295e-2f));
+  p = fma(p, f, broadcast(2.402253010e-1f));
+  p = fma(p, f, broadcast(6.931367339e-1f));
+  return scale_by_power(fma(p, f, broadcast(1.0f)), n);
+}
+
+inline Vec silu(Vec x) { return x / (broadcast(1.0f) + exp2(x * broadcast(-kLog2E))); }
 
 template <class In, class Out>
 void copy_row(const In* x, int count, Out* y) {

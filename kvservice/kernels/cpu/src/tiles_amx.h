@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace kv {
 namespace {
@@ -35,6 +36,7 @@ inline void multiply() {
 
 }  // namespace tile
 
+// Rows and bytes a row of the eight tiles.
 struct alignas(64) TileShapes {
   uint8_t palette = 1;
   uint8_t start_row = 0;
@@ -51,11 +53,10 @@ class TileSession {
   TileSession(const TileSession&) = delete;
   TileSession& operator=(const TileSession&) = delete;
 
-  // Rows of the results 0, 1 with operand 4, and of the results 2, 3 with operand 5. Clears all tiles if it changes.
-  void set_rows(int first, int second) {
-    if (shapes_.rows[4] == first && shapes_.rows[5] == second) return;
-    shapes_.rows[0] = shapes_.rows[1] = shapes_.rows[4] = static_cast<uint8_t>(first);
-    shapes_.rows[2] = shapes_.rows[3] = shapes_.rows[5] = static_cast<uint8_t>(second);
+  // Changes the shapes; clears all tiles if that changes any.
+  void use(const TileShapes& shapes) {
+    if (std::memcmp(&shapes, &shapes_, sizeof(shapes)) == 0) return;
+    shapes_ = shapes;
     configure();
   }
 

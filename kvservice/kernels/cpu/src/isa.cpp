@@ -1,5 +1,5 @@
 // Reads cpuid, asks Linux for AMX.
-#include "features.h"
+#include "isa.h"
 
 #include <cpuid.h>
 #include <sys/syscall.h>
