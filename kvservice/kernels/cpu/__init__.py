@@ -54,7 +54,7 @@ def isa() -> str:
 
 
 def limit_isa(most: str) -> None:
-    """Uses instruction sets up to `most` of `ISAS` from now on, for tests and comparisons; packed matrices stay valid."""
+    """Uses instruction sets up to `most` of `ISAS` from now on, for tests and tables. Packed matrices stay valid."""
     if most not in ISAS:
         raise ValueError(f"instruction set {most!r}: must be one of {', '.join(ISAS)}")
     if (loaded := library()) is not None:
