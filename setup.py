@@ -32,7 +32,8 @@ FLAGS = [
     "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",
 ]
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
+# At -O1, or compiling takes minutes.
+SANITIZE = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
 
 
 class BuildKernels(build_ext):

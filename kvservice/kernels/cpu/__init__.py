@@ -57,7 +57,7 @@ def isa() -> str:
 
 
 def limit_isa(most: str) -> None:
-    """Uses instruction sets up to `most` of `ISAS` from now on, for tests and comparisons; packed matrices stay valid."""
+    """Uses instruction sets up to `most` of `ISAS` from now on, for tests and tables. Packed matrices stay valid."""
     if most not in ISAS:
         raise ValueError(f"instruction set {most!r}: must be one of {', '.join(ISAS)}")
     if (loaded := library()) is not None:
@@ -84,7 +84,7 @@ def set_waiting(spin_turns: int, yield_turns: int) -> None:
 def empty_bytes(num_bytes: int) -> Tensor:
     """Uninitialised memory, uint8 `[num_bytes]`, from a 64-byte border, or in 2 MiB pages where that is worth it.
 
-    Attention over blocks that lie anywhere in an arena of such pages took 20 to 40 % less time.
+    Attention over blocks that lie anywhere in an arena of such pages took 15 to 40 % less time.
     """
     huge_page = 2 << 20
     alignment = 64 if num_bytes < huge_page else huge_page

@@ -316,7 +316,7 @@ class Plan {
   }
 
   Item* items;
-  int num_items_ = 0;
+  int num_planned = 0;
   int num_states = 0;
 
  private:
@@ -329,14 +329,15 @@ class Plan {
     const Tokens& tokens = tokens_[s];
     if (is_cut_by_split(tokens)) {
       for (int split = 0; split < num_splits(tokens); ++split) {
-        items[num_items_++] = {s, kv_head, 0, tokens.num_queries(), split, num_states++};
+        items[num_planned++] = {s, kv_head, 0, tokens.num_queries(), split, num_states++};
       }
       return;
     }
     // The last queries see most, so they go first.
     for (int i = num_items(tokens) - 1; i >= 0; --i) {
       const int first = i * queries_per_item_;
-      items[num_items_++] = {s, kv_head, first, smaller(queries_per_item_, tokens.num_queries() - first), kAllSplits, 0};
+      const int count = smaller(queries_per_item_, tokens.num_queries() - first);
+      items[num_planned++] = {s, kv_head, first, count, kAllSplits, 0};
     }
   }
 
@@ -432,14 +433,14 @@ void attend_all(const KvLayer& layer, const KvStep& step, const Tokens* tokens, 
       const int64_t bytes = Attender<Fold, Tokens>::bytes(layer.head_dim, most_rows, stride);
       Attender<Fold, Tokens> attender(layer, step, most_rows, stride,
                                       static_cast<char*>(thread_buffer(thread, bytes)));
-      for (int i = team.next(); i < plan.num_items_; i = team.next()) {
+      for (int i = team.next(); i < plan.num_planned; i = team.next()) {
         const Item& item = plan.items[i];
         attender.work(tokens[item.sequence], item, states + item.state_idx * state_floats);
       }
     }
     if (plan.num_states == 0) return;
     team.barrier();
-    for (int i = team.next(); i < plan.num_items_; i = team.next()) {
+    for (int i = team.next(); i < plan.num_planned; i = team.next()) {
       const Item& item = plan.items[i];
       if (item.split != 0) continue;
       // A sequence's splits in one KV head follow one another; the first takes in the rest.

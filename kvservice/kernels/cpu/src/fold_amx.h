@@ -136,7 +136,8 @@ class AmxFold {
     return padded_rows * head_dim * 2 + kTileTokens * head_dim * 2 + kTileTokens * 16 * 4 + kTileTokens * 16 * 2;
   }
 
-  AmxFold(int head_dim, int padded_rows, float scale, char* memory) : head_dim_(head_dim), scale_(scale * kLog2E), lines_at_once_(head_dim / 16) {
+  AmxFold(int head_dim, int padded_rows, float scale, char* memory)
+      : head_dim_(head_dim), scale_(scale * kLog2E), lines_at_once_(head_dim / 16) {
     queries_ = reinterpret_cast<bf16*>(memory);
     values_ = queries_ + padded_rows * head_dim;
     scores_ = reinterpret_cast<float*>(values_ + kTileTokens * head_dim);

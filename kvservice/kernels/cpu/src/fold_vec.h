@@ -40,7 +40,9 @@ class VecFold {
       ahead.fetch(static_cast<int>(2 * head_dim_ * sizeof(T) / 64 + 1));
     }
     int row = 0;
-    for (; row + kRowsTogether <= rows_; row += kRowsTogether) fold_rows<kRowsTogether>(row, num_tokens, first, visible, state);
+    for (; row + kRowsTogether <= rows_; row += kRowsTogether) {
+      fold_rows<kRowsTogether>(row, num_tokens, first, visible, state);
+    }
     for (; row < rows_; ++row) fold_rows<1>(row, num_tokens, first, visible, state);
   }
 
