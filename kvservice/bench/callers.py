@@ -86,6 +86,7 @@ class Counts:
         cancelled_waiting: before the first of their tokens was computed.
         cancelled_reading: while document or prompt was read.
         cancelled_answering: after their first token.
+        cancelled_at_end: cancelled by the drain, because they hadn't begun to answer.
         released_busy: sessions released while a call ran on them; their calls count as cancelled, too.
         refused: for lack of room at the moment; the caller came again.
         too_large: never fit.
@@ -102,6 +103,7 @@ class Counts:
     cancelled_waiting: int = 0
     cancelled_reading: int = 0
     cancelled_answering: int = 0
+    cancelled_at_end: int = 0
     released_busy: int = 0
     refused: int = 0
     too_large: int = 0
@@ -141,6 +143,7 @@ class _Open:
     done_tokens: int = 0
     num_generated: int = 0
     is_released: bool = False
+    is_drained: bool = False
 
 
 @dataclass(slots=True)
@@ -219,6 +222,7 @@ class Callers:
         for caller in self._callers:
             caller.wish = None
             if caller.open is not None and caller.open.num_generated == 0:
+                caller.open.is_drained = True
                 self._change_mind(caller, _End.CANCEL)
 
     def release_all(self) -> None:
@@ -406,6 +410,8 @@ class Callers:
         self.counts.tokens_recomputed += event.usage.recomputed_tokens
         if event.finish_reason is not FinishReason.CANCELLED:
             self.counts.finished += 1
+        elif opened.is_drained:
+            self.counts.cancelled_at_end += 1
         elif opened.num_generated:
             self.counts.cancelled_answering += 1
         elif opened.done_tokens:

@@ -14,6 +14,7 @@ from kvservice.errors import ConfigError
 try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 except ModuleNotFoundError as error:
     raise ConfigError("--plot needs matplotlib: pip install 'kvservice[plots]'") from error
 
@@ -95,6 +96,7 @@ def plot_intervals(path: Path, intervals: Mapping[str, Sequence[float]], limit_m
     axes.text(1.0, 0.01, "p99 ", transform=axes.get_yaxis_transform(), ha="right", va="bottom", color="#666666")
     axes.axvline(limit_ms, color=BEFORE, linestyle="--", linewidth=1.0, label=f"1.3 x p99 alone: {limit_ms:.0f} ms")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda part, _: f"{part:.3%}".rstrip("0%").rstrip(".") + " %"))
     axes.set_xlabel("time between two tokens of a session, ms")
     axes.set_ylabel("part of the intervals that are longer")
     axes.set_title(title)

@@ -187,7 +187,7 @@ def _show(result: SoakResult) -> None:
         (
             "calls cancelled",
             f"{cancelled:,}: {counts.cancelled_waiting:,} before they began, {counts.cancelled_reading:,} while "
-            f"reading, {counts.cancelled_answering:,} while answering",
+            f"reading, {counts.cancelled_answering:,} while answering; by the drain {counts.cancelled_at_end:,}",
         ),
         ("calls that found no room at first", f"{counts.refused:,}"),
         ("calls too large, or over their deadline", f"{counts.too_large:,}, {counts.expired:,}"),
