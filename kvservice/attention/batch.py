@@ -230,9 +230,7 @@ class BatchAttention:
         ]
         return torch.cat(outs, dim=1)
 
-    def _recall(
-        self, sequence: SequenceRows, layer: int, q: Tensor, proximal: AttnPartial, num_queries: int
-    ) -> Tensor:
+    def _recall(self, sequence: SequenceRows, layer: int, q: Tensor, proximal: AttnPartial, num_queries: int) -> Tensor:
         memory = sequence.memory
         if memory.index is None:
             raise InternalError(f"recipe {memory.recipe.name!r} keeps no index to select by")

@@ -1,7 +1,8 @@
 """The runner of Llama-shaped models on CPUs, by the C++ kernels. Knows nothing of caches' bookkeeping or files.
 
 It gives what `llama` gives, within rounding: residuals stay in fp32 between layers, everything else is rounded where
-`llama` rounds. A row's bits depend on that row alone, so it is deterministic in the sense of `--deterministic` as it is.
+`llama` rounds. A row's bits depend on that row alone, so it is
+deterministic in the sense of `--deterministic` as it is.
 """
 
 from __future__ import annotations
@@ -31,9 +32,7 @@ class CpuLlama:
         self.is_deterministic = True
         self._embed = weights.embed
         self._norm = weights.norm.float()
-        self._layers = DecoderLayers(
-            weights.layers, shape.num_heads, shape.num_kv_heads, shape.head_dim, spec.norm_eps
-        )
+        self._layers = DecoderLayers(weights.layers, shape.num_heads, shape.num_kv_heads, shape.head_dim, spec.norm_eps)
         self._lm_head = PackedLinear(weights.lm_head)
         angles = rope_angles(spec)
         self._cos, self._sin = angles.cos(), angles.sin()
