@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install model demo test lint format protos clean
+.PHONY: help install kernels sanitize model demo test lint format protos clean
 
 # The Python that makes .venv: the first found that is 3.11 or later. Override: make install PYTHON=/path/to/python
 PYTHON ?= $(firstword $(foreach name,python3.11 python3 python3.12 python3.13,$(shell \
@@ -20,7 +20,9 @@ help: ## list the targets
 
 install: $(STAMP) model ## set up .venv with pinned packages, and fetch the model
 
-$(STAMP): pyproject.toml constraints.txt
+KERNEL_SOURCES := setup.py $(wildcard kvservice/kernels/cpu/src/*)
+
+$(STAMP): pyproject.toml constraints.txt $(KERNEL_SOURCES)
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or later found. Install one, or run: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@if ! $(PY) -m pip --version >/dev/null 2>&1; then \
 		$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
@@ -30,7 +32,19 @@ $(STAMP): pyproject.toml constraints.txt
 		$(PYTHON) -m venv --clear .venv; \
 	fi
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(PY) -c 'from kvservice.kernels.cpu.library import LIBRARY_FILE as f; f.exists() or print("No C++ compiler, so no CPU kernels: models run by torch alone. Install g++, then: make kernels")'
 	@touch $@
+
+kernels: $(STAMP) ## build the CPU kernels again, and show the compiler's output
+	$(PY) setup.py build_ext --inplace
+
+# The sanitizers' library must be there before Python's own memory functions, and Python itself leaks by design.
+sanitize: $(STAMP) ## run the kernels' tests under address and undefined-behaviour sanitizers
+	KVSERVICE_SANITIZE=1 $(PY) setup.py -q build_ext --inplace --build-temp build/sanitize
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(PY) -m pytest -q -p no:cacheprovider --timeout 1200 tests/conformance/test_kernels.py; \
+		status=$$?; $(PY) setup.py -q build_ext --inplace; exit $$status
 
 model: $(STAMP)
 	@$(PY) -m kvservice model fetch smollm2-135m
@@ -59,4 +73,4 @@ protos: $(STAMP) ## generate kvservice/v1 and kvservice/internal/v1 from protos/
 		--grpc_python_out=$(PROTO_OUT) --mypy_grpc_out=$(PROTO_OUT) $(SERVICE_PROTOS)
 
 clean: ## remove .venv, caches and build products
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv build dist *.egg-info kvservice/kernels/cpu/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

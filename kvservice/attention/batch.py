@@ -24,6 +24,7 @@ from torch import Tensor
 
 from kvservice.errors import InternalError
 from kvservice.kernels.base import PartAttention
+from kvservice.kernels.cpu import StepSequence
 from kvservice.kernels.fixed_order import FixedOrderAttention
 from kvservice.kernels.flash import FlashAttention, attend
 from kvservice.kv.arena import Arena
@@ -46,25 +47,24 @@ class SequenceRows:
         memory: its KV; room for the new tokens has been made.
         rows: its rows among the step's tokens.
         reach: what its queries attend to.
-        slots: arena slots of the new tokens, `[layers, 2, kv, m]`.
-        mask: of the device part, `[m * group, resident + m]`, or None for a single query.
     """
 
     memory: SequenceMemory
     rows: slice
     reach: Reach
-    slots: Tensor
-    mask: Tensor | None
 
     @property
     def num_queries(self) -> int:
         """New tokens of the step."""
-        return len(range(self.rows.start, self.rows.stop))
+        return int(self.rows.stop - self.rows.start)
+
+    @property
+    def selects(self) -> bool:
+        """Whether its queries recall distant tokens."""
+        return self.reach is Reach.SELECT and self.memory.state.num_distant > 0
 
 
-def prepare(
-    memory: SequenceMemory, first_row: int, num_tokens: int, reach: Reach, group_size: int, dtype: torch.dtype
-) -> SequenceRows:
+def prepare(memory: SequenceMemory, first_row: int, num_tokens: int, reach: Reach) -> SequenceRows:
     """Makes room for a sequence's next `num_tokens` tokens and plans their attention.
 
     Raises:
@@ -73,17 +73,25 @@ def prepare(
     state = memory.state
     if reach is Reach.SELECT and num_tokens > memory.recipe.tokens_until_slide(state.num_computed):
         raise InternalError(f"a step can't select for {num_tokens} tokens as if all saw one window")
-    resident = state.num_resident
     visible = state.num_computed + num_tokens
     sinks = min(SINK_TOKENS, visible)
     in_tier = Span(sinks, sinks + memory.distant.num_groups * GROUP_TOKENS)
     check_partition([Span(0, sinks), in_tier, Span(min(state.window_start, visible), visible)], visible)
     state.extend(num_tokens)
-    slots = state.slots(num_tokens)
-    mask = None
-    if num_tokens > 1 and not state.is_ragged:
-        mask = _causal(resident, num_tokens, group_size, dtype, slots.device)
-    return SequenceRows(memory, slice(first_row, first_row + num_tokens), reach, slots, mask)
+    return SequenceRows(memory, slice(first_row, first_row + num_tokens), reach)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a sequence's new tokens go, and what its queries may not see.
+
+    Attributes:
+        slots: arena slots of the new tokens, `[layers, 2, kv, m]`.
+        mask: of the device part, `[m * group, resident + m]`, or None for a single query.
+    """
+
+    slots: Tensor
+    mask: Tensor | None
 
 
 class BatchAttention:
@@ -97,7 +105,54 @@ class BatchAttention:
         self._ring = ring
         self._sequences = sequences
         self._deterministic = deterministic
+        self._places: list[_Place] = []
         self._kernel: type[PartAttention] = FixedOrderAttention if deterministic else FlashAttention
+
+    # -- for runners that attend to the arena, and to groups in host memory, by themselves ----------------------------
+
+    @property
+    def cells(self) -> Tensor:
+        """The arena, `[blocks, 16, d]`."""
+        return self._arena.cells
+
+    @property
+    def selects(self) -> bool:
+        """Whether `add_recalled` has anything to add."""
+        return any(sequence.selects for sequence in self._sequences)
+
+    def near(self) -> list[StepSequence]:
+        """What each sequence attends to without a selection."""
+        return [
+            StepSequence(
+                table=sequence.memory.state.table,
+                num_resident=sequence.memory.state.num_resident,
+                num_queries=sequence.num_queries,
+                first_row=sequence.rows.start,
+                window_start=sequence.memory.state.window_start,
+                groups=None if sequence.selects else sequence.memory.distant.addresses,
+            )
+            for sequence in self._sequences
+        ]
+
+    def add_recalled(self, layer: int, q: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Merges what sequences recall into their attention over what is near.
+
+        Args:
+            layer: the layer.
+            q: `[n, h, d]`, rotated.
+            out: `[n, h, d]`, of `near`; changed in place.
+            lse: fp32 `[n, h]`, likewise.
+        """
+        num_kv = self._arena.layout.num_kv_heads
+        for sequence in self._sequences:
+            if not sequence.selects:
+                continue
+            rows = sequence.rows
+            proximal = AttnPartial(_by_kv_head(out[rows], num_kv), _by_kv_head(lse[rows].unsqueeze(-1), num_kv)[..., 0])
+            merged = self._with_recalled(sequence, layer, _by_kv_head(q[rows], num_kv), proximal)
+            out[rows] = _by_query(merged, sequence.num_queries)
+
+    # -- for those that don't ----------------------------------------------------------------------------------------
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Writes K and V of the step's tokens to the arena and attends.
@@ -111,43 +166,34 @@ class BatchAttention:
         Returns:
             `[n, h, d]`.
         """
+        if not self._places:
+            self._places = [self._place(sequence, q.shape[1] // k.shape[1]) for sequence in self._sequences]
         out = torch.empty_like(q)
         num_kv = k.shape[1]
-        for sequence in self._sequences:
+        for sequence, place in zip(self._sequences, self._places, strict=True):
             rows = sequence.rows
-            self._arena.slots[sequence.slots[layer, 0]] = k[rows].transpose(0, 1)
-            self._arena.slots[sequence.slots[layer, 1]] = v[rows].transpose(0, 1)
+            self._arena.slots[place.slots[layer, 0]] = k[rows].transpose(0, 1)
+            self._arena.slots[place.slots[layer, 1]] = v[rows].transpose(0, 1)
             queries = _by_kv_head(q[rows], num_kv)
-            out[rows] = _by_query(self._attend(sequence, layer, queries), sequence.num_queries)
+            out[rows] = _by_query(self._attend(sequence, place.mask, layer, queries), sequence.num_queries)
         return out
 
-    def _attend(self, sequence: SequenceRows, layer: int, q: Tensor) -> Tensor:
-        memory = sequence.memory
-        if memory.state.is_ragged:
+    def _place(self, sequence: SequenceRows, group_size: int) -> _Place:
+        state, count = sequence.memory.state, sequence.num_queries
+        slots = state.slots(count)
+        if count == 1 or state.is_ragged:
+            return _Place(slots, None)
+        return _Place(slots, _causal(state.num_resident, count, group_size, self._arena.layout.dtype, slots.device))
+
+    def _attend(self, sequence: SequenceRows, mask: Tensor | None, layer: int, q: Tensor) -> Tensor:
+        if sequence.memory.state.is_ragged:
             return self._attend_ragged(sequence, layer, q)
-        near = self._near(sequence, layer)
-        if memory.state.num_distant == 0 or sequence.reach is Reach.FULL:
-            return self._attend_all(sequence, layer, q, near)
-        if not self._deterministic:
-            return self._attend_selected(sequence, layer, q, near)
-        group = q.shape[1] // sequence.num_queries
-        each = [
-            self._attend_selected(sequence, layer, q[:, rows], [(k, v, _rows_of(mask, rows)) for k, v, mask in near])
-            for rows in (slice(i * group, (i + 1) * group) for i in range(sequence.num_queries))
-        ]
-        return torch.cat(each, dim=1)
-
-    def _near(self, sequence: SequenceRows, layer: int) -> list[_Part]:
-        """What is on the device: in one part, or, to be added in order of position, sinks and window apart."""
-        state, mask = sequence.memory.state, sequence.mask
-        keys, values = state.read(layer, state.num_resident + sequence.num_queries)
-        if not self._deterministic:
-            return [(keys, values, mask)]
-        spans = (slice(SINK_TOKENS), slice(SINK_TOKENS, None))
-        return [(keys[:, span], values[:, span], None if mask is None else mask[:, span]) for span in spans]
-
-    def _attend_all(self, sequence: SequenceRows, layer: int, q: Tensor, near: list[_Part]) -> Tensor:
+        near = self._device_parts(sequence, mask, layer)
         attention = self._kernel(q, self._scale)
+        if sequence.selects:
+            for part in near:
+                attention.add(*part)
+            return self._with_recalled(sequence, layer, q, attention.result())
         attention.add(*near[0])
         for keys, values in self._streamed(sequence.memory, layer):
             attention.add(keys, values)
@@ -155,31 +201,51 @@ class BatchAttention:
             attention.add(*part)
         return attention.result().out
 
+    def _device_parts(self, sequence: SequenceRows, mask: Tensor | None, layer: int) -> list[_Part]:
+        """What is on the device: in one part, or, to be added in order of position, sinks and window apart."""
+        state = sequence.memory.state
+        keys, values = state.read(layer, state.num_resident + sequence.num_queries)
+        if not self._deterministic:
+            return [(keys, values, mask)]
+        spans = (slice(SINK_TOKENS), slice(SINK_TOKENS, None))
+        return [(keys[:, span], values[:, span], None if mask is None else mask[:, span]) for span in spans]
+
     def _streamed(self, memory: SequenceMemory, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
         for keys, values in memory.distant.tiles(layer, self._ring):
             memory.counters.streamed_bytes += 2 * keys.numel() * keys.element_size()
             yield keys, values
 
-    def _attend_selected(self, sequence: SequenceRows, layer: int, q: Tensor, near: list[_Part]) -> Tensor:
+    # -- recall ------------------------------------------------------------------------------------------------------
+
+    def _with_recalled(self, sequence: SequenceRows, layer: int, q: Tensor, proximal: AttnPartial) -> Tensor:
+        """Attention over what is near and what is recalled, `[kv, r, d]`."""
+        count = sequence.num_queries
+        if count == 1 or not self._deterministic:
+            return self._recall(sequence, layer, q, proximal, count)
+        group = q.shape[1] // count
+        each = [slice(i * group, (i + 1) * group) for i in range(count)]
+        outs = [
+            self._recall(sequence, layer, q[:, rows], AttnPartial(proximal.out[:, rows], proximal.lse[:, rows]), 1)
+            for rows in each
+        ]
+        return torch.cat(outs, dim=1)
+
+    def _recall(self, sequence: SequenceRows, layer: int, q: Tensor, proximal: AttnPartial, num_queries: int) -> Tensor:
         memory = sequence.memory
         if memory.index is None:
             raise InternalError(f"recipe {memory.recipe.name!r} keeps no index to select by")
-        attention = self._kernel(q, self._scale)
-        for part in near:
-            attention.add(*part)
-        proximal = attention.result()
-        num_queries = 1 if self._deterministic else sequence.num_queries
         seed = memory.state.num_computed * self._arena.layout.num_layers + layer
         scores = memory.index.scores(layer, q, self._scale, seed)
         # In order of position, so that neither slots nor the order of equal scores show in the sums.
         chosen = select(scores, proximal.lse, num_queries, memory.recipe.recalled_tokens).sort(-1).values.cpu()
         if num_queries > 1:
             return merge_partials([proximal, self._from_staging(memory, layer, q, chosen)])
+        attention = self._kernel(q, self._scale)
         if sequence.num_queries == 1:
             attention.add(*self._from_slots(memory, layer, chosen[:, 0]))
         else:
             attention.add(*self._staged(memory, layer, chosen[:, 0]))
-        return attention.result().out
+        return merge_partials([proximal, attention.result()])
 
     def _from_slots(self, memory: SequenceMemory, layer: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """A decode step: what the last step recalled is still in the slots, so only the difference moves."""
@@ -247,10 +313,6 @@ def _causal(resident: int, num_tokens: int, group_size: int, dtype: torch.dtype,
     """Hides from each query the step's tokens behind it, `[num_tokens * group, resident + num_tokens]`."""
     hidden = torch.full((num_tokens, resident + num_tokens), -math.inf, dtype=dtype, device=device)
     return hidden.triu(resident + 1).repeat_interleave(group_size, 0)
-
-
-def _rows_of(mask: Tensor | None, rows: slice) -> Tensor | None:
-    return None if mask is None else mask[rows]
 
 
 def _by_kv_head(q: Tensor, num_kv: int) -> Tensor:

@@ -82,16 +82,18 @@ def make_engine(
 
     from kvservice.engine import Engine
     from kvservice.engine.ports import NoWriter
+    from kvservice.kernels import cpu
     from kvservice.kv.layout import KVLayout
     from kvservice.models.grammar import Grammars
     from kvservice.models.loader import load_model
-    from kvservice.models.rows import DETERMINISTIC_ROWS
     from kvservice.tier.groups import GroupFrames, kv_fingerprint
 
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    threads = config.threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    if cpu.isa() != "none":
+        cpu.set_threads(threads)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
-    row_block = DETERMINISTIC_ROWS if config.deterministic else None
-    model = load_model(folder, dtype=dtype, device=torch.device(config.device), row_block=row_block)
+    model = load_model(folder, dtype=dtype, device=torch.device(config.device), deterministic=config.deterministic)
     spec = model.spec
     grammars = Grammars(tokenizer, spec.shape.vocab_size) if tokenizer is not None else None
     if frames is None:
@@ -114,6 +116,7 @@ def engine_config(config: WorkerConfig) -> EngineConfig:
         kv_bytes=config.kv_bytes,
         host_bytes=config.host_bytes,
         step_tokens=config.step_tokens,
+        deterministic=config.deterministic,
         max_prefills=config.max_prefills,
         max_batch=config.max_batch,
     )

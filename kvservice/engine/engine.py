@@ -32,6 +32,7 @@ from kvservice.engine.scheduler import Scheduled, schedule
 from kvservice.engine.sequences import HeldSequences, Wish
 from kvservice.engine.stopwatch import Stopwatch
 from kvservice.errors import (
+    ConfigError,
     Conflict,
     DeadlineExceeded,
     FailedPrecondition,
@@ -44,7 +45,7 @@ from kvservice.errors import (
 )
 from kvservice.kv.layout import KVLayout
 from kvservice.kv.ledger import Owner
-from kvservice.models.llama import LlamaModel
+from kvservice.models.base import Model
 from kvservice.recall.memory import RecallCounters, SequenceMemory
 from kvservice.recall.parking import Place
 from kvservice.recall.reach import Reach
@@ -84,25 +85,26 @@ class Engine:
     """Computes calls on sequences of one model within byte budgets.
 
     Args:
-        model: the model; its device is the engine's. With fixed row blocks, no bit of a result depends on what is
-            computed beside it, or on chunking, swap and resume (`--deterministic`).
+        model: the model; its device is the engine's.
         config: budgets.
         writer: takes the groups that leave the device, for the tier below host memory.
         grammars: for answers that must match one; without it such calls are refused.
         clock: seconds, monotonic.
 
     Raises:
-        ConfigError: `kv_bytes` doesn't hold the prefill workspace.
+        ConfigError: `kv_bytes` doesn't hold the prefill workspace, or the model can't be deterministic and should.
     """
 
     def __init__(
         self,
-        model: LlamaModel,
+        model: Model,
         config: EngineConfig,
         writer: GroupWriter,
         grammars: GrammarCompiler | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        if config.deterministic and not model.is_deterministic:
+            raise ConfigError("deterministic: this model was loaded without row blocks", field="deterministic")
         RECALL_INDEXES.discover("kvservice.methods")
         self._model = model
         self._config = config
@@ -437,8 +439,7 @@ class Engine:
         return rows
 
     def _plan_rows(self, memory: SequenceMemory, first: int, num_tokens: int, reach: Reach) -> SequenceRows:
-        group_size = self._shape.num_heads // self._shape.num_kv_heads
-        return prepare(memory, first, num_tokens, reach, group_size, self._layout.dtype)
+        return prepare(memory, first, num_tokens, reach)
 
     def _hidden(self, rows: Sequence[SequenceRows]) -> Tensor:
         tokens: list[int] = []
@@ -450,7 +451,7 @@ class Engine:
             positions += range(first, first + row.num_queries)
         device = self._model.device
         attention = BatchAttention(
-            self._sequences.arena, self._sequences.ring, list(rows), deterministic=self._model.row_block is not None
+            self._sequences.arena, self._sequences.ring, list(rows), deterministic=self._config.deterministic
         )
         return self._model.forward(
             torch.tensor(tokens, device=device), torch.tensor(positions, device=device), attention

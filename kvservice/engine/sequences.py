@@ -16,6 +16,7 @@ import torch
 from kvservice.config.engine import EngineConfig
 from kvservice.engine.prefixes import PrefixIndex
 from kvservice.errors import BudgetTooSmall, ConfigError, InternalError, Overloaded
+from kvservice.kernels.memory import device_memory
 from kvservice.kv.arena import Arena
 from kvservice.kv.layout import KVLayout
 from kvservice.kv.ledger import Ledger, Owner, Reservation
@@ -82,7 +83,8 @@ class HeldSequences:
                 field="kv_bytes",
             )
         self.ledger = Ledger(for_sequences * layout.block_bytes, config.host_bytes)
-        self.arena = Arena(layout, num_blocks, staging, self.ledger, device)
+        memory = device_memory(num_blocks * layout.block_bytes, device)
+        self.arena = Arena(layout, num_blocks, staging, self.ledger, device, memory)
         self.ring = StagingRing(self.arena)
         self.evictions = Evictions()
         self._shape = shape

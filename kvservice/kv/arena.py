@@ -16,6 +16,7 @@ class Arena:
 
     Args:
         workspace_blocks: the leading blocks, kept out of the pool as one contiguous workspace.
+        memory: what they lie in, uint8, if it is to be special.
 
     Attributes:
         cells: `[num_blocks, 16, d]` in the KV dtype.
@@ -24,11 +25,19 @@ class Arena:
     """
 
     def __init__(
-        self, layout: KVLayout, num_blocks: int, workspace_blocks: int, ledger: Ledger, device: torch.device
+        self,
+        layout: KVLayout,
+        num_blocks: int,
+        workspace_blocks: int,
+        ledger: Ledger,
+        device: torch.device,
+        memory: Tensor | None = None,
     ) -> None:
         self.layout = layout
         self.device = device
-        self.cells = torch.empty(num_blocks, BLOCK_TOKENS, layout.head_dim, dtype=layout.dtype, device=device)
+        if memory is None:
+            memory = torch.empty(num_blocks * layout.block_bytes, dtype=torch.uint8, device=device)
+        self.cells = memory.view(layout.dtype).view(num_blocks, BLOCK_TOKENS, layout.head_dim)
         self.slots = self.cells.view(-1, layout.head_dim)
         self._bytes = self.cells.view(torch.uint8).view(-1)
         self.workspace = self.cells[:workspace_blocks].view(-1)

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kvservice.attention.batch import BatchAttention
 from kvservice.registry import Registry
 from kvservice.types import ModelShape
 
@@ -85,6 +86,42 @@ class Attend(Protocol):
         Returns:
             [n, h, d] in q's dtype.
         """
+        ...
+
+
+class Model(Protocol):
+    """A model that runs: what the engine needs of one.
+
+    Attributes:
+        is_deterministic: no bit of a token's result depends on the other tokens of a step, if attention's don't.
+    """
+
+    spec: ModelSpec
+    device: torch.device
+    is_deterministic: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights, keys and values."""
+        ...
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights on the device."""
+        ...
+
+    def forward(self, token_ids: Tensor, positions: Tensor, attention: BatchAttention) -> Tensor:
+        """What `logits` takes, for each new token, `[n, hidden]`; valid until the next call.
+
+        Args:
+            token_ids: [n] int64, the new tokens of all sequences one after the other.
+            positions: [n] int64, each token's place in its own sequence, below `max_positions`.
+            attention: of the step.
+        """
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[r, hidden] → [r, vocab] in fp32. Pass only the rows whose next token is wanted."""
         ...
 
 

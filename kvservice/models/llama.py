@@ -47,6 +47,7 @@ class LlamaModel:
         self.spec = spec
         self.device = device
         self.row_block = row_block
+        self.is_deterministic = row_block is not None
         self._silu = F.silu if row_block is None else _silu_by_exp
         self._embed = weights.embed.to(device)
         self._norm = weights.norm.to(device)
@@ -141,11 +142,16 @@ def _to(bias: Tensor | None, device: torch.device) -> Tensor | None:
     return bias if bias is None else bias.to(device)
 
 
-def _rope_tables(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """[max_positions, d] each. The first half of the sines is negated, so that `_rotate` need not negate."""
+def rope_angles(spec: ModelSpec) -> Tensor:
+    """How far each position turns each pair of numbers of a head, fp32 [max_positions, d / 2]."""
     half = torch.arange(0, spec.shape.head_dim, 2, dtype=torch.float32)
     inverse_frequency = 1.0 / (spec.rope_theta ** (half / spec.shape.head_dim))
-    angles = torch.outer(torch.arange(spec.shape.max_positions, dtype=torch.float32), inverse_frequency)
+    return torch.outer(torch.arange(spec.shape.max_positions, dtype=torch.float32), inverse_frequency)
+
+
+def _rope_tables(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[max_positions, d] each. The first half of the sines is negated, so that `_rotate` need not negate."""
+    angles = rope_angles(spec)
     cos, sin = angles.cos(), angles.sin()
     return (
         torch.cat([cos, cos], dim=-1).to(device=device, dtype=dtype),

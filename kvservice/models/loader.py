@@ -7,26 +7,45 @@ from pathlib import Path
 import torch
 
 from kvservice.errors import ModelError
-from kvservice.models.base import MODELS, ModelFamily, ModelIdentity, ModelSpec
+from kvservice.kernels import cpu
+from kvservice.models.base import MODELS, Model, ModelFamily, ModelIdentity, ModelSpec, ModelWeights
 from kvservice.models.checkpoint import Checkpoint
+from kvservice.models.cpu_llama import CpuLlama
 from kvservice.models.fetch import NOTE_FILE
 from kvservice.models.folder import FETCH_HINT, read_eos_token_ids, read_json, read_optional_json
 from kvservice.models.llama import LlamaModel
+from kvservice.models.rows import DETERMINISTIC_ROWS
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device, row_block: int | None = None) -> LlamaModel:
-    """The model in `folder`, which is in Hugging Face's layout. Blocks: 0.5 s for 135M parameters.
+def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device, deterministic: bool = False) -> Model:
+    """The model in `folder`, with the fastest runner that there is for it here. Blocks: 0.5 s for 135M parameters.
+
+    Args:
+        folder: see `read_model`.
+        dtype: see `read_model`.
+        device: any torch device.
+        deterministic: a token's result may not depend, in any bit, on the other tokens of a step.
+
+    Raises:
+        ModelError: see `read_model`.
+    """
+    spec, weights = read_model(folder, dtype)
+    if device.type == "cpu" and cpu.isa() != "none" and spec.shape.head_dim % cpu.HEAD_DIM_STEP == 0:
+        return CpuLlama(spec, weights)
+    return LlamaModel(spec, weights, device, row_block=DETERMINISTIC_ROWS if deterministic else None)
+
+
+def read_model(folder: Path, dtype: torch.dtype) -> tuple[ModelSpec, ModelWeights]:
+    """The model in `folder`, which is in Hugging Face's layout, for any runner.
 
     Args:
         folder: config.json, safetensors (whole or in shards), tokenizer.json.
         dtype: float32 or bfloat16, whatever the files hold.
-        device: any torch device.
-        row_block: see `LlamaModel`.
 
     Raises:
-        ModelError: files are missing or damaged, or the model needs something that the runner doesn't do.
+        ModelError: files are missing or damaged, or the model needs something that the runners don't do.
     """
     if dtype not in _DTYPES:
         raise ModelError(f"dtype {dtype}: the runner does float32 and bfloat16", reason="model_unsupported")
@@ -43,7 +62,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device, row_bl
     )
     spec = family.spec(config, identity, dtype)
     _check_names(family, spec, checkpoint)
-    return LlamaModel(spec, family.weights(spec, checkpoint), device, row_block=row_block)
+    return spec, family.weights(spec, checkpoint)
 
 
 def _family(architectures: object) -> ModelFamily:

@@ -50,6 +50,7 @@ class DistantKV:
         self._heads = torch.arange(num_kv_heads).unsqueeze(1) * GROUP_TOKENS
         self._numbers: list[int] = []
         self._rows = torch.empty(num_kv_heads, 0, dtype=torch.int64)
+        self._addresses = torch.empty(0, dtype=torch.int64)
 
     @property
     def num_groups(self) -> int:
@@ -73,6 +74,11 @@ class DistantKV:
             self._index()
 
     @property
+    def addresses(self) -> Tensor:
+        """Where its groups lie in host memory, int64 `[num_groups]`, for kernels that read them there."""
+        return self._addresses
+
+    @property
     def host_groups(self) -> list[int]:
         """Numbers of its groups in the host tier."""
         return list(self._numbers)
@@ -82,6 +88,7 @@ class DistantKV:
         twin = DistantKV(self._host, self._heads.shape[0], self._head_dim)
         twin._numbers = list(self._numbers)
         twin._rows = self._rows
+        twin._addresses = self._addresses
         self._host.share(self._numbers)
         return twin
 
@@ -119,6 +126,7 @@ class DistantKV:
         return layer * self._rows.shape[0] * GROUP_TOKENS
 
     def _index(self) -> None:
+        self._addresses = self._host.addresses(self._numbers)
         base = self._host.row_base(torch.tensor(self._numbers, dtype=torch.int64), 0)
         tokens = (base.unsqueeze(1) + torch.arange(GROUP_TOKENS)).view(1, -1)
         self._rows = tokens + self._heads

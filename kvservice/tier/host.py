@@ -71,6 +71,10 @@ class HostTier:
         """The memory of a group as device blocks, `[blocks_per_group, 16, d]`."""
         return self._groups[number].view(-1, BLOCK_TOKENS, self._layout.head_dim)
 
+    def addresses(self, numbers: list[int]) -> Tensor:
+        """Where groups lie in memory, int64 `[n]`."""
+        return torch.tensor(numbers, dtype=torch.int64) * self._layout.group_bytes + self._groups.data_ptr()
+
     def row_base(self, numbers: Tensor, layer: int) -> Tensor:
         """Row of token 0 of KV head 0 of groups in a layer; a KV head adds 64 rows, a token one."""
         return (numbers * self._layout.num_layers + layer) * (self._layout.num_kv_heads * GROUP_TOKENS)

@@ -35,7 +35,7 @@ def step(place, memory, qkv, reach, *, deterministic=False):
     arena, _, ring = place
     num_tokens = qkv[0][0].shape[0]
     memory.state.tokens += [0] * num_tokens
-    rows = prepare(memory, 0, num_tokens, reach, SHAPE.num_heads // SHAPE.num_kv_heads, torch.float32)
+    rows = prepare(memory, 0, num_tokens, reach)
     attention = BatchAttention(arena, ring, [rows], deterministic=deterministic)
     outs = [attention(layer, *qkv[layer]) for layer in range(SHAPE.num_layers)]
     memory.commit(num_tokens, reach)
@@ -119,7 +119,7 @@ def test_host_kv_that_was_recalled_is_read_from_the_device(place):
     question = tokens(1, 2)
 
     def ask():
-        rows = prepare(memory, 0, 1, Reach.SELECT, 3, torch.float32)
+        rows = prepare(memory, 0, 1, Reach.SELECT)
         return BatchAttention(arena, ring, [rows])(0, *question[0])
 
     first = ask()

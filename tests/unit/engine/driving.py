@@ -42,7 +42,7 @@ def group_bytes(model, count=1):
 
 def make_engine(model, room=PLENTY, host_bytes=PLENTY, clock=None, **settings):
     """An engine whose sequences have `room` device bytes."""
-    settings = {"step_tokens": 128, "max_prefills": 2, **settings}
+    settings = {"step_tokens": 128, "max_prefills": 2, "deterministic": model.is_deterministic, **settings}
     shape = model.spec.shape
     blocks = staging_blocks(shape.num_kv_heads)
     blocks += (settings["step_tokens"] // BLOCK_TOKENS + settings["max_prefills"]) * shape.num_cells

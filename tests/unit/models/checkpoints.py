@@ -24,7 +24,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "Llama": {},
     "Qwen2": {},
     "Qwen3": {"head_dim": 24},
-    "Mistral": {"head_dim": 20, "sliding_window": None},
+    "Mistral": {"head_dim": 40, "sliding_window": None},
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from kvservice.models.families.llama import LLAMA
 from kvservice.models.linear import Linear
 from kvservice.models.llama import LlamaModel
-from kvservice.models.loader import load_model
+from kvservice.models.loader import read_model
 from kvservice.models.tiny import tiny_model, write_tiny_checkpoint
 
 CPU = torch.device("cpu")
@@ -43,27 +43,27 @@ def _oracle_logits(oracle, token_ids: list[int]) -> torch.Tensor:
     return oracle(torch.tensor([token_ids])).logits[0]
 
 
-def test_logits_of_the_tiny_model_equal_those_of_transformers(tiny_folder, sequence):
+def test_logits_of_the_tiny_model_equal_those_of_transformers(tiny_folder, sequence, load):
     token_ids = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(1)).tolist()
-    logits = sequence(load_model(tiny_folder, dtype=torch.float32, device=CPU)).feed(token_ids)
+    logits = sequence(load(tiny_folder, torch.float32)).feed(token_ids)
     assert logits.dtype is torch.float32
     torch.testing.assert_close(logits, _oracle_logits(_oracle(tiny_folder), token_ids), atol=LOGIT_TOLERANCE, rtol=0)
 
 
-def test_greedy_tokens_of_the_tiny_model_equal_those_of_transformers(tiny_folder, sequence):
+def test_greedy_tokens_of_the_tiny_model_equal_those_of_transformers(tiny_folder, sequence, load):
     prompt = list(b"A long document, and a question about it.")
-    tokens = sequence(load_model(tiny_folder, dtype=torch.float32, device=CPU)).greedy(prompt, 32)
+    tokens = sequence(load(tiny_folder, torch.float32)).greedy(prompt, 32)
     assert tokens == _oracle_greedy(_oracle(tiny_folder), prompt, 32)
 
 
 @pytest.mark.real_model
-def test_logits_and_greedy_tokens_of_the_real_model_equal_those_of_transformers(real_model_folder, sequence):
+def test_logits_and_greedy_tokens_of_the_real_model_equal_those_of_transformers(real_model_folder, sequence, load):
     from kvservice.models.tokenizer import Tokenizer
     from kvservice.types import PromptFormat, TextRole
 
     text = "The printing press changed how knowledge travelled through Europe. In the 15th century"
     prompt = Tokenizer.load(real_model_folder).encode(text, TextRole.DOCUMENT, PromptFormat.RAW, first=True)
-    model, oracle = load_model(real_model_folder, dtype=torch.float32, device=CPU), _oracle(real_model_folder)
+    model, oracle = load(real_model_folder, torch.float32), _oracle(real_model_folder)
     torch.testing.assert_close(
         sequence(model).feed(prompt), _oracle_logits(oracle, prompt), atol=LOGIT_TOLERANCE, rtol=0
     )
@@ -71,13 +71,13 @@ def test_logits_and_greedy_tokens_of_the_real_model_equal_those_of_transformers(
 
 
 @pytest.mark.real_model
-def test_the_real_model_in_bf16_continues_a_text_in_english(real_model_folder, sequence):
+def test_the_real_model_in_bf16_continues_a_text_in_english(real_model_folder, sequence, load):
     from kvservice.models.tokenizer import Tokenizer
     from kvservice.types import PromptFormat, TextRole
 
     tokenizer = Tokenizer.load(real_model_folder)
     prompt = tokenizer.encode("The capital of France is", TextRole.DOCUMENT, PromptFormat.RAW, first=True)
-    model = load_model(real_model_folder, dtype=torch.bfloat16, device=CPU)
+    model = load(real_model_folder, torch.bfloat16)
     assert tokenizer.decode(sequence(model).greedy(prompt, 2)).startswith(" Paris")
 
 
@@ -154,7 +154,7 @@ def test_the_tiny_model_attends_to_few_tokens_and_does_not_stand_still(sequence)
 
 def test_equal_seeds_give_equal_weights_in_memory_and_in_a_folder(tmp_path, sequence):
     folder = write_tiny_checkpoint(tmp_path / "model", seed=5)
-    loaded = load_model(folder, dtype=torch.float32, device=CPU)
+    loaded = LlamaModel(*read_model(folder, torch.float32), CPU)
     in_memory: LlamaModel = tiny_model(5, vocab_size=259)
     assert torch.equal(sequence(loaded).feed([1, 2, 3]), sequence(in_memory).feed([1, 2, 3]))
     assert not torch.equal(sequence(tiny_model(6)).feed([1]), sequence(tiny_model(5)).feed([1]))

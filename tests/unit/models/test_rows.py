@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 
 from kvservice.models.llama import LlamaModel
-from kvservice.models.loader import load_model
+from kvservice.models.loader import read_model
 from kvservice.models.rows import DETERMINISTIC_ROWS, map_rows
 from kvservice.models.tiny import tiny_model
 from tests.unit.models.checkpoints import write_checkpoint
 
 DTYPES = [torch.float32, torch.bfloat16]
+
+
+def in_blocks(folder, dtype):
+    return LlamaModel(*read_model(folder, dtype), torch.device("cpu"), row_block=DETERMINISTIC_ROWS)
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -65,7 +69,7 @@ def test_a_row_of_a_step_has_the_bits_of_the_row_alone(threads, dtype):
 def test_rows_of_odd_widths_keep_their_bits_in_every_family(tmp_path, threads, family, dtype):
     odd = {"hidden_size": 48, "intermediate_size": 80} | ({} if family == "Qwen2" else {"head_dim": 12})
     write_checkpoint(tmp_path, family, **odd)
-    model = load_model(tmp_path, dtype=dtype, device=torch.device("cpu"), row_block=DETERMINISTIC_ROWS)
+    model = in_blocks(tmp_path, dtype)
     assert model.spec.shape.head_dim == 12
     assert_rows_keep_their_bits(model, [3, 32, 40, 130])
 
@@ -73,7 +77,7 @@ def test_rows_of_odd_widths_keep_their_bits_in_every_family(tmp_path, threads, f
 def test_rows_that_threads_split_in_the_middle_keep_their_bits(tmp_path, threads):
     # torch gives each thread at least 32,768 elements: with 3 threads, 32 rows of 3,402 fall apart within a row.
     write_checkpoint(tmp_path, "Llama", intermediate_size=3402, num_hidden_layers=1)
-    model = load_model(tmp_path, dtype=torch.float32, device=torch.device("cpu"), row_block=DETERMINISTIC_ROWS)
+    model = in_blocks(tmp_path, torch.float32)
     same = torch.full((32,), 7)
     hidden, logits = run(model, same, same)
     assert torch.equal(hidden, hidden[:1].expand_as(hidden))
@@ -84,7 +88,7 @@ def test_rows_that_threads_split_in_the_middle_keep_their_bits(tmp_path, threads
 @pytest.mark.real_model
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_of_the_real_model_keep_their_bits(real_model_folder, dtype):
-    model = load_model(real_model_folder, dtype=dtype, device=torch.device("cpu"), row_block=DETERMINISTIC_ROWS)
+    model = in_blocks(real_model_folder, dtype)
     assert_rows_keep_their_bits(model, [7, 32, 45])
 
 

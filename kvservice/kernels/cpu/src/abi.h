@@ -1,0 +1,127 @@
+// The C interface of the library: what Python calls, and the records it passes. Knows nothing of torch.
+//
+// Pointers are borrowed for the call. Strides and counts are in elements. `dtype` is that of weights, keys, values,
+// queries and outputs alike; the residual stream, norms, biases and log-sum-exps are always fp32.
+// One call runs at a time: a second caller waits.
+#pragma once
+
+#include <cstdint>
+
+#pragma GCC visibility push(default)
+
+extern "C" {
+
+enum KvDtype : int32_t { KV_BF16 = 0, KV_F32 = 1 };
+
+// A matrix [out, in], packed by kv_pack.
+struct KvLinear {
+  const void* packed;
+  const float* bias;  // [out] or null
+  int32_t in;
+  int32_t out;      // of a gated pair: the width after gating, half the rows of the matrix
+  int32_t dtype;    // KvDtype
+  int32_t is_gated;  // rows are [gate; up]: the product is silu(gate) * up
+};
+
+// One decoder layer's weights.
+struct KvLayer {
+  KvLinear qkv;
+  KvLinear o;
+  KvLinear gate_up;
+  KvLinear down;
+  const float* norm1;   // [hidden]
+  const float* norm2;   // [hidden]
+  const float* q_norm;  // [head_dim] or null
+  const float* k_norm;  // [head_dim] or null
+  float eps;
+  int32_t num_heads;
+  int32_t num_kv;
+  int32_t head_dim;
+};
+
+// One sequence's share of a step: its queries' rows, its tokens in the arena, and, where queries see them all, those in
+// host memory between its sinks and its window.
+//   local token    0 .. 15     16 ..
+//   position       0 .. 15     window_start ..
+struct KvSequence {
+  const int32_t* table;   // [cells, columns], arena blocks of 16 tokens; cell = (layer * 2 + K or V) * num_kv + head
+  int64_t table_stride;   // between the table's rows
+  int32_t num_resident;   // tokens in the arena before the step
+  int32_t num_queries;    // tokens of the step, already counted in neither
+  int32_t first_row;      // of its queries among the step's rows
+  int32_t window_start;   // 16 + a multiple of 64
+  const int64_t* groups;  // addresses of groups of 64 tokens, [layers, num_kv, 64, K or V, head_dim] each
+  int32_t num_groups;     // 0, or all before window_start
+};
+
+// Keys and values of one part of one sequence outside the arena, seen by all its queries.
+struct KvPart {
+  const void* keys;      // [num_kv, t, d], d contiguous
+  const void* values;    // as keys
+  int64_t head_stride;
+  int64_t token_stride;
+  int32_t num_tokens;
+  int32_t num_queries;
+  int32_t first_row;
+};
+
+// What all layers of one step share.
+struct KvStep {
+  float* x;                  // [rows, hidden], the residual stream, updated in place
+  void* q;                   // [rows, num_heads, head_dim]
+  void* attended;            // as q
+  float* lse;                // [rows, num_heads] or null
+  void* arena;               // [blocks, 16, head_dim]
+  const KvSequence* sequences;
+  const int64_t* positions;  // [rows]
+  const float* cos;          // [max_positions, rotary_dim / 2]
+  const float* sin;          // as cos
+  float scale;               // of the scores
+  int32_t rows;
+  int32_t num_sequences;
+  int32_t rotary_dim;        // leading numbers of a head that rotate; the rest pass
+};
+
+// "amx", "avx512", "avx2" or "none": the best that machine, build and limit allow.
+const char* kv_isa();
+// Packed matrices stay valid. A name that this build doesn't have limits nothing but to what is built.
+void kv_limit_isa(const char* most);
+int32_t kv_num_threads();
+void kv_set_threads(int32_t num_threads);
+// How long idle threads wait for the next call: turns of spinning, then turns of yielding, then they sleep.
+void kv_set_waiting(int32_t spin_turns, int32_t yield_turns);
+
+// Asks the system to back memory by 2 MiB pages where whole ones fit. Reading scattered blocks needs them.
+void kv_advise_huge(void* memory, int64_t bytes);
+
+int64_t kv_packed_bytes(int32_t out, int32_t in, int32_t dtype, int32_t is_gated);
+// weight: [out, in], or [2 * out, in] when gated.
+void kv_pack(const void* weight, int32_t out, int32_t in, int32_t dtype, int32_t is_gated, void* packed);
+
+// y = x @ W^T (+ bias). x is in the matrix's dtype; y in `y_dtype`.
+void kv_linear(const KvLinear* linear, const void* x, int64_t x_stride, int32_t rows, void* y, int64_t y_stride,
+               int32_t y_dtype);
+// y = rms_norm(x) @ W^T in fp32, of the rows named by `row_ids` ([rows], or null for the first): the head of a model.
+void kv_norm_linear(const KvLinear* linear, const float* norm, float eps, const float* x, const int64_t* row_ids,
+                    int32_t rows, float* y);
+// y = rms_norm(x), in `dtype`.
+void kv_rms_norm(const float* x, const float* norm, float eps, int32_t rows, int32_t hidden, void* y, int32_t dtype);
+
+// Norm, q/k/v, q/k norms, rotation; K and V of the step's tokens into the arena, queries into step->q.
+void kv_layer_pre(const KvLayer* layer, int32_t layer_idx, const KvStep* step);
+// Causal attention of step->q over the arena into step->attended and step->lse.
+void kv_attend(const KvLayer* layer, int32_t layer_idx, const KvStep* step);
+// o + residual, norm, gate/up, down + residual, from step->attended.
+void kv_layer_post(const KvLayer* layer, const KvStep* step);
+// The three above over all layers: a whole step of sequences that have nothing outside the arena.
+void kv_layers(const KvLayer* layers, int32_t num_layers, const KvStep* step);
+
+// Attention of step->q over one part of each of some sequences into step->attended and step->lse.
+void kv_attend_parts(const KvLayer* layer, const KvPart* parts, int32_t num_parts, const KvStep* step);
+// Merges (out, lse) of disjoint parts by log-sum-exp into the first. heads = rows * num_heads; a part that a row saw
+// nothing of has lse minus infinity.
+void kv_merge(void* const* outs, float* const* lses, int32_t num_parts, int64_t heads, int32_t head_dim,
+              int32_t dtype);
+}
+
+#pragma GCC visibility pop

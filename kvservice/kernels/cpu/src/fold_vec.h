@@ -1,0 +1,137 @@
+// Folds a tile of KV into running states with fp32 vectors, for any head_dim. KV of either type is widened first.
+#pragma once
+
+#include "attention.h"
+
+namespace kv {
+namespace {
+
+template <class T>
+class VecFold {
+ public:
+  using Element = T;
+
+  static int64_t bytes(int head_dim, int padded_rows) {
+    const int64_t rows = padded_rows + 2 * kTileTokens;
+    return (rows * round_up(head_dim, 16) + kRowsTogether * kTileTokens) * static_cast<int64_t>(sizeof(float));
+  }
+
+  VecFold(int head_dim, int padded_rows, float scale, char* memory)
+      : head_dim_(head_dim), stride_(round_up(head_dim, 16)), scale_(scale * kLog2E) {
+    queries_ = reinterpret_cast<float*>(memory);
+    keys_ = queries_ + padded_rows * stride_;
+    values_ = keys_ + kTileTokens * stride_;
+    weights_ = values_ + kTileTokens * stride_;
+  }
+
+  template <class QueryOf>
+  void set_queries(int rows, QueryOf&& query_of) {
+    rows_ = rows;
+    for (int row = 0; row < rows; ++row) widen_row(query_of(row), queries_ + row * stride_);
+  }
+
+  // Row r sees tokens [0, visible[r]) of those that the tile's first is number `first` of.
+  void fold(const Tile<T>& tile, int first, const int32_t* visible, Ahead& ahead, State& state) {
+    const int num_tokens = tile.num_blocks() * kBlockTokens;
+    for (int t = 0; t < num_tokens; ++t) {
+      const int64_t offset = t % kBlockTokens * tile.stride;
+      widen_row(tile.keys[t / kBlockTokens] + offset, keys_ + t * stride_);
+      widen_row(tile.values[t / kBlockTokens] + offset, values_ + t * stride_);
+      ahead.fetch(static_cast<int>(2 * head_dim_ * sizeof(T) / 64 + 1));
+    }
+    int row = 0;
+    for (; row + kRowsTogether <= rows_; row += kRowsTogether) {
+      fold_rows<kRowsTogether>(row, num_tokens, first, visible, state);
+    }
+    for (; row < rows_; ++row) fold_rows<1>(row, num_tokens, first, visible, state);
+  }
+
+ private:
+  static constexpr int kRowsTogether = Vec::width == 16 ? 4 : 2;
+  static constexpr int kVectorsTogether = 4;
+
+  void widen_row(const T* from, float* to) const {
+    copy_row(from, head_dim_, to);
+    for (int64_t i = head_dim_; i < stride_; ++i) to[i] = 0;
+  }
+
+  template <int R>
+  void fold_rows(int row, int num_tokens, int first, const int32_t* visible, State& state) {
+    float factors[R];
+    for (int r = 0; r < R; ++r) {
+      factors[r] = weigh(row + r, num_tokens, visible[row + r] - first, weights_ + r * kTileTokens, state);
+    }
+    for (int64_t i = 0; i < stride_; i += kVectorsTogether * Vec::width) {
+      const int vectors = smaller(kVectorsTogether, static_cast<int>((stride_ - i) / Vec::width));
+      if (vectors == kVectorsTogether) {
+        add_values<R, kVectorsTogether>(row, i, num_tokens, factors, state);
+      } else {
+        for (int v = 0; v < vectors; ++v) add_values<R, 1>(row, i + v * Vec::width, num_tokens, factors, state);
+      }
+    }
+  }
+
+  // A row's weights of the tile's tokens; returns the factor by which its earlier sums shrink.
+  float weigh(int row, int num_tokens, int num_visible, float* weights, State& state) const {
+    const float* query = queries_ + row * stride_;
+    const Vec scale = broadcast(scale_), hidden = broadcast(kHidden);
+    Vec highest = hidden;
+    for (int t = 0; t < num_tokens; t += Vec::width) {
+      Vec products[Vec::width];
+      for (int lane = 0; lane < Vec::width; ++lane) {
+        const float* key = keys_ + (t + lane) * stride_;
+        Vec sum = zero();
+        for (int64_t i = 0; i < stride_; i += Vec::width) sum = fma(load(query + i), load(key + i), sum);
+        products[lane] = sum;
+      }
+      const Vec scores = keep_first(sums_of_each(products) * scale, num_visible - t, hidden);
+      highest = max(highest, scores);
+      store(weights + t, scores);
+    }
+    const float before = state.peak[row];
+    const float tile_peak = max_of_lanes(highest);
+    const float peak = before > tile_peak ? before : tile_peak;
+    Vec mass = zero();
+    for (int t = 0; t < num_tokens; t += Vec::width) {
+      const Vec weight = exp2(load(weights + t) - broadcast(peak));
+      mass = mass + weight;
+      store(weights + t, weight);
+    }
+    float factor[Vec::width];
+    store(factor, exp2(broadcast(before - peak)));
+    state.peak[row] = peak;
+    state.mass[row] = state.mass[row] * factor[0] + sum_of_lanes(mass);
+    return factor[0];
+  }
+
+  template <int R, int V>
+  void add_values(int row, int64_t i, int num_tokens, const float* factors, State& state) const {
+    Vec sums[R][V];
+    for (int r = 0; r < R; ++r) {
+      const float* from = state.sums + (row + r) * state.stride + i;
+      for (int v = 0; v < V; ++v) sums[r][v] = load(from + v * Vec::width) * broadcast(factors[r]);
+    }
+    for (int t = 0; t < num_tokens; ++t) {
+      for (int v = 0; v < V; ++v) {
+        const Vec value = load(values_ + t * stride_ + i + v * Vec::width);
+        for (int r = 0; r < R; ++r) sums[r][v] = fma(broadcast(weights_[r * kTileTokens + t]), value, sums[r][v]);
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      float* to = state.sums + (row + r) * state.stride + i;
+      for (int v = 0; v < V; ++v) store(to + v * Vec::width, sums[r][v]);
+    }
+  }
+
+  int head_dim_;
+  int64_t stride_;
+  float scale_;
+  int rows_ = 0;
+  float* queries_;
+  float* keys_;
+  float* values_;
+  float* weights_;
+};
+
+}  // namespace
+}  // namespace kv

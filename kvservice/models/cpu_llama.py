@@ -1,0 +1,80 @@
+"""The runner of Llama-shaped models on CPUs, by the C++ kernels. Knows nothing of caches' bookkeeping or files.
+
+It gives what `llama` gives, within rounding: residuals stay in fp32 between layers, everything else is rounded where
+`llama` rounds. A row's bits depend on that row alone, so it is
+deterministic in the sense of `--deterministic` as it is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvservice.attention.batch import BatchAttention
+from kvservice.kernels.cpu import DecoderLayers, PackedLinear, Step
+from kvservice.models.base import ModelSpec, ModelWeights
+from kvservice.models.llama import rope_angles
+
+
+class CpuLlama:
+    """Runs new tokens through all layers, in a few calls of the kernels a layer.
+
+    Args:
+        spec: the model's figures.
+        weights: packed; `weights.layers` is read once. fp32 or bf16.
+    """
+
+    def __init__(self, spec: ModelSpec, weights: ModelWeights) -> None:
+        shape = spec.shape
+        self.spec = spec
+        self.device = torch.device("cpu")
+        self.dtype = weights.embed.dtype
+        self.is_deterministic = True
+        self._embed = weights.embed
+        self._norm = weights.norm.float()
+        self._layers = DecoderLayers(weights.layers, shape.num_heads, shape.num_kv_heads, shape.head_dim, spec.norm_eps)
+        self._lm_head = PackedLinear(weights.lm_head)
+        angles = rope_angles(spec)
+        self._cos, self._sin = angles.cos(), angles.sin()
+        self._step: Step | None = None
+        self._arena: Tensor | None = None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights; the head is packed apart from the embeddings, also where they are tied."""
+        return self._layers.num_bytes + self._lm_head.num_bytes + self._embed.nbytes + self._norm.nbytes
+
+    def forward(self, token_ids: Tensor, positions: Tensor, attention: BatchAttention) -> Tensor:
+        """The residual stream of the new tokens after the last layer, fp32 `[n, hidden]`; valid until the next call.
+
+        Args:
+            token_ids: `[n]` int64, the new tokens of all sequences one after the other.
+            positions: `[n]` int64, each token's place in its own sequence, below `max_positions`.
+            attention: of the step.
+        """
+        step = self._step_for(attention.cells, token_ids.shape[0])
+        step.begin(positions, attention.near())
+        step.x.copy_(self._embed[token_ids])
+        if not attention.selects:
+            self._layers.run(step)
+            return step.x
+        for layer in range(self._layers.num_layers):
+            self._layers.pre(layer, step)
+            self._layers.attend(layer, step)
+            attention.add_recalled(layer, step.q, step.attended, step.lse)
+            self._layers.post(layer, step)
+        return step.x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[r, hidden]` → `[r, vocab]` in fp32. Pass only the rows whose next token is wanted."""
+        hidden = hidden.contiguous()
+        return self._lm_head.of_normed(hidden, self._norm, self.spec.norm_eps, torch.arange(hidden.shape[0]))
+
+    def _step_for(self, arena: Tensor, num_rows: int) -> Step:
+        """The buffers of a step: made once for the arena, and again if a step has more rows than any before."""
+        if self._step is None or self._arena is not arena or num_rows > self._step.max_rows:
+            max_rows = max(num_rows, 64)
+            scale = self.spec.shape.head_dim**-0.5
+            self._step = Step(self._layers, max_rows, arena, self._cos, self._sin, scale)
+            self._arena = arena
+        return self._step
