@@ -23,7 +23,7 @@ from kvservice.types import (
     footprint,
 )
 
-PLENTY = 32 << 20
+PLENTY = 8 << 20
 
 
 def tokens(count, seed=0):

@@ -26,7 +26,7 @@ def fixed_model():
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
     """Short answers outgrow their first bytes too."""
-    monkeypatch.setattr("kvservice.engine.engine.GROWTH_TOKENS", 16)
+    monkeypatch.setattr("kvservice.engine.engine.GROWTH_TOKENS", 8)
 
 
 def reading_and_answering(drive, name, recipe=DENSE, length=150, new=40, **more):
@@ -66,8 +66,12 @@ def assert_nothing_is_left(engine):
 
 
 # Of `recall`, an answer that makes the window slide grows by the index and the slots.
-LOADS = [(DENSE, 150, 40, 46 * 16), (EXACT, 230, 40, 68 * 16), (RECALL, 290, 60, 90 * 16)]
+LOADS = [(DENSE, 150, 24, 46 * 16), (EXACT, 230, 24, 66 * 16), (RECALL, 310, 30, 90 * 16)]
 ids = pytest.mark.parametrize(("recipe", "length", "new", "room"), LOADS, ids=lambda each: getattr(each, "name", None))
+
+
+# All documents are read before the first answer outgrows its bytes.
+QUICK = {"step_tokens": 512, "max_prefills": 4, "max_decode_stretch": 100.0}
 
 
 # -- four sessions that exceed the arena -----------------------------------------------------------------------------
@@ -77,7 +81,7 @@ ids = pytest.mark.parametrize(("recipe", "length", "new", "room"), LOADS, ids=la
 def test_four_sessions_that_exceed_the_arena_swap_and_answer_bit_for_bit_as_each_alone(
     fixed_model, recipe, length, new, room
 ):
-    engine = make_engine(fixed_model, room=device_bytes(fixed_model, room), max_prefills=4)
+    engine = make_engine(fixed_model, room=device_bytes(fixed_model, room), **QUICK)
     drive = Drive(engine)
     for name in NAMES:
         reading_and_answering(drive, name, recipe, length, new)
@@ -92,7 +96,7 @@ def test_four_sessions_that_exceed_the_arena_swap_and_answer_bit_for_bit_as_each
 @ids
 def test_where_the_host_has_no_room_they_forget_and_compute_again(model, recipe, length, new, room):
     host_bytes = 4 * group_bytes(model) if recipe is RECALL else 0
-    engine = make_engine(model, room=device_bytes(model, room), max_prefills=4, host_bytes=host_bytes)
+    engine = make_engine(model, room=device_bytes(model, room), host_bytes=host_bytes, **QUICK)
     drive = Drive(engine)
     for name in NAMES:
         reading_and_answering(drive, name, recipe, length, new)
