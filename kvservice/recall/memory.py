@@ -194,7 +194,9 @@ class SequenceMemory:
             self.distant.drop_last(count)
             if self.index:
                 self.index.truncate(self.distant.num_groups)
-            if self._slots:
+            if self.distant.num_groups == 0:
+                self._drop_slots()
+            elif self._slots:
                 self._slots.clear()
         state.shrink(computed)
         del state.tokens[num_tokens:]

@@ -170,9 +170,12 @@ class Serving(RuleBasedStateMachine):
     @rule(sessions=st.lists(st.sampled_from(sorted(TENANTS)), min_size=1, max_size=4, unique=True), data=st.data())
     def submit(self, sessions, data):
         for session in sessions:
-            if all(call in self.engine._calls for call in self.expected if call.startswith(session)):
+            if self.has_heard(session):
                 self.submit_one(session, data)
-            # Else its service hasn't heard yet that the last call ended.
+
+    def has_heard(self, session):
+        """Whether the service of a session knows of the end of its last call."""
+        return all(call in self.engine._calls for call in self.expected if call.startswith(session))
 
     def submit_one(self, session, data):
         record, recipe = self.records.get(session, ((), None))
@@ -269,7 +272,7 @@ class Serving(RuleBasedStateMachine):
     def fork(self, data, fork, part):
         session = data.draw(st.sampled_from(sorted(self.records)))
         memory = self.engine._sequences.get(SessionId(session))
-        if memory is None or TENANTS[fork] != TENANTS[session]:
+        if memory is None or TENANTS[fork] != TENANTS[session] or not self.has_heard(fork):
             return
         length = max(1, int(part * memory.num_computed))
         held = tuple(memory.state.tokens[:length])

@@ -101,6 +101,16 @@ def test_truncate_restores_exactly_what_was_there_before(arena, host, ledger, ke
         assert torch.equal(contents(memory, layer), kv[layer][:, :, :keep])
 
 
+def test_a_sequence_without_distant_tokens_keeps_no_slots_for_them(arena, host):
+    memory = new_memory(RECALL, arena, host)
+    fill(memory, arena, random_kv(400), 400)
+    memory.slots()
+    memory.truncate(340)
+    assert memory.slot_bytes == footprint(SHAPE, RECALL, 340).slot_bytes > 0
+    memory.truncate(100)
+    assert memory.slot_bytes == footprint(SHAPE, RECALL, 100).slot_bytes == 0
+
+
 def test_closing_gives_every_byte_back(arena, host, ledger):
     memory = new_memory(RECALL, arena, host)
     fill(memory, arena, random_kv(900), 900)
