@@ -89,9 +89,13 @@ def make_engine(
     from kvservice.tier.groups import GroupFrames, kv_fingerprint
 
     threads = config.threads or len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads)
-    if cpu.isa() != "none":
+    if config.device == "cpu" and cpu.isa() != "none":
+        # What is left to torch are many small operations: threads would cost more than they save, and where another
+        # process is busy, many times more.
         cpu.set_threads(threads)
+        torch.set_num_threads(1)
+    else:
+        torch.set_num_threads(threads)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
     model = load_model(folder, dtype=dtype, device=torch.device(config.device), deterministic=config.deterministic)
     spec = model.spec
