@@ -36,5 +36,12 @@ struct PackedShape {
   int padded_in() const { return num_blocks * kBlockDepth; }
 };
 
+// A panel that is needed later, of which one of `parts` equal parts is to be fetched now.
+struct PanelAhead {
+  const void* panel;
+  int part;
+  int parts;
+};
+
 }  // namespace
 }  // namespace kv

@@ -15,12 +15,13 @@ struct AmxProduct {
   static constexpr int row_block = 32;
 
   // c[rows][32] = a[rows][k] x panel; rows <= 32.
-  void compute(const bf16* a, ptrdiff_t a_stride, int rows, const bf16* panel, int num_blocks, float* c) {
+  void compute(const bf16* a, ptrdiff_t a_stride, int rows, const bf16* panel, int num_blocks, PanelAhead ahead,
+               float* c) {
     session_.use(shapes_of(rows));
     if (rows <= 16) {
       compute_one(a, a_stride, panel, num_blocks, c);
     } else {
-      compute_two(a, a_stride, panel, num_blocks, c);
+      compute_two(a, a_stride, panel, num_blocks, ahead, c);
     }
   }
 
@@ -56,16 +57,20 @@ struct AmxProduct {
     tile::store<1>(c + kHalfColumns, kResultStride);
   }
 
-  static void compute_two(const bf16* a, ptrdiff_t a_stride, const bf16* panel, int num_blocks, float* c) {
+  static void compute_two(const bf16* a, ptrdiff_t a_stride, const bf16* panel, int num_blocks, PanelAhead ahead,
+                          float* c) {
+    const int lines = (2 * kBlockBytes / 64 + ahead.parts - 1) / ahead.parts;
+    const char* fetched = static_cast<const char*>(ahead.panel) + ahead.part * lines * 64;
     const bf16* lower = a + 16 * a_stride;
     tile::clear<0>();
     tile::clear<1>();
     tile::clear<2>();
     tile::clear<3>();
-    for (int block = 0; block < num_blocks; ++block, panel += 2 * kBlockElements) {
-      tile::load<6>(panel, 64);
+    for (int block = 0; block < num_blocks; ++block, panel += 2 * kBlockElements, fetched += 2 * kBlockBytes) {
+      for (int line = 0; line < lines; ++line) _mm_prefetch(fetched + line * 64, _MM_HINT_T1);
+      tile::load_passing<6>(panel, 64);
       tile::load<4>(a + block * kBlockDepth, a_stride * 2);
-      tile::load<7>(panel + kBlockElements, 64);
+      tile::load_passing<7>(panel + kBlockElements, 64);
       tile::load<5>(lower + block * kBlockDepth, a_stride * 2);
       tile::multiply<0, 4, 6>();
       tile::multiply<1, 4, 7>();

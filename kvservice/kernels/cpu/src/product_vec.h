@@ -14,7 +14,8 @@ struct VecProduct {
   static constexpr int row_block = 24;
 
   // c[rows][32] = a[rows][k] x panel.
-  void compute(const float* a, ptrdiff_t a_stride, int rows, const T* panel, int num_blocks, float* c) const {
+  void compute(const float* a, ptrdiff_t a_stride, int rows, const T* panel, int num_blocks, PanelAhead,
+               float* c) const {
     int row = 0;
     row = compute_by<kMostRows>(a, a_stride, row, rows, panel, num_blocks, c);
     row = compute_by<kMostRows / 3>(a, a_stride, row, rows, panel, num_blocks, c);

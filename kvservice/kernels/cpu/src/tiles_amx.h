@@ -19,6 +19,12 @@ inline void load(const void* rows, ptrdiff_t stride_bytes) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(rows), "r"(stride_bytes), "i"(T) : "memory");
 }
 
+// For what is read once: leaves what else is in the first-level cache alone.
+template <int T>
+inline void load_passing(const void* rows, ptrdiff_t stride_bytes) {
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(rows), "r"(stride_bytes), "i"(T) : "memory");
+}
+
 template <int T>
 inline void store(void* rows, ptrdiff_t stride_bytes) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(rows), "r"(stride_bytes), "i"(T) : "memory");
