@@ -14,19 +14,21 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import count, takewhile
+from itertools import count
 
 import torch
 from torch import Tensor
 
-from kvservice.attention.batch import BatchAttention, SequenceRows, prepare
 from kvservice.compression.protocols import RECALL_INDEXES
 from kvservice.config.engine import EngineConfig
 from kvservice.config.recipes import DEFAULT_RECIPE, SERVED_RECIPES
+from kvservice.engine.finding import Found, check_tokens, find, num_given, usable
+from kvservice.engine.forward import Forward, plan_rows
 from kvservice.engine.grammar import GrammarCompiler
+from kvservice.engine.meters import Meters, kv_telemetry
 from kvservice.engine.pacing import Pace
 from kvservice.engine.ports import GroupWriter
-from kvservice.engine.running import Found, RunningCall, RunningSequence, answer_name
+from kvservice.engine.running import RunningCall, RunningSequence, answer_name
 from kvservice.engine.sampler import Sampled, SamplerRow, sample
 from kvservice.engine.scheduler import Scheduled, schedule
 from kvservice.engine.sequences import HeldSequences, Wish
@@ -41,7 +43,6 @@ from kvservice.errors import (
     KVServiceError,
     NotFound,
     Overloaded,
-    PromptTooLong,
 )
 from kvservice.kv.layout import KVLayout
 from kvservice.kv.ledger import Owner
@@ -70,9 +71,6 @@ from kvservice.types import (
 )
 
 logger = logging.getLogger(__name__)
-
-RATE_SMOOTHING = 0.1
-"""Weight of the newest step in the reported speeds."""
 
 WRITER_PATIENCE_S = 0.05
 """How long a step waits when all there is to do waits for the tier, or for bytes on their way to the host."""
@@ -115,11 +113,12 @@ class Engine:
         self._layout = KVLayout.of(self._shape, model.dtype)
         self._sequences = HeldSequences(self._shape, self._layout, config, model.device)
         self._sequences.ledger.add(Owner.WEIGHTS, model.weight_bytes)
+        self._forward = Forward(model, self._sequences, deterministic=config.deterministic)
         self._calls: dict[CallId, RunningCall] = {}
         self._numbers = count()
         self._events: list[EngineEvent] = []
         self._pace = Pace(config.max_decode_stretch)
-        self._stats = WorkerStats()
+        self._meters = Meters()
         self.stopwatch = Stopwatch()
 
     @property
@@ -152,7 +151,7 @@ class Engine:
         self._check(call)
         tokens = [*call.base_tokens, *call.document_tokens, *call.prompt_tokens]
         row = self._sampler_row(call, tokens, 0)
-        found = self._find(call, tokens)
+        found = find(call, tokens, self._sequences)
         if found.num_missing and call.on_miss is OnMiss.FAIL:
             raise FailedPrecondition(
                 f"KV of {found.num_missing} tokens is held nowhere and on_miss is fail; allow recompute",
@@ -201,19 +200,9 @@ class Engine:
         num_answers = sum(running.num_answers for running in self._calls.values())
         if num_answers + (call.sampling.n if call.sampling else 1) > self._config.max_batch:
             raise Overloaded(f"{num_answers} answers are under way, {self._config.max_batch} may be", retry_after_s=1.0)
-        given = len(call.base_tokens) + len(call.document_tokens) + len(call.prompt_tokens)
-        if given == 0 or (call.sampling is None and not call.document_tokens):
-            raise InvalidRequest("there are no tokens to compute", reason="empty")
-        new = call.sampling.max_new_tokens if call.sampling else 0
-        if given + new > self._shape.max_positions:
-            raise PromptTooLong(
-                f"{given} tokens and up to {new} new ones: the model has {self._shape.max_positions} positions"
-            )
-        tokens = (*call.base_tokens, *call.document_tokens, *call.prompt_tokens)
-        if max(tokens) >= self._shape.vocab_size or min(tokens) < 0:
-            wrong = next(token for token in tokens if not 0 <= token < self._shape.vocab_size)
-            raise InvalidRequest(f"token id {wrong}: must be in 0 to {self._shape.vocab_size - 1}")
-        held = self._usable(call)
+        check_tokens(call, self._shape)
+        held = usable(self._sequences.get(call.session_id), call)
+        given, new = num_given(call), call.sampling.max_new_tokens if call.sampling else 0
         wish = Wish(given + new, call.sampling.n - 1 if call.sampling else 0, given)
         self._sequences.check_fits(held.recipe if held else call.recipe, wish)
 
@@ -226,42 +215,6 @@ class Engine:
                 raise InvalidRequest("this engine was started without grammars", field="sampling.grammar")
             matcher = self._grammars.compile(call.sampling.grammar)
         return SamplerRow(call.sampling, index, tokens, matcher)
-
-    def _find(self, call: EngineCall, tokens: Sequence[int]) -> Found:
-        """The KV to go on from: the session's own, or what another session of the tenant shares with it."""
-        held = self._usable(call)
-        same = _common_prefix(held.state.tokens, call.base_tokens) if held else 0
-        kept = min(same, held.num_computed) if held else 0
-        recipe = held.recipe if held else call.recipe
-        if call.recipe.distant is Distant.RECALL:
-            # What others share saw everything; a question doesn't.
-            tokens = tokens[: len(call.base_tokens) + len(call.document_tokens)]
-        donor, length = self._sequences.longest_prefix(call.tenant_tag, recipe, tokens)
-        memory = held or self._sequences.new(recipe)
-        if donor is not None and length >= kept + GROUP_TOKENS:
-            missing = max(0, len(call.base_tokens) - length)
-            reused = max(0, length - len(call.base_tokens))
-            return Found(memory, None if donor == call.session_id else donor, length, missing, reused)
-        # A token that never had KV isn't missing: the last one of an answer.
-        return Found(memory, None, kept, len(call.base_tokens) - same, 0)
-
-    def _usable(self, call: EngineCall) -> SequenceMemory | None:
-        """The session's KV, if it is held and of use to the call.
-
-        A call may attend to more than its session's recipe keeps near, never to what was never kept.
-        """
-        held = self._sequences.get(call.session_id)
-        if held is None or held.recipe == call.recipe:
-            return held
-        kept_and_asked = (held.recipe.distant, call.recipe.distant)
-        if kept_and_asked == (Distant.STREAM, Distant.RECALL):
-            return None  # Made for a call that answered exactly when nothing of the session was held: without an index.
-        if kept_and_asked != (Distant.RECALL, Distant.STREAM):
-            raise FailedPrecondition(
-                f"the session keeps its KV as {held.recipe.name!r}; a call can't use {call.recipe.name!r} on it",
-                reason="recipe",
-            )
-        return held
 
     # -- control -----------------------------------------------------------------------------------------------------
 
@@ -353,22 +306,26 @@ class Engine:
     def _run(self, plan: list[Scheduled]) -> None:
         started = self._clock()
         try:
-            rows = self._prepare(plan)
+            rows = plan_rows([(item.sequence.memory, item.num_tokens, item.reach) for item in plan])
             self.stopwatch.lap("tables")
-            hidden = self._hidden(rows)
+            hidden = self._forward.hidden(rows)
             self.stopwatch.lap("forward")
             for item in plan:
                 self._commit(item)
             self.stopwatch.lap("commit")
             wanted = [row.rows.stop - 1 for item, row in zip(plan, rows, strict=True) if _samples(item.sequence)]
-            logits = self._model.logits(hidden[wanted]) if wanted else hidden
+            logits = self._forward.logits(hidden[wanted]) if wanted else hidden
             self.stopwatch.lap("forward")
         except Exception as error:  # one bad step must not end the service: its calls fail, their sessions roll back
             logger.exception("step_failed")
             for item in plan:
                 self._fail(item.sequence.call.call_id, InternalError(f"a step failed: {type(error).__name__}"))
             return
-        self._note_speed(plan, max(self._clock() - started, 1e-9))
+        seconds = max(self._clock() - started, 1e-9)
+        decodes = sum(bool(item.sequence.generated) for item in plan)
+        prefilled = sum(item.num_tokens for item in plan) - decodes
+        self._pace.note(decodes, prefilled, seconds)
+        self._meters.note_step(decodes, prefilled, seconds)
         self._advance(plan, logits)
 
     # -- a step's parts ----------------------------------------------------------------------------------------------
@@ -430,32 +387,6 @@ class Engine:
             return 0
         decodes = sum(sequence.is_decoding for sequence in ready)
         return self._pace.prefill_tokens(decodes, max(0, self._config.step_tokens - decodes))
-
-    def _prepare(self, plan: list[Scheduled]) -> list[SequenceRows]:
-        rows: list[SequenceRows] = []
-        for item in plan:
-            first = rows[-1].rows.stop if rows else 0
-            rows.append(self._plan_rows(item.sequence.memory, first, item.num_tokens, item.reach))
-        return rows
-
-    def _plan_rows(self, memory: SequenceMemory, first: int, num_tokens: int, reach: Reach) -> SequenceRows:
-        return prepare(memory, first, num_tokens, reach)
-
-    def _hidden(self, rows: Sequence[SequenceRows]) -> Tensor:
-        tokens: list[int] = []
-        positions: list[int] = []
-        for row in rows:
-            state = row.memory.state
-            first = state.num_computed
-            tokens += state.tokens[first : first + row.num_queries]
-            positions += range(first, first + row.num_queries)
-        device = self._model.device
-        attention = BatchAttention(
-            self._sequences.arena, self._sequences.ring, list(rows), deterministic=self._config.deterministic
-        )
-        return self._model.forward(
-            torch.tensor(tokens, device=device), torch.tensor(positions, device=device), attention
-        )
 
     def _commit(self, item: Scheduled) -> None:
         """Counts computed tokens in, slides the window, and hands what left it to the tier below."""
@@ -615,7 +546,7 @@ class Engine:
                 decode_ms=(now - first) * 1e3,
             )
         )
-        self._stats = replace(self._stats, recomputed_tokens=self._stats.recomputed_tokens + recomputed)
+        self._meters.note_recompute(recomputed)
         self._end(running, keeps=keeps)
 
     def _fail(self, call_id: CallId, error: KVServiceError) -> None:
@@ -628,12 +559,7 @@ class Engine:
         """Takes the call off; its session stays with what it keeps, and gives back what it reserved beyond that."""
         call, main = running.call, running.main
         del self._calls[call.call_id]
-        before, counters = main.counters_before, main.memory.counters
-        self._stats = replace(
-            self._stats,
-            recall_lookups=self._stats.recall_lookups + counters.lookups - before.lookups,
-            recall_hits=self._stats.recall_hits + counters.hits - before.hits,
-        )
+        self._meters.note_recall(main.counters_before, main.memory.counters)
         for sequence in running.sequences.values():
             if sequence.index and not sequence.has_ended:
                 self._sequences.drop(sequence.session_id)
@@ -668,15 +594,15 @@ class Engine:
         logits = []
         while state.num_computed < len(state.tokens):
             # One at a time, as decoding would: recall slots and all.
-            rows = [self._plan_rows(memory, 0, 1, reach)]
-            logits.append(self._model.logits(self._hidden(rows)).cpu())
+            hidden = self._forward.hidden(plan_rows([(memory, 1, reach)]))
+            logits.append(self._forward.logits(hidden).cpu())
             memory.commit(1, reach)
         self._sequences.settle(session_id)
         return torch.cat(logits)
 
     def telemetry(self, session_id: SessionId) -> KvTelemetry:
         """Where a held session's bytes are, and what its recall has done so far."""
-        return self._kv_of(self._idle(session_id), RecallCounters(), 0)
+        return kv_telemetry(self._idle(session_id), self._shape, RecallCounters())
 
     def _idle(self, session_id: SessionId) -> SequenceMemory:
         memory = self._sequences.get(session_id)
@@ -694,7 +620,7 @@ class Engine:
         """Counters and bytes by owner."""
         used, evictions = self._sequences.ledger.used_bytes, self._sequences.evictions
         return replace(
-            self._stats,
+            self._meters.stats,
             headroom=self.headroom(),
             weight_bytes=used(Owner.WEIGHTS),
             window_bytes=used(Owner.WINDOW),
@@ -718,42 +644,8 @@ class Engine:
         redis_bytes = 0
         if main.call.tenant_tag:
             redis_bytes = self._writer.bytes_of(main.call.tenant_tag, main.call.session_id)
-        return self._kv_of(main.memory, main.counters_before, redis_bytes)
-
-    def _kv_of(self, memory: SequenceMemory, before: RecallCounters, redis_bytes: int) -> KvTelemetry:
-        counters = memory.counters
-        return KvTelemetry(
-            window_bytes=memory.window_bytes,
-            index_bytes=memory.index_bytes,
-            slot_bytes=memory.slot_bytes,
-            host_bytes=memory.host_bytes,
-            redis_bytes=redis_bytes,
-            dense_bytes=memory.state.num_computed * self._shape.kv_bytes_per_token,
-            recall_lookups=counters.lookups - before.lookups,
-            recall_hits=counters.hits - before.hits,
-            recalled_bytes=counters.recalled_bytes - before.recalled_bytes,
-            streamed_bytes=counters.streamed_bytes - before.streamed_bytes,
-        )
-
-    def _note_speed(self, plan: Sequence[Scheduled], seconds: float) -> None:
-        decodes = sum(item.sequence.is_decoding or bool(item.sequence.generated) for item in plan)
-        prefilled = sum(item.num_tokens for item in plan) - decodes
-        self._pace.note(decodes, prefilled, seconds)
-        if prefilled:
-            rate = _smoothed(self._stats.prefill_tokens_per_s, prefilled / seconds)
-            self._stats = replace(self._stats, prefill_tokens_per_s=rate)
-        else:
-            rate = _smoothed(self._stats.decode_tokens_per_s, decodes / seconds)
-            self._stats = replace(self._stats, decode_tokens_per_s=rate)
+        return kv_telemetry(main.memory, self._shape, main.counters_before, redis_bytes)
 
 
 def _samples(sequence: RunningSequence) -> bool:
     return sequence.row is not None and sequence.num_pending == 0
-
-
-def _smoothed(old: float, new: float) -> float:
-    return new if old == 0.0 else (1 - RATE_SMOOTHING) * old + RATE_SMOOTHING * new
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))

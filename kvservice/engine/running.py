@@ -14,25 +14,6 @@ Rank = tuple[int, int]
 """Lower goes first: (-priority, number of the call)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """KV that a call can go on from.
-
-    Attributes:
-        memory: the session's own, or a new one.
-        donor: another session of the tenant that holds more of what the call begins with.
-        num_kept: leading tokens of the call whose KV is there.
-        num_missing: tokens of the session before the call whose KV isn't, and was.
-        num_reused: new tokens of the call whose KV the donor has.
-    """
-
-    memory: SequenceMemory
-    donor: SessionId | None
-    num_kept: int
-    num_missing: int
-    num_reused: int
-
-
 @dataclass(slots=True)
 class RunningSequence:
     """One answer of a call, or its reading of a document.
