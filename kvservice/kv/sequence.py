@@ -160,6 +160,17 @@ class SequenceState:
         self._set_table(torch.cat([table[:, :1], table[:, 1 + columns :]], dim=1))
         self.window_start += num_groups * GROUP_TOKENS
 
+    def retreat(self, num_groups: int) -> None:
+        """Takes a sequence whose window is empty back by groups that nobody wants any more.
+
+        Raises:
+            InternalError: the window isn't empty.
+        """
+        if num_groups and self.num_computed != self.window_start:
+            raise InternalError(f"positions {self.window_start} to {self.num_computed - 1} are still in the window")
+        self.num_computed -= num_groups * GROUP_TOKENS
+        self.window_start -= num_groups * GROUP_TOKENS
+
     def restore_groups(self, groups: Tensor) -> None:
         """Puts groups back in front of the window: the inverse of `read_groups` and `drop_groups`.
 

@@ -62,9 +62,9 @@ class DistantKV:
         self._numbers += self._host.store(groups)
         self._index()
 
-    def load_last(self, count: int) -> Tensor:
-        """A copy of the last `count` groups."""
-        return self._host.load(self._numbers[-count:])
+    def load_last(self, count: int, first: int | None = None) -> Tensor:
+        """A copy of the last `count` groups, or of the first `first` of those."""
+        return self._host.load(self._numbers[-count:][:first])
 
     def drop_last(self, count: int) -> None:
         """Frees the last `count` groups."""

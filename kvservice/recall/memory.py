@@ -187,10 +187,15 @@ class SequenceMemory:
         self.counts_shared |= computed < state.num_computed
         count = (state.window_start - self.recipe.window_start(computed)) // GROUP_TOKENS
         if count > 0:
-            groups = self.distant.load_last(count)
+            # Of those groups, what lies beyond the new end doesn't come back.
+            first = self.recipe.window_start(computed)
+            back = min(count, max(0, -(-(computed - first) // GROUP_TOKENS)))
+            groups = self.distant.load_last(count, back)
             # What lies behind those groups goes first: a sequence never holds more than it reserved.
             state.shrink(max(state.window_start, computed))
-            state.restore_groups(groups)
+            state.retreat(count - back)
+            if back:
+                state.restore_groups(groups)
             self.distant.drop_last(count)
             if self.index:
                 self.index.truncate(self.distant.num_groups)

@@ -111,6 +111,23 @@ def test_a_sequence_without_distant_tokens_keeps_no_slots_for_them(arena, host):
     assert memory.slot_bytes == footprint(SHAPE, RECALL, 100).slot_bytes == 0
 
 
+@pytest.mark.parametrize("length", [1, 16, 17, 80, 300, 500])
+def test_truncating_far_back_takes_no_more_blocks_than_the_sequence_had(arena, host, ledger, length):
+    memory = new_memory(RECALL, arena, host)
+    kv = random_kv(2000)
+    fill(memory, arena, kv, 2000)
+    taken = []
+    allocate = arena.allocate
+    arena.allocate = lambda owner, count: taken.append(ledger.used_bytes(Owner.WINDOW)) or allocate(owner, count)
+    memory.truncate(length)
+    memory.check()
+    assert ledger.used_bytes(Owner.WINDOW) <= footprint(SHAPE, RECALL, 2000).window_bytes
+    # Before anything comes back, all but the sinks has gone.
+    assert all(used == LAYOUT.num_cells * LAYOUT.block_bytes for used in taken)
+    for layer in range(LAYOUT.num_layers):
+        assert torch.equal(contents(memory, layer), kv[layer][:, :, :length])
+
+
 def test_closing_gives_every_byte_back(arena, host, ledger):
     memory = new_memory(RECALL, arena, host)
     fill(memory, arena, random_kv(900), 900)
