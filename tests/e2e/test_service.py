@@ -13,6 +13,7 @@ from kvservice.client import Client, LocalService
 from kvservice.client.results import Tokens
 from kvservice.config.recipes import RECIPES as RECIPES_BY_NAME
 from kvservice.errors import BudgetTooSmall, Conflict, FailedPrecondition, NotFound, PromptTooLong
+from kvservice.kernels import cpu
 from kvservice.types import FinishReason, footprint
 
 RECIPES = ("dense", "exact", "recall")
@@ -71,7 +72,8 @@ async def test_exact_and_dense_answer_alike_and_bytes_lie_where_the_recipe_says(
     dense, exact, recall = (answers[recipe][1] for recipe in RECIPES)
     assert (dense.host_bytes, dense.index_bytes, dense.slot_bytes) == (0, 0, 0)
     assert exact.host_bytes == recall.host_bytes > 0
-    assert exact.streamed_bytes > 0
+    # The CPU kernels read host memory where it lies: nothing moves.
+    assert (exact.streamed_bytes > 0) == (cpu.isa() == "none")
     assert recall.recall_lookups > recall.recall_hits > 0
     stats = await client.stats()
     assert stats.sessions >= 3
@@ -176,7 +178,8 @@ async def test_sessions_outlive_the_worker_that_held_them(model, document):
             return len((await client.stats()).workers) == 2
 
         await until(both_are_there)
-        sessions = [(await loaded(client, "recall", document))[0] for _ in range(2)]
+        # Two documents: what the other session holds is of no use to this one.
+        sessions = [(await loaded(client, "recall", text))[0] for text in (document, document[1:])]
         expected = await client.ask(sessions[0], "x ", request_id="a", max_new_tokens=4, ignore_eos=True)
         holder = (await client.get(sessions[0])).worker_id
         workers = psutil.Process(service.pid).children()
