@@ -22,6 +22,9 @@ from kvservice.types import BLOCK_TOKENS, GROUP_TOKENS, SINK_TOKENS
 NO_BLOCK = -1
 """In a ragged block table: this cell has no block in this column."""
 
+NO_COLUMN = -1
+"""No column is known to be the sequence's own."""
+
 EMPTY = -1
 """Position of a slot that holds no token."""
 
@@ -43,6 +46,7 @@ class SequenceState:
         self._blocks = torch.empty(arena.layout.num_cells, 0, dtype=torch.int32, device=arena.device)
         self._num_columns = 0
         self._may_share = False
+        self._own_column = NO_COLUMN
         self._ragged: Tensor | None = None  # positions, int32 [layers * kv, width]
 
     @property
@@ -241,6 +245,7 @@ class SequenceState:
         twin._ragged = None if self._ragged is None else self._ragged.clone()
         self._arena.share(Owner.WINDOW, self._held())
         self._may_share = twin._may_share = True
+        self._own_column = NO_COLUMN
         return twin
 
     def num_shared_from(self, column: int) -> int:
@@ -289,6 +294,7 @@ class SequenceState:
         self._num_columns = needed
 
     def _set_table(self, table: Tensor) -> None:
+        self._own_column = NO_COLUMN
         self._blocks = table.contiguous()
         self._num_columns = table.shape[1]
 
@@ -298,8 +304,8 @@ class SequenceState:
             return
         if self._ragged is not None:
             self._own_all()
-        elif self.num_resident % BLOCK_TOKENS:
-            last = self._num_columns - 1
+        elif self.num_resident % BLOCK_TOKENS and self._own_column != self._num_columns - 1:
+            last = self._own_column = self._num_columns - 1
             self._blocks[:, last] = self._arena.own(Owner.WINDOW, self._blocks[:, last])
 
     def _own_all(self) -> None:
