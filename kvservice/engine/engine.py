@@ -110,6 +110,8 @@ class Engine:
         self._grammars = grammars
         self._clock = clock
         self._shape = model.spec.shape
+        # The most groups that one step can push out of windows; each sequence may round up.
+        self._step_groups = config.step_tokens // GROUP_TOKENS + config.max_prefills
         self._layout = KVLayout.of(self._shape, model.dtype)
         self._sequences = HeldSequences(self._shape, self._layout, config, model.device)
         self._sequences.ledger.add(Owner.WEIGHTS, model.weight_bytes)
@@ -382,8 +384,7 @@ class Engine:
             sequence.has_begun = True
 
     def _prefill_budget(self, ready: Sequence[RunningSequence]) -> int:
-        groups = self._config.step_tokens // GROUP_TOKENS + self._config.max_prefills
-        if not self._writer.has_room(groups):
+        if not self._writer.has_room(self._step_groups):
             return 0
         decodes = sum(sequence.is_decoding for sequence in ready)
         return self._pace.prefill_tokens(decodes, max(0, self._config.step_tokens - decodes))
@@ -483,8 +484,7 @@ class Engine:
     def _wait(self) -> None:
         """Nothing can be computed now: waits for bytes on their way, or for the tier."""
         if not self._sequences.wait_for_moves(WRITER_PATIENCE_S):
-            groups = self._config.step_tokens // GROUP_TOKENS + self._config.max_prefills
-            self._writer.wait_for_room(groups, WRITER_PATIENCE_S)
+            self._writer.wait_for_room(self._step_groups, WRITER_PATIENCE_S)
 
     # -- who runs ----------------------------------------------------------------------------------------------------
 
