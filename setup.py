@@ -19,7 +19,7 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfm
 UNITS = {
     "isa_avx2.cpp": ["-mavx2", "-mfma"],
     "isa_avx512.cpp": AVX512,
-    "isa_amx.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "isa_amx.cpp": [*AVX512, "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16"],
 }
 DEFINES = {"isa_avx512.cpp": "KV_WITH_AVX512", "isa_amx.cpp": "KV_WITH_AMX"}
 # GCC's own AVX-512 headers warn of uninitialised values that are never read.

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kvservice.errors import InternalError
 from kvservice.kernels.base import PartAttention
-from kvservice.kernels.cpu import StepSequence
+from kvservice.kernels.cpu import StepRecall, StepSequence
 from kvservice.kernels.fixed_order import FixedOrderAttention
 from kvservice.kernels.flash import FlashAttention, attend
 from kvservice.kv.arena import Arena
@@ -62,6 +62,11 @@ class SequenceRows:
     def selects(self) -> bool:
         """Whether its queries recall distant tokens."""
         return self.reach is Reach.SELECT and self.memory.state.num_distant > 0
+
+    @property
+    def recalls_by_keys(self) -> bool:
+        """Whether it selects by low-bit keys, as kernels can."""
+        return self.memory.index is not None and self.memory.index.is_key_index
 
 
 def prepare(memory: SequenceMemory, first_row: int, num_tokens: int, reach: Reach) -> SequenceRows:
@@ -116,12 +121,12 @@ class BatchAttention:
         return self._arena.cells
 
     @property
-    def selects(self) -> bool:
-        """Whether `add_recalled` has anything to add."""
-        return any(sequence.selects for sequence in self._sequences)
+    def selects_by_torch(self) -> bool:
+        """Whether `add_recalled` has anything to add: sequences that recall by what `near` doesn't describe."""
+        return any(sequence.selects and not sequence.recalls_by_keys for sequence in self._sequences)
 
     def near(self) -> list[StepSequence]:
-        """What each sequence attends to without a selection."""
+        """What each sequence attends to: all of it but for what `add_recalled` adds."""
         return [
             StepSequence(
                 table=sequence.memory.state.table,
@@ -130,12 +135,13 @@ class BatchAttention:
                 first_row=sequence.rows.start,
                 window_start=sequence.memory.state.window_start,
                 groups=None if sequence.selects else sequence.memory.distant.addresses,
+                recall=_recall_by_keys(sequence) if sequence.selects and sequence.recalls_by_keys else None,
             )
             for sequence in self._sequences
         ]
 
     def add_recalled(self, layer: int, q: Tensor, out: Tensor, lse: Tensor) -> None:
-        """Merges what sequences recall into their attention over what is near.
+        """Merges what sequences recall, other than by low-bit keys, into their attention over what is near.
 
         Args:
             layer: the layer.
@@ -145,7 +151,7 @@ class BatchAttention:
         """
         num_kv = self._arena.layout.num_kv_heads
         for sequence in self._sequences:
-            if not sequence.selects:
+            if not sequence.selects or sequence.recalls_by_keys:
                 continue
             rows = sequence.rows
             proximal = AttnPartial(_by_kv_head(out[rows], num_kv), _by_kv_head(lse[rows].unsqueeze(-1), num_kv)[..., 0])
@@ -256,16 +262,14 @@ class BatchAttention:
         staged = self._ring.next(count)
         memory.distant.gather_flat(layer, placed.heads, placed.offsets, staged)
         slots.write(layer, placed, staged)
-        memory.counters.lookups += chosen.numel()
-        memory.counters.hits += chosen.numel() - count
-        memory.counters.recalled_bytes += count * self._arena.layout.row_bytes
+        memory.counters.note(chosen.numel(), chosen.numel() - count, count * self._arena.layout.row_bytes)
         return slots.read(layer, placed.where)
 
     def _staged(self, memory: SequenceMemory, layer: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Chosen tokens, `[kv, n]`, through the staging ring."""
         staged = self._ring.next(chosen.numel())
         memory.distant.gather(layer, chosen, staged)
-        memory.counters.recalled_bytes += staged.numel() * staged.element_size()
+        memory.counters.note(0, 0, staged.numel() * staged.element_size())
         pairs = staged.view(*chosen.shape, 2, -1)
         return pairs[:, :, 0], pairs[:, :, 1]
 
@@ -307,6 +311,23 @@ class BatchAttention:
             attention.add(keys[head : head + 1, visible], values[head : head + 1, visible], mask)
             outs.append(attention.result().out)
         return torch.cat(outs)
+
+
+def _recall_by_keys(sequence: SequenceRows) -> StepRecall:
+    memory, index = sequence.memory, sequence.memory.index
+    if index is None:
+        raise InternalError(f"recipe {memory.recipe.name!r} keeps no index to select by")
+    slots = memory.slots() if sequence.num_queries == 1 else None
+    return StepRecall(
+        codes=index.codes_table,
+        params=index.params_table,
+        bits=index.bits,
+        groups=memory.distant.addresses,
+        budget=memory.recipe.recalled_tokens,
+        slots=slots.table if slots else None,
+        resident=slots.resident if slots else None,
+        counters=memory.counters.tally,
+    )
 
 
 def _causal(resident: int, num_tokens: int, group_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:

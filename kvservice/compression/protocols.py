@@ -42,6 +42,9 @@ class RecallIndex(Protocol):
 
     summary: str
 
+    is_key_index: bool
+    """Whether it scores all keys in the layout of `methods.key_index`, so that kernels for that may do its work."""
+
     def encode(self, keys: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         """Encodes whole groups of keys.
 

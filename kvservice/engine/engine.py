@@ -189,7 +189,7 @@ class Engine:
             if found.donor is not None:
                 memory.close()
             raise
-        sequence.counters_before = replace(memory.counters)
+        sequence.counters_before = memory.counters.copy()
         self._sequences.add(call.session_id, memory)
         self._calls[call.call_id] = RunningCall(call, {0: sequence}, self._clock(), found.num_reused)
         if self._sequences.make_room(call.session_id, self._wish(sequence), names):

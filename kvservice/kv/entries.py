@@ -30,7 +30,12 @@ class PagedEntries:
         self._owner = owner
         self._length = 0
         self._table = torch.empty(num_rows, 0, dtype=torch.int32, device=arena.device)
-        self._where = self._table.long()
+        self._where: Tensor | None = None
+
+    @property
+    def table(self) -> Tensor:
+        """Blocks of each row's entries, int32 `[num_rows, columns]`: several in one, or one in several, in order."""
+        return self._table
 
     @property
     def num_bytes(self) -> int:
@@ -53,8 +58,8 @@ class PagedEntries:
         if missing:
             blocks = self._arena.allocate(self._owner, missing * rows).view(rows, missing)
             self._table = torch.cat([self._table, blocks], dim=1)
-        self._locate()
-        where = self._where[:, start * self._pieces_per_entry :]
+        self._where = None
+        where = self._locate(start)
         self._arena.pieces(self._piece_bytes)[where.reshape(-1)] = entries.reshape(-1, self._piece_bytes)
 
     def read(self, rows: slice) -> Tensor:
@@ -62,6 +67,8 @@ class PagedEntries:
         num_rows = len(range(*rows.indices(self._table.shape[0])))
         if not self.entry_bytes:
             return self._arena.cells.new_empty(num_rows, self._length, 0, dtype=torch.uint8)
+        if self._where is None:
+            self._where = self._locate(0)
         where = self._where[rows].reshape(-1)
         pieces = self._arena.pieces(self._piece_bytes).index_select(0, where)
         return pieces.view(num_rows, self._length, self.entry_bytes)
@@ -73,7 +80,7 @@ class PagedEntries:
         if columns < self._table.shape[1]:
             self._arena.free(self._owner, self._table[:, columns:])
             self._table = self._table[:, :columns].contiguous()
-        self._locate()
+        self._where = None
 
     def fork(self) -> PagedEntries:
         """The same entries once more, in shared blocks."""
@@ -91,19 +98,21 @@ class PagedEntries:
     def move_to(self, blocks: Tensor) -> None:
         """From now on its entries are in other blocks, given in the order of `blocks()`; the old ones are forgotten."""
         self._table = blocks.view(self._table.shape)
-        self._locate()
+        self._where = None
 
     def forget(self) -> None:
         """There are no entries. The blocks are somebody else's business."""
         self._length = 0
         self._table = self._table[:, :0]
-        self._locate()
+        self._where = None
 
     def _columns(self, length: int) -> int:
         return -(-length * self._pieces_per_entry // self._pieces_per_block)
 
-    def _locate(self) -> None:
-        """Works out where each piece lies, once for the many reads between two changes."""
-        piece = torch.arange(self._length * self._pieces_per_entry, device=self._arena.device)
+    def _locate(self, start: int) -> Tensor:
+        """Where the pieces of all entries from `start` on lie, `[num_rows, pieces]`."""
+        piece = torch.arange(
+            start * self._pieces_per_entry, self._length * self._pieces_per_entry, device=self._arena.device
+        )
         blocks = self._table[:, piece // self._pieces_per_block].long()
-        self._where = blocks * self._pieces_per_block + piece % self._pieces_per_block
+        return blocks * self._pieces_per_block + piece % self._pieces_per_block

@@ -18,6 +18,7 @@ class RandomIndex:
 
     paper = "none: a floor"
     summary = "random tokens (evaluation only)"
+    is_key_index = False
 
     def encode(self, keys: Tensor, bits: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002 -- part of the protocol
         """Keeps nothing."""
@@ -35,6 +36,7 @@ class RecencyIndex:
 
     paper = "none: a floor"
     summary = "the latest distant tokens (evaluation only)"
+    is_key_index = False
 
     def encode(self, keys: Tensor, bits: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002 -- part of the protocol
         """Keeps nothing."""

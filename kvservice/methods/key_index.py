@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from kvservice.compression.protocols import RECALL_INDEXES, Selection
 from kvservice.types import GROUP_TOKENS
 
-CONTAINERS = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
-"""Number types by width: all numbers that one byte of codes decodes to are looked up as one of these."""
+RUN_TOKENS = 16
+QUAD_CHANNELS = 4
+"""What an int8 product of the kernels takes at once: four channels of sixteen tokens, one after the other."""
 
 
 class KeyIndex:
@@ -25,28 +24,34 @@ class KeyIndex:
 
     paper = "Liu et al., KIVI, arXiv:2402.02750 (the quantiser of keys)"
     summary = "low-bit keys on the device choose the tokens to recall"
+    is_key_index = True
 
     def encode(self, keys: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-        """See `RecallIndex`. A byte holds neighbouring channels of one token, the first in its low bits."""
+        """See `RecallIndex`. A group's codes are `[d * bits / 8, 64]`, vectors of 64 bytes as the kernels take them.
+
+        A vector has `8 / bits` fields, the first in the bytes' low bits. Fields, counted through all vectors, are
+        ordered by four channels, and for each four by runs of 16 tokens; in a field, byte `4 * i + j` is token i of the
+        run in channel j of the four.
+        """
         low, high = keys.amin(1, keepdim=True).float(), keys.amax(1, keepdim=True).float()
         # Both are rounded to the stored dtype before they are used, so that decoding needs nothing else.
         step = ((high - low) / (2**bits - 1)).clamp_(min=1e-6).to(keys.dtype)
         middle = ((high + low) / 2).to(keys.dtype)
         levels = (keys.float() - middle.float()) / step.float() + (2**bits - 1) / 2
         levels = levels.round_().clamp_(0, 2**bits - 1).to(torch.uint8)
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=keys.device)
-        codes = (levels.view(*keys.shape[:2], -1, 8 // bits) << shifts).sum(-1, dtype=torch.uint8)
+        fields = levels.view(keys.shape[0], -1, RUN_TOKENS, keys.shape[2] // QUAD_CHANNELS, QUAD_CHANNELS)
+        fields = fields.permute(0, 3, 1, 2, 4).reshape(keys.shape[0], -1, 8 // bits, RUN_TOKENS * QUAD_CHANNELS)
+        codes = (fields << _shifts(bits, keys.device)).sum(2, dtype=torch.uint8)
         return codes.view(keys.shape[0], -1), torch.cat([step, middle], dim=1)
 
     def scores(self, ask: Selection) -> Tensor:
-        """Scores of the decoded keys: `scale * (q · middle + (q * step) · level)`, the last by look-up."""
+        """Scores of the decoded keys: `scale * (q · middle + (q * step) · level)`, levels counted from the middle."""
         num_kv, num_groups, code_bytes = ask.codes.shape
         rows, dim = ask.q.shape[1:]
         bits = 8 * code_bytes // (GROUP_TOKENS * dim)
         step, middle = ask.params.unbind(2)
-        table = _levels(bits, ask.q.dtype, ask.q.device)
-        levels = table.index_select(0, ask.codes.view(-1).int()).view(ask.q.dtype)
-        levels = levels.view(num_kv * num_groups, GROUP_TOKENS, dim)
+        levels = _levels(ask.codes.view(num_kv * num_groups, code_bytes), bits, dim).to(ask.q.dtype)
+        levels -= (2**bits - 1) / 2
         stepped = (ask.q.unsqueeze(1) * step.unsqueeze(2)).view(num_kv * num_groups, rows, dim)
         varying = torch.bmm(stepped, levels.transpose(1, 2)).view(num_kv, num_groups, rows, GROUP_TOKENS)
         constant = ask.q @ middle.transpose(1, 2)
@@ -54,14 +59,15 @@ class KeyIndex:
         return scores.mul_(ask.scale).reshape(num_kv, rows, -1)
 
 
-@functools.cache
-def _levels(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What each byte of codes decodes to, counted in steps from the middle: `[256]`, numbers packed in containers."""
-    codes = torch.arange(256, device=device).unsqueeze(1) >> torch.arange(0, 8, bits, device=device)
-    levels = ((codes & (2**bits - 1)).float() - (2**bits - 1) / 2).to(dtype).contiguous()
-    container = CONTAINERS[levels.shape[1] * dtype.itemsize]
-    packed: Tensor = levels.view(container).view(-1)
-    return packed
+def _levels(codes: Tensor, bits: int, dim: int) -> Tensor:
+    """The levels that `encode` packed, uint8 `[n, 64, d]`."""
+    fields = codes.view(codes.shape[0], -1, 1, RUN_TOKENS * QUAD_CHANNELS) >> _shifts(bits, codes.device)
+    levels: Tensor = (fields & (2**bits - 1)).view(codes.shape[0], dim // QUAD_CHANNELS, -1, RUN_TOKENS, QUAD_CHANNELS)
+    return levels.permute(0, 2, 3, 1, 4).reshape(codes.shape[0], GROUP_TOKENS, dim)
+
+
+def _shifts(bits: int, device: torch.device) -> Tensor:
+    return torch.arange(0, 8, bits, dtype=torch.uint8, device=device).unsqueeze(1)
 
 
 RECALL_INDEXES.register("key_index")(KeyIndex())

@@ -14,6 +14,7 @@ class OracleIndex:
 
     paper = "none: the ceiling"
     summary = "the true keys choose (evaluation only)"
+    is_key_index = False
 
     def encode(self, keys: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         """The keys' own bytes; `bits` is the width of their dtype."""

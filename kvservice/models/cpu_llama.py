@@ -55,12 +55,13 @@ class CpuLlama:
         step = self._step_for(attention.cells, token_ids.shape[0])
         step.begin(positions, attention.near())
         step.x.copy_(self._embed[token_ids])
-        if not attention.selects:
+        if not attention.selects_by_torch:
             self._layers.run(step)
             return step.x
         for layer in range(self._layers.num_layers):
             self._layers.pre(layer, step)
             self._layers.attend(layer, step)
+            self._layers.recall(layer, step)
             attention.add_recalled(layer, step.q, step.attended, step.lse)
             self._layers.post(layer, step)
         return step.x

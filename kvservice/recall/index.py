@@ -30,6 +30,26 @@ class SequenceIndex:
         self.num_groups = 0
 
     @property
+    def bits(self) -> int:
+        """Of a number's code."""
+        return self._bits
+
+    @property
+    def is_key_index(self) -> bool:
+        """Whether kernels that know low-bit keys may score in its place, from the tables below."""
+        return self._method.is_key_index
+
+    @property
+    def codes_table(self) -> Tensor:
+        """Arena blocks of the codes, int32 `[layers * kv, columns]`."""
+        return self._codes.table
+
+    @property
+    def params_table(self) -> Tensor:
+        """Arena blocks of the params, likewise."""
+        return self._params.table
+
+    @property
     def num_bytes(self) -> int:
         """Arena bytes held."""
         return self._codes.num_bytes + self._params.num_bytes

@@ -22,14 +22,44 @@ from kvservice.tier.swap import SwapSpace
 from kvservice.types import BLOCK_TOKENS, GROUP_TOKENS, SINK_TOKENS, Distant, RecipeSpec
 
 
-@dataclass(slots=True)
 class RecallCounters:
-    """What recall did, since the sequence began."""
+    """What recall did, since the sequence began.
 
-    lookups: int = 0
-    hits: int = 0
-    recalled_bytes: int = 0
-    streamed_bytes: int = 0
+    Attributes:
+        tally: int64 `[3]`, counted by whoever recalls: tokens looked up in slots, tokens found there, bytes fetched.
+        streamed_bytes: host KV that was attended to in full, through the staging ring.
+    """
+
+    __slots__ = ("streamed_bytes", "tally")
+
+    def __init__(self) -> None:
+        self.tally = torch.zeros(3, dtype=torch.int64)
+        self.streamed_bytes = 0
+
+    @property
+    def lookups(self) -> int:
+        """Tokens looked up in recall slots."""
+        return int(self.tally[0])
+
+    @property
+    def hits(self) -> int:
+        """Tokens found there."""
+        return int(self.tally[1])
+
+    @property
+    def recalled_bytes(self) -> int:
+        """Bytes fetched from host memory."""
+        return int(self.tally[2])
+
+    def note(self, lookups: int, hits: int, num_bytes: int) -> None:
+        """Adds to the tally."""
+        self.tally += torch.tensor([lookups, hits, num_bytes])
+
+    def copy(self) -> RecallCounters:
+        """The counters as they are now."""
+        twin = RecallCounters()
+        twin.tally, twin.streamed_bytes = self.tally.clone(), self.streamed_bytes
+        return twin
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from kvservice.kv.arena import Arena
 from kvservice.kv.ledger import Owner
 from kvservice.types import BLOCK_TOKENS
 
-EMPTY = -1
+EMPTY = torch.iinfo(torch.int32).max
+"""In place of a token in a slot that holds none; above every token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,45 +37,51 @@ class Placed:
 
 
 def place(resident: Tensor, chosen: Tensor) -> Placed:
-    """Decides which slot each missing token gets: slots that this step doesn't use, lowest first.
+    """Decides which slot each missing token gets: slots that this step doesn't use, in the order of `resident`.
 
     Args:
-        resident: `[kv, slots]`, offsets in the slots, or EMPTY.
-        chosen: `[kv, n]`, offsets this step attends to, distinct in a head, n ≤ slots.
+        resident: int32 `[kv, 2, slots]`, the tokens in the slots, rising, EMPTY behind them, and the slot of each;
+            changed to what it is once the missing are fetched.
+        chosen: `[kv, n]`, offsets this step attends to, rising, n ≤ slots.
     """
-    equal = chosen.unsqueeze(2) == resident.unsqueeze(1)
+    tokens, slots = resident[:, 0].long(), resident[:, 1].long()
+    equal = chosen.unsqueeze(2) == tokens.unsqueeze(1)
     missing = ~equal.any(2)
     unused = ~equal.any(1)
-    rank = unused.cumsum(1) - 1
-    taken = unused & (rank < missing.sum(1, keepdim=True))
-    heads, at = missing.nonzero(as_tuple=True)
-    slots = taken.nonzero(as_tuple=True)[1]
-    where = equal.int().argmax(2)
-    where[heads, at] = slots
-    return Placed(where, heads, chosen[heads, at], slots)
+    taken = unused & (unused.cumsum(1) <= missing.sum(1, keepdim=True))
+    where = slots.gather(1, equal.int().argmax(2))
+    where[missing] = slots[taken]
+    heads = missing.nonzero(as_tuple=True)[0]
+    count = chosen.shape[1]
+    resident[:, 0, :count], resident[:, 0, count:] = chosen, EMPTY
+    resident[:, 1, :count], resident[:, 1, count:] = where, slots[unused & ~taken].view(resident.shape[0], -1)
+    return Placed(where, heads, chosen[missing], where[missing])
 
 
 class RecallSlots:
-    """The recall slots of one sequence: `num_slots` tokens of K and V for each (layer, KV head)."""
+    """The recall slots of one sequence: `num_slots` tokens of K and V for each (layer, KV head).
+
+    Attributes:
+        table: int32 `[cells, num_slots / 16]`, arena blocks.
+        resident: int32 `[layers, kv, 2, num_slots]` on the CPU, what is in them: see `place`.
+    """
 
     def __init__(self, arena: Arena, num_slots: int) -> None:
         layout = arena.layout
         columns = num_slots // BLOCK_TOKENS
         self._arena = arena
-        self._table = arena.allocate(Owner.SLOTS, layout.num_cells * columns).view(layout.num_cells, columns)
-        self._resident = torch.full((layout.num_layers, layout.num_kv_heads, num_slots), EMPTY, dtype=torch.int64)
+        self.table = arena.allocate(Owner.SLOTS, layout.num_cells * columns).view(layout.num_cells, columns)
+        self.resident = torch.empty(layout.num_layers, layout.num_kv_heads, 2, num_slots, dtype=torch.int32)
+        self.clear()
 
     @property
     def num_bytes(self) -> int:
         """Arena bytes held."""
-        return self._table.numel() * self._arena.layout.block_bytes
+        return self.table.numel() * self._arena.layout.block_bytes
 
     def admit(self, layer: int, chosen: Tensor) -> Placed:
-        """Makes `chosen` (`[kv, n]`) the resident set, given that the caller now fetches what is missing."""
-        resident = self._resident[layer]
-        placed = place(resident, chosen)
-        resident[placed.heads, placed.slots] = placed.offsets
-        return placed
+        """Makes `chosen` (`[kv, n]`, rising) the resident set, given that the caller now fetches what is missing."""
+        return place(self.resident[layer], chosen)
 
     def write(self, layer: int, placed: Placed, pairs: Tensor) -> None:
         """Puts fetched tokens, `[m, 2 * d]`, into their slots."""
@@ -90,18 +97,19 @@ class RecallSlots:
 
     def blocks(self) -> Tensor:
         """All blocks held, int32 `[n]`."""
-        return self._table.reshape(-1)
+        return self.table.reshape(-1)
 
     def clear(self) -> None:
         """Forgets what is resident; the slots stay."""
-        self._resident.fill_(EMPTY)
+        self.resident[:, :, 0] = EMPTY
+        self.resident[:, :, 1] = torch.arange(self.resident.shape[-1], dtype=torch.int32)
 
     def close(self) -> None:
         """Frees the slots."""
-        self._arena.free(Owner.SLOTS, self._table)
+        self._arena.free(Owner.SLOTS, self.table)
 
     def _locate(self, layer: int, side: int, heads: Tensor, slots: Tensor) -> Tensor:
         layout = self._arena.layout
-        table = self._table.view(layout.num_layers, 2, layout.num_kv_heads, -1)[layer, side]
+        table = self.table.view(layout.num_layers, 2, layout.num_kv_heads, -1)[layer, side]
         heads, slots = heads.to(table.device), slots.to(table.device)
         return table[heads, slots // BLOCK_TOKENS].long() * BLOCK_TOKENS + slots % BLOCK_TOKENS

@@ -22,6 +22,7 @@ from kvservice.kernels.cpu.library import (
     KvLayer,
     KvLinear,
     KvPart,
+    KvRecall,
     KvSequence,
     KvStep,
     library,
@@ -34,6 +35,7 @@ __all__ = [
     "PackedLinear",
     "Part",
     "Step",
+    "StepRecall",
     "StepSequence",
     "empty_bytes",
     "isa",
@@ -236,6 +238,32 @@ class LayerTensors(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class StepRecall:
+    """What a sequence's queries recall from.
+
+    Attributes:
+        codes: int32 `[layers * kv, columns]`, arena blocks of its low-bit keys, as `methods.key_index` lays them out.
+        params: likewise, of their quantisers.
+        bits: of a number's code: 1, 2, 4 or 8.
+        groups: int64 `[n]`, the addresses of all distant groups, as in `StepSequence`.
+        budget: tokens that a query recalls in a KV head, a multiple of 16.
+        slots: int32 `[cells, budget / 16]`, arena blocks of its recall slots; None where it has several queries.
+        resident: int32 `[layers, kv, 2, budget]`, what is in the slots, as `recall.residency` has it; changed. None
+            if and only if `slots` is.
+        counters: int64 `[3]`, added to: tokens looked up in slots, tokens found there, bytes fetched from host memory.
+    """
+
+    codes: Tensor
+    params: Tensor
+    bits: int
+    groups: Tensor
+    budget: int
+    slots: Tensor | None
+    resident: Tensor | None
+    counters: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class StepSequence:
     """One sequence's share of a step.
 
@@ -248,6 +276,7 @@ class StepSequence:
         window_start: position of its 17th token in the arena.
         groups: int64 `[n]`, the addresses of all groups of 64 tokens between sinks and window, if the queries see them:
             `[layers, kv, 64, K or V, d]` each, in the dtype of the arena. None: they see sinks and window.
+        recall: from what they recall besides, if they do; then `groups` is None.
     """
 
     table: Tensor
@@ -256,6 +285,7 @@ class StepSequence:
     first_row: int
     window_start: int
     groups: Tensor | None = None
+    recall: StepRecall | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,7 +373,7 @@ class Step:
         records = (KvSequence * len(sequences))(*[self._sequence_record(sequence) for sequence in sequences])
         if [s.first_row for s in sequences] + [rows] != _starts([s.num_queries for s in sequences]):
             raise ValueError(f"sequences don't make up the step's {rows} rows in order")
-        self._kept[3:] = [positions, records, [(sequence.table, sequence.groups) for sequence in sequences]]
+        self._kept[3:] = [positions, records, list(sequences)]
         self.record.sequences = records
         self.record.num_sequences = len(sequences)
         self.record.positions = positions.data_ptr()
@@ -361,6 +391,7 @@ class Step:
             raise ValueError(f"table is {table.dtype} {tuple(table.shape)}: must be {wanted}")
         if table.stride(1) != 1 and columns > 1:
             raise ValueError(f"table has strides {table.stride()}: the second must be 1")
+        recall = None if sequence.recall is None else ctypes.pointer(self._recall_record(sequence.recall, sequence))
         return KvSequence(
             table=table.data_ptr(),
             table_stride=table.stride(0),
@@ -370,6 +401,41 @@ class Step:
             window_start=sequence.window_start,
             groups=None if sequence.groups is None else sequence.groups.data_ptr(),
             num_groups=0 if sequence.groups is None else sequence.groups.numel(),
+            recall=recall,
+        )
+
+    def _recall_record(self, recall: StepRecall, sequence: StepSequence) -> KvRecall:
+        if recall.bits not in (1, 2, 4, 8):
+            raise ValueError(f"keys of {recall.bits} bits: must be 1, 2, 4 or 8")
+        if recall.budget < 16 or recall.budget % 16:
+            raise ValueError(f"a budget of {recall.budget} tokens: must be a multiple of 16 from 16 on")
+        if sequence.groups is not None:
+            raise ValueError("a sequence that sees all its groups recalls nothing")
+        has_slots = recall.slots is not None
+        if has_slots != (recall.resident is not None) or (has_slots and sequence.num_queries > 1):
+            raise ValueError("recall slots take the tokens of one query, and note what they hold")
+        rows = self._num_cells // 2
+        for name, table in (("codes", recall.codes), ("params", recall.params)):
+            if table.dtype is not torch.int32 or table.shape[0] != rows or table.stride(1) != 1:
+                raise ValueError(f"{name} is {table.dtype} {tuple(table.shape)}: must be torch.int32 ({rows}, n)")
+        if recall.slots is not None and recall.resident is not None:
+            _check(recall.slots, torch.int32, (self._num_cells, recall.budget // 16), "slots")
+            _check(recall.resident, torch.int32, (*recall.resident.shape[:2], 2, recall.budget), "resident")
+        _check(recall.counters, torch.int64, (3,), "counters")
+        _check(recall.groups, torch.int64, (recall.groups.numel(),), "groups")
+        return KvRecall(
+            codes=recall.codes.data_ptr(),
+            codes_stride=recall.codes.stride(0),
+            params=recall.params.data_ptr(),
+            params_stride=recall.params.stride(0),
+            groups=recall.groups.data_ptr(),
+            slots=_address(recall.slots),
+            slots_stride=0 if recall.slots is None else recall.slots.stride(0),
+            resident=_address(recall.resident),
+            counters=recall.counters.data_ptr(),
+            num_groups=recall.groups.numel(),
+            bits=recall.bits,
+            budget=recall.budget,
         )
 
 
@@ -422,7 +488,7 @@ class DecoderLayers:
         self._pointers = [ctypes.pointer(record) for record in self._records]
         loaded = _loaded()
         self._layer_pre, self._layer_post = loaded.kv_layer_pre, loaded.kv_layer_post
-        self._attend, self._attend_parts = loaded.kv_attend, loaded.kv_attend_parts
+        self._attend, self._attend_parts, self._recall = loaded.kv_attend, loaded.kv_attend_parts, loaded.kv_recall
         self._layers = loaded.kv_layers
 
     def pre(self, layer: int, step: Step) -> None:
@@ -432,6 +498,10 @@ class DecoderLayers:
     def attend(self, layer: int, step: Step) -> None:
         """Attention of `step.q` over the sequences' tokens in the arena, causal, to `step.attended`, `step.lse`."""
         self._attend(self._pointers[layer], layer, ctypes.byref(step.record))
+
+    def recall(self, layer: int, step: Step) -> None:
+        """Adds to `step.attended` and `step.lse` what the sequences that recall from an index of keys recall."""
+        self._recall(self._pointers[layer], layer, ctypes.byref(step.record))
 
     def attend_parts(self, parts: Sequence[Part], step: Step, out: Tensor, lse: Tensor) -> None:
         """Attention of `step.q` over one part of each of some sequences.
@@ -454,7 +524,7 @@ class DecoderLayers:
         self._layer_post(self._pointers[layer], ctypes.byref(step.record))
 
     def run(self, step: Step) -> None:
-        """All layers of a step whose sequences have nothing outside the arena."""
+        """All layers of a step."""
         self._layers(self._records, self.num_layers, ctypes.byref(step.record))
 
     def _part_record(self, part: Part) -> KvPart:

@@ -46,6 +46,25 @@ class KvLayer(Structure):
     )
 
 
+class KvRecall(Structure):
+    """What a sequence recalls from."""
+
+    _fields_ = (
+        ("codes", c_void_p),
+        ("codes_stride", c_int64),
+        ("params", c_void_p),
+        ("params_stride", c_int64),
+        ("groups", c_void_p),
+        ("slots", c_void_p),
+        ("slots_stride", c_int64),
+        ("resident", c_void_p),
+        ("counters", c_void_p),
+        ("num_groups", c_int32),
+        ("bits", c_int32),
+        ("budget", c_int32),
+    )
+
+
 class KvSequence(Structure):
     """A sequence's share of a step."""
 
@@ -58,6 +77,7 @@ class KvSequence(Structure):
         ("window_start", c_int32),
         ("groups", c_void_p),
         ("num_groups", c_int32),
+        ("recall", POINTER(KvRecall)),
     )
 
 
@@ -109,6 +129,7 @@ _PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "kv_rms_norm": (None, (c_void_p, c_void_p, c_float, c_int32, c_int32, c_void_p, c_int32)),
     "kv_layer_pre": (None, (POINTER(KvLayer), c_int32, POINTER(KvStep))),
     "kv_attend": (None, (POINTER(KvLayer), c_int32, POINTER(KvStep))),
+    "kv_recall": (None, (POINTER(KvLayer), c_int32, POINTER(KvStep))),
     "kv_layer_post": (None, (POINTER(KvLayer), POINTER(KvStep))),
     "kv_layers": (None, (POINTER(KvLayer), c_int32, POINTER(KvStep))),
     "kv_attend_parts": (None, (POINTER(KvLayer), POINTER(KvPart), c_int32, POINTER(KvStep))),

@@ -164,6 +164,10 @@ void kv_attend(const KvLayer* layer, int32_t layer_idx, const KvStep* step) {
   call([&](const Kernels& k) { k.attend(layer, layer_idx, step); });
 }
 
+void kv_recall(const KvLayer* layer, int32_t layer_idx, const KvStep* step) {
+  call([&](const Kernels& k) { k.recall(layer, layer_idx, step); });
+}
+
 void kv_layer_post(const KvLayer* layer, const KvStep* step) {
   call([&](const Kernels& k) { k.layer_post(layer, step); });
 }
@@ -173,6 +177,7 @@ void kv_layers(const KvLayer* layers, int32_t num_layers, const KvStep* step) {
     for (int32_t i = 0; i < num_layers; ++i) {
       k.layer_pre(layers + i, i, step);
       k.attend(layers + i, i, step);
+      k.recall(layers + i, i, step);
       k.layer_post(layers + i, step);
     }
   });

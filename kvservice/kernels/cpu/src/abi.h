@@ -39,6 +39,25 @@ struct KvLayer {
   int32_t head_dim;
 };
 
+// What a sequence recalls from: low-bit keys of its distant tokens in arena blocks, their keys and values in host memory,
+// and slots in the arena for those recalled last. A group is 64 tokens.
+//   codes    of a group: vectors of 64 bytes, see recall.h
+//   params   of a group: for each channel the quantiser's step, then the middle of its range, [2, head_dim]
+struct KvRecall {
+  const int32_t* codes;    // [layers * num_kv, columns], blocks of the arena
+  int64_t codes_stride;    // between rows
+  const int32_t* params;   // as codes
+  int64_t params_stride;
+  const int64_t* groups;   // addresses, as in KvSequence
+  const int32_t* slots;    // [cells, budget / 16], blocks of the arena, as KvSequence.table; null: recall into no slots
+  int64_t slots_stride;
+  int32_t* resident;       // [layers, num_kv, 2, budget]: tokens in the slots, rising, and the slot of each
+  int64_t* counters;       // added to: tokens looked up in slots, tokens found there, bytes fetched
+  int32_t num_groups;
+  int32_t bits;            // 1, 2, 4 or 8
+  int32_t budget;          // tokens that a query recalls in a KV head
+};
+
 // One sequence's share of a step: its queries' rows, its tokens in the arena, and, where queries see them all, those in
 // host memory between its sinks and its window.
 //   local token    0 .. 15     16 ..
@@ -52,6 +71,7 @@ struct KvSequence {
   int32_t window_start;   // 16 + a multiple of 64
   const int64_t* groups;  // addresses of groups of 64 tokens, [layers, num_kv, 64, K or V, head_dim] each
   int32_t num_groups;     // 0, or all before window_start
+  const KvRecall* recall;  // or null
 };
 
 // Keys and values of one part of one sequence outside the arena, seen by all its queries.
@@ -111,9 +131,11 @@ void kv_rms_norm(const float* x, const float* norm, float eps, int32_t rows, int
 void kv_layer_pre(const KvLayer* layer, int32_t layer_idx, const KvStep* step);
 // Causal attention of step->q over the arena into step->attended and step->lse.
 void kv_attend(const KvLayer* layer, int32_t layer_idx, const KvStep* step);
+// Adds to step->attended and step->lse what sequences recall.
+void kv_recall(const KvLayer* layer, int32_t layer_idx, const KvStep* step);
 // o + residual, norm, gate/up, down + residual, from step->attended.
 void kv_layer_post(const KvLayer* layer, const KvStep* step);
-// The three above over all layers: a whole step of sequences that have nothing outside the arena.
+// The four above over all layers: a whole step.
 void kv_layers(const KvLayer* layers, int32_t num_layers, const KvStep* step);
 
 // Attention of step->q over one part of each of some sequences into step->attended and step->lse.

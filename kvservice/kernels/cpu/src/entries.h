@@ -8,6 +8,7 @@
 #include "kernels.h"
 #include "layer.h"
 #include "product_vec.h"
+#include "recall.h"
 #ifdef __AMX_BF16__
 #include "fold_amx.h"
 #include "product_amx.h"
@@ -107,6 +108,14 @@ void attend(const KvLayer* layer, int32_t layer_idx, const KvStep* step) {
   }
 }
 
+void recall(const KvLayer* layer, int32_t layer_idx, const KvStep* step) {
+  if (layer->qkv.dtype == KV_BF16) {
+    recall_all<bf16>(*layer, layer_idx, *step);
+  } else {
+    recall_all<float>(*layer, layer_idx, *step);
+  }
+}
+
 template <class T>
 void attend_contiguous(const KvLayer& layer, const KvPart* parts, int num_parts, const KvStep& step) {
   using Tokens = PartTokens<T>;
@@ -132,7 +141,7 @@ void merge(void* const* outs, float* const* lses, int32_t num_parts, int64_t hea
   }
 }
 
-constexpr Kernels kKernels = {linear, norm_linear, rms_norm_rows, pre, attend, post, attend_parts, merge};
+constexpr Kernels kKernels = {linear, norm_linear, rms_norm_rows, pre, attend, recall, post, attend_parts, merge};
 
 }  // namespace
 }  // namespace kv

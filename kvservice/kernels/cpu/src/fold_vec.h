@@ -39,11 +39,19 @@ class VecFold {
       widen_row(tile.values[t / kBlockTokens] + offset, values_ + t * stride_);
       ahead.fetch(static_cast<int>(2 * head_dim_ * sizeof(T) / 64 + 1));
     }
-    int row = 0;
-    for (; row + kRowsTogether <= rows_; row += kRowsTogether) {
-      fold_rows<kRowsTogether>(row, num_tokens, first, visible, state);
+    fold_widened(num_tokens, [&](int row) { return visible[row] - first; }, state);
+  }
+
+  // Up to a tile of tokens that lie anywhere; all rows see them all.
+  void fold_scattered(const T* const* keys, const T* const* values, int num_tokens, State& state) {
+    for (int t = 0; t < num_tokens; ++t) {
+      widen_row(keys[t], keys_ + t * stride_);
+      widen_row(values[t], values_ + t * stride_);
     }
-    for (; row < rows_; ++row) fold_rows<1>(row, num_tokens, first, visible, state);
+    const int padded = static_cast<int>(round_up(num_tokens, kBlockTokens));
+    std::memset(keys_ + num_tokens * stride_, 0, (padded - num_tokens) * stride_ * sizeof(float));
+    std::memset(values_ + num_tokens * stride_, 0, (padded - num_tokens) * stride_ * sizeof(float));
+    fold_widened(padded, [&](int) { return num_tokens; }, state);
   }
 
  private:
@@ -55,11 +63,24 @@ class VecFold {
     for (int64_t i = head_dim_; i < stride_; ++i) to[i] = 0;
   }
 
-  template <int R>
-  void fold_rows(int row, int num_tokens, int first, const int32_t* visible, State& state) {
+  template <class NumVisible>
+  void fold_widened(int num_tokens, NumVisible&& num_visible, State& state) {
+    int row = 0;
+    for (; row + kRowsTogether <= rows_; row += kRowsTogether) {
+      fold_rows<kRowsTogether>(row, num_tokens, num_visible, state);
+    }
+    switch (rows_ - row) {
+      case 3: return fold_rows<smaller(3, kRowsTogether)>(row, num_tokens, num_visible, state);
+      case 2: return fold_rows<2>(row, num_tokens, num_visible, state);
+      case 1: return fold_rows<1>(row, num_tokens, num_visible, state);
+    }
+  }
+
+  template <int R, class NumVisible>
+  void fold_rows(int row, int num_tokens, NumVisible&& num_visible, State& state) {
     float factors[R];
     for (int r = 0; r < R; ++r) {
-      factors[r] = weigh(row + r, num_tokens, visible[row + r] - first, weights_ + r * kTileTokens, state);
+      factors[r] = weigh(row + r, num_tokens, num_visible(row + r), weights_ + r * kTileTokens, state);
     }
     for (int64_t i = 0; i < stride_; i += kVectorsTogether * Vec::width) {
       const int vectors = smaller(kVectorsTogether, static_cast<int>((stride_ - i) / Vec::width));

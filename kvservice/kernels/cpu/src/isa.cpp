@@ -12,9 +12,10 @@ bool has_amx_bf16() {
   unsigned eax, ebx, ecx, edx;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
   const bool has_tiles = (edx >> 22 & 1) && (edx >> 24 & 1);
+  const bool has_vnni = ecx >> 11 & 1;
   if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) return false;
   const bool has_avx512_bf16 = eax >> 5 & 1;
-  if (!has_tiles || !has_avx512_bf16) return false;
+  if (!has_tiles || !has_vnni || !has_avx512_bf16) return false;
   constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
   constexpr int kTileData = 18;               // XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;

@@ -11,6 +11,7 @@ struct Kernels {
   decltype(&::kv_rms_norm) rms_norm;
   decltype(&::kv_layer_pre) layer_pre;
   decltype(&::kv_attend) attend;
+  decltype(&::kv_recall) recall;
   decltype(&::kv_layer_post) layer_post;
   decltype(&::kv_attend_parts) attend_parts;
   decltype(&::kv_merge) merge;

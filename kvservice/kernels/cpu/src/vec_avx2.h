@@ -102,5 +102,44 @@ inline Vec sums_of_each(const Vec* x) {
   return {_mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31))};
 }
 
+// Bit i: whether lane i of x is at least that of y.
+inline uint32_t lanes_at_least(Vec x, Vec y) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x.v, y.v, _CMP_GE_OQ)));
+}
+
+// Bytes, and 32-bit lanes that take products of four neighbouring ones each.
+struct Bytes {
+  static constexpr int width = 32;
+  __m256i v;
+};
+struct Ints {
+  __m256i v;
+};
+
+inline Bytes load_bytes(const uint8_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+inline Bytes all_bytes(int x) { return {_mm256_set1_epi8(static_cast<char>(x))}; }
+inline Bytes four_bytes(const int8_t* p) {
+  int32_t four;
+  __builtin_memcpy(&four, p, 4);
+  return {_mm256_set1_epi32(four)};
+}
+// A field of each byte, `mask` wide, from bit `shift` on.
+inline Bytes field(Bytes x, int shift, Bytes mask) {
+  return {_mm256_and_si256(_mm256_srli_epi16(x.v, shift), mask.v)};
+}
+inline Ints no_ints() { return {_mm256_setzero_si256()}; }
+// a has no sign, b has. Two neighbouring products must fit into 16 bits.
+inline Ints add_products(Ints sum, Bytes a, Bytes b) {
+  const __m256i pairs = _mm256_maddubs_epi16(a.v, b.v);
+  return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+}
+inline Vec to_floats(Ints x) { return {_mm256_cvtepi32_ps(x.v)}; }
+// To the nearest whole number.
+inline void store_rounded(int8_t* p, Vec x) {
+  const __m256i whole = _mm256_cvtps_epi32(x.v);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+}
+
 }  // namespace
 }  // namespace kv

@@ -87,5 +87,44 @@ inline Vec sums_of_each(const Vec* x) {
   return {_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd))};
 }
 
+// Bit i: whether lane i of x is at least that of y.
+inline uint32_t lanes_at_least(Vec x, Vec y) { return _mm512_cmp_ps_mask(x.v, y.v, _CMP_GE_OQ); }
+
+// Bytes, and 32-bit lanes that take products of four neighbouring ones each.
+struct Bytes {
+  static constexpr int width = 64;
+  __m512i v;
+};
+struct Ints {
+  __m512i v;
+};
+
+inline Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline Bytes all_bytes(int x) { return {_mm512_set1_epi8(static_cast<char>(x))}; }
+inline Bytes four_bytes(const int8_t* p) {
+  int32_t four;
+  __builtin_memcpy(&four, p, 4);
+  return {_mm512_set1_epi32(four)};
+}
+// A field of each byte, `mask` wide, from bit `shift` on.
+inline Bytes field(Bytes x, int shift, Bytes mask) {
+  return {_mm512_and_si512(_mm512_srli_epi16(x.v, static_cast<unsigned>(shift)), mask.v)};
+}
+inline Ints no_ints() { return {_mm512_setzero_si512()}; }
+// a has no sign, b has. Two neighbouring products must fit into 16 bits.
+inline Ints add_products(Ints sum, Bytes a, Bytes b) {
+#ifdef __AVX512VNNI__
+  return {_mm512_dpbusd_epi32(sum.v, a.v, b.v)};
+#else
+  const __m512i pairs = _mm512_maddubs_epi16(a.v, b.v);
+  return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
+#endif
+}
+inline Vec to_floats(Ints x) { return {_mm512_cvtepi32_ps(x.v)}; }
+// To the nearest whole number.
+inline void store_rounded(int8_t* p, Vec x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x.v)));
+}
+
 }  // namespace
 }  // namespace kv
