@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvservice.compression.protocols import RECALL_INDEXES, Selection
+from kvservice.kernels import cpu
 from kvservice.types import GROUP_TOKENS
 
 RUN_TOKENS = 16
@@ -33,16 +34,9 @@ class KeyIndex:
         ordered by four channels, and for each four by runs of 16 tokens; in a field, byte `4 * i + j` is token i of the
         run in channel j of the four.
         """
-        low, high = keys.amin(1, keepdim=True).float(), keys.amax(1, keepdim=True).float()
-        # Both are rounded to the stored dtype before they are used, so that decoding needs nothing else.
-        step = ((high - low) / (2**bits - 1)).clamp_(min=1e-6).to(keys.dtype)
-        middle = ((high + low) / 2).to(keys.dtype)
-        levels = (keys.float() - middle.float()) / step.float() + (2**bits - 1) / 2
-        levels = levels.round_().clamp_(0, 2**bits - 1).to(torch.uint8)
-        fields = levels.view(keys.shape[0], -1, RUN_TOKENS, keys.shape[2] // QUAD_CHANNELS, QUAD_CHANNELS)
-        fields = fields.permute(0, 3, 1, 2, 4).reshape(keys.shape[0], -1, 8 // bits, RUN_TOKENS * QUAD_CHANNELS)
-        codes = (fields << _shifts(bits, keys.device)).sum(2, dtype=torch.uint8)
-        return codes.view(keys.shape[0], -1), torch.cat([step, middle], dim=1)
+        if keys.device.type == "cpu" and cpu.isa() != "none" and keys.shape[2] % cpu.HEAD_DIM_STEP == 0:
+            return cpu.encode_keys(keys, bits)
+        return encode(keys, bits)
 
     def scores(self, ask: Selection) -> Tensor:
         """Scores of the decoded keys: `scale * (q · middle + (q * step) · level)`, levels counted from the middle."""
@@ -57,6 +51,20 @@ class KeyIndex:
         constant = ask.q @ middle.transpose(1, 2)
         scores = varying.transpose(1, 2).float() + constant.unsqueeze(-1).float()
         return scores.mul_(ask.scale).reshape(num_kv, rows, -1)
+
+
+def encode(keys: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """What `KeyIndex.encode` gives, by torch on any device."""
+    low, high = keys.amin(1, keepdim=True).float(), keys.amax(1, keepdim=True).float()
+    # Both are rounded to the stored dtype before they are used, so that decoding needs nothing else.
+    step = ((high - low) / (2**bits - 1)).clamp_(min=1e-6).to(keys.dtype)
+    middle = ((high + low) / 2).to(keys.dtype)
+    levels = (keys.float() - middle.float()) / step.float() + (2**bits - 1) / 2
+    levels = levels.round_().clamp_(0, 2**bits - 1).to(torch.uint8)
+    fields = levels.view(keys.shape[0], -1, RUN_TOKENS, keys.shape[2] // QUAD_CHANNELS, QUAD_CHANNELS)
+    fields = fields.permute(0, 3, 1, 2, 4).reshape(keys.shape[0], -1, 8 // bits, RUN_TOKENS * QUAD_CHANNELS)
+    codes = (fields << _shifts(bits, keys.device)).sum(2, dtype=torch.uint8)
+    return codes.view(keys.shape[0], -1), torch.cat([step, middle], dim=1)
 
 
 def _levels(codes: Tensor, bits: int, dim: int) -> Tensor:

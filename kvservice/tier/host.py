@@ -33,7 +33,9 @@ class HostTier:
     def store(self, groups: Tensor) -> list[int]:
         """Copies groups `[n, layers, kv, 64, 2, d]`, which are on the CPU, in and returns their numbers."""
         numbers = self.allocate(groups.shape[0])
-        self._groups[numbers] = groups
+        # One by one: each is a plain copy of memory, which indexing by a list isn't.
+        for number, group in zip(numbers, groups, strict=True):
+            self._groups[number].copy_(group)
         return numbers
 
     def allocate(self, count: int) -> list[int]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvservice.compression.protocols import Selection
 from kvservice.kernels import cpu
+from kvservice.methods import key_index
 from kvservice.methods.key_index import KeyIndex
 from kvservice.recall.planner import select
 from kvservice.recall.residency import EMPTY
@@ -313,3 +314,20 @@ def test_a_recall_that_fits_nothing_is_refused(change: str) -> None:
 def replaced(recall: cpu.StepRecall, **changes: object) -> cpu.StepRecall:
     fields = {name: getattr(recall, name) for name in cpu.StepRecall.__slots__}
     return cpu.StepRecall(**{**fields, **changes})
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dim", [8, 40, 64, 128])
+def test_codes_of_keys_equal_those_of_torch_bit_for_bit(bits: int, dtype: torch.dtype, dim: int) -> None:
+    rng = torch.Generator().manual_seed(bits * dim)
+    keys = (torch.randn(5, GROUP_TOKENS, dim, generator=rng) * 3).to(dtype)
+    keys[1] = keys[1, :1]
+    keys[2, :, 0] = 0
+    for ours, expected in zip(cpu.encode_keys(keys, bits), key_index.encode(keys, bits), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_keys_that_make_no_groups_are_refused() -> None:
+    with pytest.raises(ValueError, match="must be 1, 2, 4 or 8"):
+        cpu.encode_keys(torch.zeros(1, 63, 64), 2)

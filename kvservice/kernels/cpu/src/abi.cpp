@@ -183,6 +183,11 @@ void kv_layers(const KvLayer* layers, int32_t num_layers, const KvStep* step) {
   });
 }
 
+void kv_encode_keys(const void* keys, int64_t count, int32_t head_dim, int32_t bits, int32_t dtype, uint8_t* codes,
+                    void* params) {
+  call([&](const Kernels& k) { k.encode_keys(keys, count, head_dim, bits, dtype, codes, params); });
+}
+
 void kv_attend_parts(const KvLayer* layer, const KvPart* parts, int32_t num_parts, const KvStep* step) {
   call([&](const Kernels& k) { k.attend_parts(layer, parts, num_parts, step); });
 }

@@ -41,7 +41,7 @@ struct KvLayer {
 
 // What a sequence recalls from: low-bit keys of its distant tokens in arena blocks, their keys and values in host memory,
 // and slots in the arena for those recalled last. A group is 64 tokens.
-//   codes    of a group: vectors of 64 bytes, see recall.h
+//   codes    of a group: vectors of 64 bytes, see key_codes.h
 //   params   of a group: for each channel the quantiser's step, then the middle of its range, [2, head_dim]
 struct KvRecall {
   const int32_t* codes;    // [layers * num_kv, columns], blocks of the arena
@@ -137,6 +137,11 @@ void kv_recall(const KvLayer* layer, int32_t layer_idx, const KvStep* step);
 void kv_layer_post(const KvLayer* layer, const KvStep* step);
 // The four above over all layers: a whole step.
 void kv_layers(const KvLayer* layers, int32_t num_layers, const KvStep* step);
+
+// Low-bit codes of `count` groups of keys, [count, 64, head_dim] to [count, 64 * head_dim * bits / 8], and what decodes
+// them, [count, 2, head_dim].
+void kv_encode_keys(const void* keys, int64_t count, int32_t head_dim, int32_t bits, int32_t dtype, uint8_t* codes,
+                    void* params);
 
 // Attention of step->q over one part of each of some sequences into step->attended and step->lse.
 void kv_attend_parts(const KvLayer* layer, const KvPart* parts, int32_t num_parts, const KvStep* step);

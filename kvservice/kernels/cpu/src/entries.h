@@ -141,7 +141,17 @@ void merge(void* const* outs, float* const* lses, int32_t num_parts, int64_t hea
   }
 }
 
-constexpr Kernels kKernels = {linear, norm_linear, rms_norm_rows, pre, attend, recall, post, attend_parts, merge};
+void encode_keys(const void* keys, int64_t count, int32_t head_dim, int32_t bits, int32_t dtype, uint8_t* codes,
+                 void* params) {
+  if (dtype == KV_BF16) {
+    encode_groups(static_cast<const bf16*>(keys), count, head_dim, bits, codes, static_cast<bf16*>(params));
+  } else {
+    encode_groups(static_cast<const float*>(keys), count, head_dim, bits, codes, static_cast<float*>(params));
+  }
+}
+
+constexpr Kernels kKernels = {linear, norm_linear, rms_norm_rows, pre, attend, recall, post, attend_parts, merge,
+                              encode_keys};
 
 }  // namespace
 }  // namespace kv

@@ -11,11 +11,11 @@
 #pragma once
 
 #include "fold_vec.h"
+#include "key_codes.h"
 
 namespace kv {
 namespace {
 
-constexpr int kGroupTokens = 64;
 // What free slots hold; above every token.
 constexpr int32_t kNoToken = INT32_MAX;
 
@@ -69,13 +69,11 @@ struct FoldedQuery {
   float constant;
 };
 
-// Scores of a group's 64 tokens in R heads. Codes lie in vectors of 64 bytes, vector by vector and then field by field:
-// four channels of 16 tokens, for each of the group's four runs of 16 tokens, for each four channels.
+// Scores of a group's 64 tokens in R heads.
 template <int kBits, int R>
 void score_group(const uint8_t* codes, int head_dim, const FoldedQuery* queries, float* scores, int64_t stride,
                  Vec* highest) {
   constexpr int kFields = 8 / kBits;
-  constexpr int kRuns = kGroupTokens / 16;
   constexpr int kParts = 64 / Bytes::width;  // of a vector
   // So many channels at a time that whole vectors are used up.
   constexpr int kQuads = kFields > kRuns ? kFields / kRuns : 1;
@@ -85,6 +83,7 @@ void score_group(const uint8_t* codes, int head_dim, const FoldedQuery* queries,
     for (int r = 0; r < R; ++r) {
       for (int run = 0; run < kRuns; ++run) sums[r][run] = no_ints();
     }
+#pragma GCC unroll 4
     for (int quad = 0; quad < head_dim / 4; quad += kQuads) {
 #pragma GCC unroll 2
       for (int q = 0; q < kQuads; ++q) {
@@ -106,7 +105,7 @@ void score_group(const uint8_t* codes, int head_dim, const FoldedQuery* queries,
       for (int run = 0; run < kRuns; ++run) {
         const Vec score = fma(to_floats(sums[r][run]), factor, constant);
         highest[r] = max(score, highest[r]);
-        store(scores + r * stride + run * 16 + part * Vec::width, score);
+        store(scores + r * stride + run * kRunTokens + part * Vec::width, score);
       }
     }
   }
@@ -274,38 +273,41 @@ class Recaller {
         params.prefetch(g + kGroupsAhead);
       }
       const T* param = reinterpret_cast<const T*>(params.at(g));
-      for (int r = 0; r < R; ++r) folded[r] = fold_query<kBits>(head + r, param);
+      fold_queries<kBits, R>(head, param, folded);
       score_group<kBits, R>(reinterpret_cast<const uint8_t*>(codes.whole(g, m_.spare)), dim, folded,
                             m_.scores + head * m_.stride + g * kGroupTokens, m_.stride, highest);
     }
     for (int r = 0; r < R; ++r) m_.peaks[head + r] = max_of_lanes(highest[r]);
   }
 
-  // Takes a group's quantiser into a query: q . key = q . (middle - levels / 2 * step) + (q * step) . code.
+  // Takes a group's quantiser into queries: q . key = q . (middle - levels / 2 * step) + (q * step) . code.
   // Scores come out in powers of two, as exp2 takes them.
-  template <int kBits>
-  FoldedQuery fold_query(int head, const T* param) {
+  template <int kBits, int R>
+  void fold_queries(int head, const T* param, FoldedQuery* folded) {
     const int dim = layer_.head_dim;
-    const float* query = m_.queries + head * padded_dim(dim);
-    int8_t* numbers = m_.numbers + head * padded_dim(dim);
     const Vec half = broadcast(((1 << kBits) - 1) / -2.0f);
-    Vec stepped[kMostVectors];
-    Vec constant = zero(), largest = zero();
     const int vectors = static_cast<int>(divide_up(dim, Vec::width));
+    Vec stepped[R][kMostVectors], constant[R], largest[R];
+    for (int r = 0; r < R; ++r) constant[r] = largest[r] = zero();
     for (int i = 0; i < vectors; ++i) {
       const int at = i * Vec::width, n = smaller(Vec::width, dim - at);
-      const Vec step = n == Vec::width ? load(param + at) : load_n(param + at, n);
-      const Vec middle = n == Vec::width ? load(param + dim + at) : load_n(param + dim + at, n);
-      const Vec q = load(query + at);
-      stepped[i] = q * step;
-      constant = fma(q, fma(step, half, middle), constant);
-      largest = max(largest, max(stepped[i], zero() - stepped[i]));
+      const Vec step = load_n(param + at, n);
+      const Vec lowest = fma(step, half, load_n(param + dim + at, n));
+      for (int r = 0; r < R; ++r) {
+        const Vec q = load(m_.queries + (head + r) * padded_dim(dim) + at);
+        stepped[r][i] = q * step;
+        constant[r] = fma(q, lowest, constant[r]);
+        largest[r] = max(largest[r], max(stepped[r][i], zero() - stepped[r][i]));
+      }
     }
-    const float most = max_of_lanes(largest) + 1e-30f;
-    const Vec to_levels = broadcast(query_levels(kBits) / most);
-    for (int i = 0; i < vectors; ++i) store_rounded(numbers + i * Vec::width, stepped[i] * to_levels);
     const float scale = step_.scale * kLog2E;
-    return {numbers, most / query_levels(kBits) * scale, sum_of_lanes(constant) * scale};
+    for (int r = 0; r < R; ++r) {
+      const float most = max_of_lanes(largest[r]) + 1e-30f;
+      const Vec to_levels = broadcast(query_levels(kBits) / most);
+      int8_t* numbers = m_.numbers + (head + r) * padded_dim(dim);
+      for (int i = 0; i < vectors; ++i) store_rounded(numbers + i * Vec::width, stepped[r][i] * to_levels);
+      folded[r] = {numbers, most / query_levels(kBits) * scale, sum_of_lanes(constant[r]) * scale};
+    }
   }
 
   static constexpr int kMostVectors = 1024 / Vec::width;
