@@ -121,8 +121,8 @@ def summarize(texts: Sequence[TextAttention]) -> LayerFigures:
         for parts in zip(*((text.js, text.mass_js, text.mass) for text in texts), strict=True)
     )
     return LayerFigures(
-        similarity=tuple(tuple(map(_rounded, matrix)) for matrix in 1 - js),
-        mass_similarity=tuple(tuple(map(_rounded, matrix)) for matrix in 1 - mass_js),
+        similarity=tuple(tuple(map(_rounded, matrix)) for matrix in 1 - _symmetric(js)),
+        mass_similarity=tuple(tuple(map(_rounded, matrix)) for matrix in 1 - _symmetric(mass_js)),
         distant_mass=tuple(map(_rounded, mass)),
     )
 
@@ -199,6 +199,12 @@ def _compare(recorder: _Recorder, kv_head: int, distant: slice) -> tuple[Tensor,
         mass_sum = mass_sum + mass.sum(-1)
     count = heads * num_queries
     return js_sum / count, mass_js_sum / count, mass_sum / count
+
+
+def _symmetric(matrices: Tensor) -> Tensor:
+    """Sums that are equal on paper may differ in the last bit: those above the diagonal count."""
+    above = matrices.triu(1)
+    return above + above.mT
 
 
 def _rounded(row: Tensor) -> tuple[float, ...]:
