@@ -111,6 +111,7 @@ def pod(
     made.write(out)
     groups, similarity = made.layer_groups, made.grouped_by
     title = f"{made.model.name}: {groups.num_groups} groups of {groups.num_cells} cells, delta {made.grouping.delta:g}"
+    title += ", by mass-weighted similarity" if mass_weighted else ""
     plot_layer_groups(picture, similarity, groups, made.distant_mass, title)
     curve = list(_curve(similarity))
     _show(made, curve)
