@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from kvservice.compression.layer_groups import Linkage, Per
+from kvservice.compression.layer_groups import Linkage, Per, group_layers
 from kvservice.compression.sharing_map import CalibrationText, Measurement
+from kvservice.demo.document import shipped_text
 from kvservice.errors import ConfigError
 from kvservice.evaluation import calibration
 from kvservice.evaluation.calibration import (
@@ -24,8 +26,11 @@ from kvservice.evaluation.calibration import (
 )
 from kvservice.evaluation.layer_similarity import pairwise_js
 from kvservice.models.llama import LlamaModel
+from kvservice.models.loader import read_model
 from kvservice.models.sharing import model_facts
 from kvservice.models.tiny import tiny_model
+from kvservice.models.tokenizer import Tokenizer
+from kvservice.types import PromptFormat, TextRole
 
 CONTEXT, QUERIES, LAYERS = 420, 10, 3
 ROUNDING = 1e-5
@@ -147,3 +152,13 @@ def test_a_map_has_the_groups_that_were_asked_for(
     assert made.grouping.delta == delta
     assert made.layer_groups.runs == runs
     assert made.grouping.save_fraction == choice.save_fraction
+
+
+@pytest.mark.real_model
+def test_layers_3_to_10_of_the_real_model_attend_alike_and_hardly_others(real_model_folder: Path) -> None:
+    text = shipped_text()
+    tokens = Tokenizer.load(real_model_folder).encode(text, TextRole.DOCUMENT, PromptFormat.RAW, first=True)[:1024]
+    model = LlamaModel(*read_model(real_model_folder, torch.bfloat16), torch.device("cpu"))
+    figures = summarize([measure_text(model, tokens, 16)])
+    runs = group_layers(figures.similarity, 0.65, per=Per.LAYER).runs[0]
+    assert [run for run in runs if len(run) > 1] == [tuple(range(3, 11))]
