@@ -6,17 +6,20 @@ No global state and no windows: figures are made, saved and dropped.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import ceil
 from pathlib import Path
 
 from kvservice.bench.soak import MemoryTerms, Sample
+from kvservice.compression.layer_groups import LayerGroups, Similarity
 from kvservice.errors import ConfigError
 
 try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.patches import Rectangle
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 except ModuleNotFoundError as error:
-    raise ConfigError("--plot needs matplotlib: pip install 'kvservice[plots]'") from error
+    raise ConfigError("figures need matplotlib: pip install 'kvservice[plots]'") from error
 
 MIB = 1 << 20
 DPI = 120
@@ -107,6 +110,59 @@ def plot_intervals(path: Path, intervals: Mapping[str, Sequence[float]], limit_m
     _save(figure, path)
 
 
+def plot_layer_groups(
+    path: Path,
+    similarity: Similarity,
+    groups: LayerGroups,
+    distant_mass: Sequence[Sequence[float]],
+    title: str,
+) -> None:
+    """Similarity of every two layers, a panel for each KV head, with its groups outlined; below, the distant mass.
+
+    Args:
+        path: of the PNG.
+        similarity: of the layers.
+        groups: those of more than one layer are outlined.
+        distant_mass: `[kv][l]`, share of attention that goes to distant tokens.
+        title: of the figure.
+
+    Raises:
+        ConfigError: the file can't be written.
+    """
+    num_columns = min(4, len(similarity))
+    num_rows = ceil(len(similarity) / num_columns)
+    figure = Figure(figsize=(4.2 * num_columns + 1.2, 5.4 * num_rows + 0.6), layout="constrained")
+    figure.suptitle(title, fontsize=12)
+    grid = figure.subplots(
+        2 * num_rows, num_columns, squeeze=False, sharex=True, gridspec_kw={"height_ratios": (4.0, 1.0) * num_rows}
+    )
+    image = None
+    for kv_head, matrix in enumerate(similarity):
+        row, column = divmod(kv_head, num_columns)
+        heat, mass = grid[2 * row, column], grid[2 * row + 1, column]
+        image = heat.imshow(matrix, vmin=0.0, vmax=1.0, origin="lower", cmap="viridis")
+        for layers in groups.runs[kv_head]:
+            if len(layers) > 1:
+                corner, side = layers[0] - 0.5, len(layers)
+                heat.add_patch(Rectangle((corner, corner), side, side, fill=False, edgecolor="#ff4d4d", linewidth=1.6))
+        heat.set_title(f"KV head {kv_head}: {len(groups.runs[kv_head])} groups", fontsize=10)
+        heat.yaxis.set_major_locator(MaxNLocator(integer=True))
+        mass.bar(range(groups.num_layers), distant_mass[kv_head], color="#9aa0a6", width=0.8)
+        mass.set_ylim(0.0, 1.0)
+        mass.xaxis.set_major_locator(MaxNLocator(integer=True))
+        mass.set_xlabel("layer")
+        mass.spines[["top", "right"]].set_visible(False)
+        if column == 0:
+            heat.set_ylabel("layer")
+            mass.set_ylabel("distant mass")
+    for spare in range(len(similarity), num_rows * num_columns):
+        for axes in grid[2 * (spare // num_columns) : 2 * (spare // num_columns) + 2, spare % num_columns]:
+            axes.set_axis_off()
+    if image is not None:
+        figure.colorbar(image, ax=grid[0::2, :].ravel().tolist(), label="similarity of distant attention", shrink=0.8)
+    _save(figure, path)
+
+
 def _plot_preemptions(axes: Axes, minutes: Sequence[float], samples: Sequence[Sample]) -> None:
     """A row of marks for each kind; each mark is a second in which it happened."""
     for row, (name, (label, color)) in enumerate(PREEMPTIONS.items()):
@@ -135,4 +191,4 @@ def _save(figure: Figure, path: Path) -> None:
     try:
         figure.savefig(path, dpi=DPI, format="png")
     except OSError as error:
-        raise ConfigError(f"--plot {path}: can't be written: {error.strerror}") from error
+        raise ConfigError(f"figure {path}: can't be written: {error.strerror}") from error

@@ -59,7 +59,7 @@ def quality(
 
     An oracle and random recall of the same budget are measured beside it.
     """
-    files = _text_files([*texts, *(more_texts or [])])
+    files = text_files("--texts", [*texts, *(more_texts or [])])
     from kvservice.evaluation.quality import TextResult, measure_text, summarize, tokens_needed
     from kvservice.models.fetch import resolve
     from kvservice.models.tokenizer import Tokenizer
@@ -234,7 +234,7 @@ def _show_passkey(recipe: str, tokens: int, haystack: Haystack, figures: Passkey
     typer.echo(f"Lost against dense: {figures.lost}; gained: {figures.gained}.")
 
 
-def _text_files(paths: Sequence[Path]) -> list[Path]:
+def text_files(option: str, paths: Sequence[Path]) -> list[Path]:
     """Files as they are named, and all files of folders, sorted.
 
     Raises:
@@ -243,10 +243,10 @@ def _text_files(paths: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if not path.exists():
-            raise ConfigError(f"--texts {path}: there is no such file or folder")
+            raise ConfigError(f"{option} {path}: there is no such file or folder")
         found = sorted(inner for inner in path.iterdir() if inner.is_file()) if path.is_dir() else [path]
         if not found:
-            raise ConfigError(f"--texts {path}: the folder has no files")
+            raise ConfigError(f"{option} {path}: the folder has no files")
         files += found
     return files
 

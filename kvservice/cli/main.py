@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from kvservice import __version__
-from kvservice.cli import bench, catalogue, chat, evaluate, model, serve, sessions, size
+from kvservice.cli import bench, calibrate, catalogue, chat, evaluate, model, serve, sessions, size
 from kvservice.cli.output import complain
 from kvservice.errors import ConfigError, KVServiceError, ModelError
 
@@ -41,6 +41,7 @@ app.command("size")(size.size)
 
 app.add_typer(bench.app, name="bench")
 app.add_typer(evaluate.app, name="eval")
+app.add_typer(calibrate.app, name="calibrate")
 
 
 def _print_version(wanted: bool) -> None:
