@@ -86,19 +86,6 @@ def prepare(memory: SequenceMemory, first_row: int, num_tokens: int, reach: Reac
     return SequenceRows(memory, slice(first_row, first_row + num_tokens), reach)
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a sequence's new tokens go, and what its queries may not see.
-
-    Attributes:
-        slots: arena slots of the new tokens, `[layers, 2, kv, m]`.
-        mask: of the device part, `[m * group, resident + m]`, or None for a single query.
-    """
-
-    slots: Tensor
-    mask: Tensor | None
-
-
 class BatchAttention:
     """The attention of one step; the model calls it once a layer (`models.base.Attend`)."""
 
@@ -110,8 +97,14 @@ class BatchAttention:
         self._ring = ring
         self._sequences = sequences
         self._deterministic = deterministic
-        self._places: list[_Place] = []
+        self._slots: list[Tensor] = []
+        self._masks: dict[int, Tensor] = {}
         self._kernel: type[PartAttention] = FixedOrderAttention if deterministic else FlashAttention
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of the step."""
+        return len(self._sequences)
 
     # -- for runners that attend to the arena, and to groups in host memory, by themselves ----------------------------
 
@@ -172,29 +165,39 @@ class BatchAttention:
         Returns:
             `[n, h, d]`.
         """
-        if not self._places:
-            self._places = [self._place(sequence, q.shape[1] // k.shape[1]) for sequence in self._sequences]
+        self.write(layer, k, v)
         out = torch.empty_like(q)
         num_kv = k.shape[1]
-        for sequence, place in zip(self._sequences, self._places, strict=True):
+        for sequence in self._sequences:
             rows = sequence.rows
-            self._arena.slots[place.slots[layer, 0]] = k[rows].transpose(0, 1)
-            self._arena.slots[place.slots[layer, 1]] = v[rows].transpose(0, 1)
             queries = _by_kv_head(q[rows], num_kv)
-            out[rows] = _by_query(self._attend(sequence, place.mask, layer, queries), sequence.num_queries)
+            out[rows] = _by_query(self._attend(sequence, layer, queries), sequence.num_queries)
         return out
 
-    def _place(self, sequence: SequenceRows, group_size: int) -> _Place:
-        state, count = sequence.memory.state, sequence.num_queries
-        slots = state.slots(count)
-        if count == 1 or state.is_ragged:
-            return _Place(slots, None)
-        return _Place(slots, _causal(state.num_resident, count, group_size, self._arena.layout.dtype, slots.device))
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Writes K and V of the step's tokens, `[n, kv, d]` each, to the arena."""
+        if not self._slots:
+            self._slots = [sequence.memory.state.slots(sequence.num_queries) for sequence in self._sequences]
+        for sequence, slots in zip(self._sequences, self._slots, strict=True):
+            self._arena.slots[slots[layer, 0]] = k[sequence.rows].transpose(0, 1)
+            self._arena.slots[slots[layer, 1]] = v[sequence.rows].transpose(0, 1)
 
-    def _attend(self, sequence: SequenceRows, mask: Tensor | None, layer: int, q: Tensor) -> Tensor:
+    def _mask(self, sequence: SequenceRows, group_size: int) -> Tensor | None:
+        """What a sequence's queries may not see of its device part, the same in all layers; None for one query."""
+        if sequence.num_queries == 1:
+            return None
+        first = sequence.rows.start
+        if first not in self._masks:
+            state, layout = sequence.memory.state, self._arena.layout
+            self._masks[first] = _causal(
+                state.num_resident, sequence.num_queries, group_size, layout.dtype, self._arena.device
+            )
+        return self._masks[first]
+
+    def _attend(self, sequence: SequenceRows, layer: int, q: Tensor) -> Tensor:
         if sequence.memory.state.is_ragged:
             return self._attend_ragged(sequence, layer, q)
-        near = self._device_parts(sequence, mask, layer)
+        near = self._device_parts(sequence, self._mask(sequence, q.shape[1] // sequence.num_queries), layer)
         attention = self._kernel(q, self._scale)
         if sequence.selects:
             for part in near:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
 
+from kvservice.bench.context import ContextRow
 from kvservice.bench.soak import MemoryTerms, Sample
 from kvservice.compression.layer_groups import LayerGroups, Similarity
 from kvservice.errors import ConfigError
@@ -102,6 +103,29 @@ def plot_intervals(path: Path, intervals: Mapping[str, Sequence[float]], limit_m
     axes.yaxis.set_major_formatter(FuncFormatter(lambda part, _: f"{part:.3%}".rstrip("0%").rstrip(".") + " %"))
     axes.set_xlabel("time between two tokens of a session, ms")
     axes.set_ylabel("part of the intervals that are longer")
+    axes.set_title(title)
+    axes.grid(visible=True, color="#eeeeee")
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def plot_contexts(path: Path, rows: Mapping[str, Sequence[ContextRow]], title: str) -> None:
+    """Time of a decode step against the length of the context, one line a recipe.
+
+    Raises:
+        ConfigError: the file can't be written.
+    """
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for (name, points), color in zip(rows.items(), LINES, strict=False):
+        lengths = [point.context_tokens for point in points]
+        axes.plot(lengths, [point.decode_ms_per_token for point in points], "o-", color=color, label=name)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))
+    axes.set_xlabel("tokens of context")
+    axes.set_ylabel("ms a step")
+    axes.set_ylim(bottom=0)
     axes.set_title(title)
     axes.grid(visible=True, color="#eeeeee")
     axes.set_axisbelow(True)

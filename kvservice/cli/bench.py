@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvservice.cli.bench_context import context
 from kvservice.cli.bench_interference import interference
 from kvservice.cli.bench_soak import soak
-from kvservice.cli.options import DEFAULT_MODEL, HostBytes, JsonFile, KvBytes, Model, Recipe
+from kvservice.cli.options import DEFAULT_MODEL, HostBytes, JsonFile, KvBytes, Model, Recipe, parse_counts
 from kvservice.cli.output import hint, human_bytes, progress_bar, show_table, write_json
 from kvservice.cli.settings import read_file
 from kvservice.config.recipes import DEFAULT_RECIPE, RECIPES, SERVED_RECIPES
@@ -28,14 +29,6 @@ BENCH_KV_BYTES = 2 << 30
 """Of `bench engine`: room for eight dense sequences of 8,000 tokens of the small model."""
 
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Unset: the cores.")]
-
-
-def parse_counts(text: str) -> list[int]:
-    """Whole numbers from words such as `512,2048`."""
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdigit() and int(word) > 0 for word in words):
-        raise typer.BadParameter(f"{text!r}: write whole numbers of at least 1 with commas between, such as 512,2048")
-    return [int(word) for word in words]
 
 
 @app.command("engine")
@@ -256,5 +249,6 @@ def _show_turns(load: SessionLoad, kv_bytes: int, result: SessionsResult) -> Non
     )
 
 
+app.command("context")(context)
 app.command("soak")(soak)
 app.command("interference")(interference)

@@ -21,6 +21,7 @@ from kvservice.store.base import StateStore
 
 if TYPE_CHECKING:
     from kvservice.engine import Engine
+    from kvservice.models.base import Model
     from kvservice.models.tokenizer import Tokenizer
     from kvservice.tier.writer import WriteBehind
     from kvservice.worker.server import WorkerServer
@@ -67,6 +68,25 @@ async def _open_frames(config: WorkerConfig, stack: AsyncExitStack) -> WriteBehi
     return frames
 
 
+def open_model(config: WorkerConfig, folder: Path) -> Model:
+    """Loads a worker's model, and sets the threads that it computes with. Blocks for as long as that takes."""
+    import torch
+
+    from kvservice.kernels import cpu
+    from kvservice.models.loader import load_model
+
+    threads = config.threads or len(os.sched_getaffinity(0))
+    if config.device == "cpu" and cpu.isa() != "none":
+        # What is left to torch are many small operations: threads would cost more than they save, and where another
+        # process is busy, many times more.
+        cpu.set_threads(threads)
+        torch.set_num_threads(1)
+    else:
+        torch.set_num_threads(threads)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
+    return load_model(folder, dtype=dtype, device=torch.device(config.device), deterministic=config.deterministic)
+
+
 def make_engine(
     config: WorkerConfig, folder: Path, frames: WriteBehind | None = None, tokenizer: Tokenizer | None = None
 ) -> Engine:
@@ -78,26 +98,13 @@ def make_engine(
         frames: where KV is written behind to; None: nowhere.
         tokenizer: for answers held to a grammar; without it such calls are refused.
     """
-    import torch
-
     from kvservice.engine import Engine
     from kvservice.engine.ports import NoWriter
-    from kvservice.kernels import cpu
     from kvservice.kv.layout import KVLayout
     from kvservice.models.grammar import Grammars
-    from kvservice.models.loader import load_model
     from kvservice.tier.groups import GroupFrames, kv_fingerprint
 
-    threads = config.threads or len(os.sched_getaffinity(0))
-    if config.device == "cpu" and cpu.isa() != "none":
-        # What is left to torch are many small operations: threads would cost more than they save, and where another
-        # process is busy, many times more.
-        cpu.set_threads(threads)
-        torch.set_num_threads(1)
-    else:
-        torch.set_num_threads(threads)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
-    model = load_model(folder, dtype=dtype, device=torch.device(config.device), deterministic=config.deterministic)
+    model = open_model(config, folder)
     spec = model.spec
     grammars = Grammars(tokenizer, spec.shape.vocab_size) if tokenizer is not None else None
     if frames is None:

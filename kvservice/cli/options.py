@@ -26,6 +26,14 @@ def parse_bytes(text: str) -> int:
         raise typer.BadParameter(f"{text!r} is not a size: write bytes or a unit, such as 512MiB or 2GB") from None
 
 
+def parse_counts(text: str) -> list[int]:
+    """Whole numbers from words such as `512,2048`."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdigit() and int(word) > 0 for word in words):
+        raise typer.BadParameter(f"{text!r}: write whole numbers of at least 1 with commas between, such as 512,2048")
+    return [int(word) for word in words]
+
+
 def check_recipe(name: str | None) -> str | None:
     """Refuses a name that is no recipe."""
     if name is not None and name not in RECIPES:

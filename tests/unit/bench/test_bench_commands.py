@@ -40,6 +40,25 @@ def test_bench_engine_writes_the_promised_names(folder: str, tmp_path: Path, cap
     assert "2,048 positions" in printed.err
 
 
+def test_bench_context_measures_beyond_the_positions_of_the_model(folder: str, tmp_path: Path, capsys) -> None:
+    report, figure = tmp_path / "context.json", tmp_path / "context.png"
+    sizes = ("--contexts", "600,4000", "--new-tokens", "2", "--repeats", "1", "--batch", "2", "--threads", "1")
+    files = ("--json", str(report), "--plot", str(figure))
+    assert run("context", "--model", folder, "--recipes", "dense,exact,recall", *sizes, *files) == 0
+    rows = json.loads(report.read_text())["results"]["rows"]
+    assert list(rows) == ["dense", "exact", "recall"]
+    for recipe in rows.values():
+        assert [row["context_tokens"] for row in recipe] == [600, 4000]
+        assert all(row["decode_ms_per_token"] > 0 for row in recipe)
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert "speed alone" in capsys.readouterr().out
+
+
+def test_bench_context_refuses_recipes_that_are_not_served(folder: str, capsys) -> None:
+    assert run("context", "--model", folder, "--recipes", "dense,recall-oracle") == 2
+    assert "choose from dense" in capsys.readouterr().err
+
+
 def test_bench_sessions_writes_the_promised_names(folder: str, tmp_path: Path) -> None:
     report = tmp_path / "sessions.json"
     load = ("--sessions", "2", "--doc-tokens", "450", "--turns", "2", "--new-tokens", "3", "--recipe", "recall")
