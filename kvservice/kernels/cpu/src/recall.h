@@ -77,7 +77,11 @@ void score_group(const uint8_t* codes, int head_dim, const FoldedQuery* queries,
   constexpr int kParts = 64 / Bytes::width;  // of a vector
   // So many channels at a time that whole vectors are used up.
   constexpr int kQuads = kFields > kRuns ? kFields / kRuns : 1;
-  const Bytes mask = all_bytes((1 << kBits) - 1);
+  // A run always lies in the same field, which can then be left where it is in its bytes: its products come out as many
+  // times larger.
+  constexpr bool kStayInPlace = kProductsHoldBytes && kQuads == 1;
+  Bytes masks[kFields];
+  for (int i = 0; i < kFields; ++i) masks[i] = all_bytes(((1 << kBits) - 1) << (kStayInPlace ? i * kBits : 0));
   for (int part = 0; part < kParts; ++part) {
     Ints sums[R][kRuns];
     for (int r = 0; r < R; ++r) {
@@ -90,9 +94,10 @@ void score_group(const uint8_t* codes, int head_dim, const FoldedQuery* queries,
         Bytes levels[kRuns];
 #pragma GCC unroll 4
         for (int run = 0; run < kRuns; ++run) {
-          const int at = q * kRuns + run;
+          const int at = q * kRuns + run, field = at % kFields;
           const uint8_t* vector = codes + (quad * kRuns / kFields + at / kFields) * 64 + part * Bytes::width;
-          levels[run] = field(load_bytes(vector), at % kFields * kBits, mask);
+          const Bytes bytes = load_bytes(vector);
+          levels[run] = masked(kStayInPlace ? bytes : shifted(bytes, field * kBits), masks[field]);
         }
         for (int r = 0; r < R; ++r) {
           const Bytes numbers = four_bytes(queries[r].numbers + (quad + q) * 4);
@@ -101,9 +106,10 @@ void score_group(const uint8_t* codes, int head_dim, const FoldedQuery* queries,
       }
     }
     for (int r = 0; r < R; ++r) {
-      const Vec factor = broadcast(queries[r].factor), constant = broadcast(queries[r].constant);
+      const Vec constant = broadcast(queries[r].constant);
       for (int run = 0; run < kRuns; ++run) {
-        const Vec score = fma(to_floats(sums[r][run]), factor, constant);
+        const float unit = kStayInPlace ? 1.0f / (1 << run % kFields * kBits) : 1.0f;
+        const Vec score = fma(to_floats(sums[r][run]), broadcast(queries[r].factor * unit), constant);
         highest[r] = max(score, highest[r]);
         store(scores + r * stride + run * kRunTokens + part * Vec::width, score);
       }
@@ -178,6 +184,7 @@ class Recaller {
     int8_t* numbers;     // [group][padded_dim]
     char* spare;         // an entry's codes
     float* peaks;        // [group], the highest scores
+    float* factors;      // [group], of the weights that they scale
     float* scores;       // [group][stride]
     float* mass;         // [num_tokens]
     float* some;         // likewise
@@ -205,6 +212,7 @@ class Recaller {
     take(m.numbers, group * padded_dim(head_dim));
     take(m.spare, kGroupTokens * static_cast<int64_t>(head_dim));
     take(m.peaks, group);
+    take(m.factors, group);
     // Not a power of two, or the heads' scores of a token would compete for the same cache lines.
     m.stride = num_tokens + 16;
     take(m.scores, group * m.stride);
@@ -328,15 +336,15 @@ class Recaller {
       }
       const float near = step_.lse[heads.head(h)] * kLog2E;
       const float highest = near > m_.peaks[h] ? near : m_.peaks[h];
-      const float all = sum_of_lanes(total) * std::exp2(m_.peaks[h] - highest) + std::exp2(near - highest);
-      const Vec factor = broadcast(std::exp2(m_.peaks[h] - highest) / all);
-      if (h == 0) {
-        for (int t = 0; t < num_tokens; t += Vec::width) store(m_.mass + t, load(scores + t) * factor);
-      } else {
-        for (int t = 0; t < num_tokens; t += Vec::width) {
-          store(m_.mass + t, fma(load(scores + t), factor, load(m_.mass + t)));
-        }
+      const float own = std::exp2(m_.peaks[h] - highest);
+      m_.factors[h] = own / (sum_of_lanes(total) * own + std::exp2(near - highest));
+    }
+    for (int t = 0; t < num_tokens; t += Vec::width) {
+      Vec mass = load(m_.scores + t) * broadcast(m_.factors[0]);
+      for (int h = 1; h < group_; ++h) {
+        mass = fma(load(m_.scores + h * m_.stride + t), broadcast(m_.factors[h]), mass);
       }
+      store(m_.mass + t, mass);
     }
   }
 

@@ -123,12 +123,11 @@ inline Bytes four_bytes(const int8_t* p) {
   __builtin_memcpy(&four, p, 4);
   return {_mm256_set1_epi32(four)};
 }
-// A field of each byte, `mask` wide, from bit `shift` on.
-inline Bytes field(Bytes x, int shift, Bytes mask) {
-  return {_mm256_and_si256(_mm256_srli_epi16(x.v, shift), mask.v)};
-}
+inline Bytes shifted(Bytes x, int count) { return {_mm256_srli_epi16(x.v, count)}; }
+inline Bytes masked(Bytes x, Bytes mask) { return {_mm256_and_si256(x.v, mask.v)}; }
 inline Ints no_ints() { return {_mm256_setzero_si256()}; }
-// a has no sign, b has. Two neighbouring products must fit into 16 bits.
+// a has no sign, b has. Two neighbouring products must fit into 16 bits, unless any bytes do.
+constexpr bool kProductsHoldBytes = false;
 inline Ints add_products(Ints sum, Bytes a, Bytes b) {
   const __m256i pairs = _mm256_maddubs_epi16(a.v, b.v);
   return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};

@@ -106,12 +106,15 @@ inline Bytes four_bytes(const int8_t* p) {
   __builtin_memcpy(&four, p, 4);
   return {_mm512_set1_epi32(four)};
 }
-// A field of each byte, `mask` wide, from bit `shift` on.
-inline Bytes field(Bytes x, int shift, Bytes mask) {
-  return {_mm512_and_si512(_mm512_srli_epi16(x.v, static_cast<unsigned>(shift)), mask.v)};
-}
+inline Bytes shifted(Bytes x, int count) { return {_mm512_srli_epi16(x.v, static_cast<unsigned>(count))}; }
+inline Bytes masked(Bytes x, Bytes mask) { return {_mm512_and_si512(x.v, mask.v)}; }
 inline Ints no_ints() { return {_mm512_setzero_si512()}; }
-// a has no sign, b has. Two neighbouring products must fit into 16 bits.
+// a has no sign, b has. Two neighbouring products must fit into 16 bits, unless any bytes do.
+#ifdef __AVX512VNNI__
+constexpr bool kProductsHoldBytes = true;
+#else
+constexpr bool kProductsHoldBytes = false;
+#endif
 inline Ints add_products(Ints sum, Bytes a, Bytes b) {
 #ifdef __AVX512VNNI__
   return {_mm512_dpbusd_epi32(sum.v, a.v, b.v)};
