@@ -48,7 +48,7 @@ def fold(
     if UPCAST:
         scores = tl.dot(q.to(tl.float32), tl.trans(k.to(tl.float32)), input_precision="ieee")
     else:
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scores = tl.dot(q, tl.trans(k), input_precision="tf32x3")
     scores = tl.where(seen, scores * scale, -float("inf"))
     highest = tl.maximum(peak, tl.max(scores, axis=1))
     weights = tl.exp2(scores - highest[:, None])
@@ -58,7 +58,7 @@ def fold(
     if UPCAST:
         product = tl.dot(weights.to(tl.float32), v.to(tl.float32), input_precision="ieee")
     else:
-        product = tl.dot(weights, v, input_precision="ieee")
+        product = tl.dot(weights, v, input_precision="tf32x3")
     acc = acc * decay[:, None] + product
     return highest, total, acc
 

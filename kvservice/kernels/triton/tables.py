@@ -64,6 +64,11 @@ class StepTables:
         return cls(records.view(n, RECORD_NUMBERS), rows, singles.view(n, 2), at)
 
 
+def table_numbers(num_rows: int) -> int:
+    """How many numbers the tables of a step take."""
+    return num_rows * _NUMBERS
+
+
 def step_numbers(sequences: Sequence[StepShare], num_rows: int) -> Tensor:
     """The numbers of a step, int64 on the CPU, for `StepTables.over`.
 
@@ -75,7 +80,7 @@ def step_numbers(sequences: Sequence[StepShare], num_rows: int) -> Tensor:
     Raises:
         ValueError: the sequences don't make up the rows, or a table is of another kind or too short.
     """
-    numbers = torch.zeros(num_rows * _NUMBERS, dtype=torch.int64)
+    numbers = torch.zeros(table_numbers(num_rows), dtype=torch.int64)
     tables = StepTables.over(numbers)
     each = [(s.table.data_ptr(), s.table.stride(0), s.num_resident, s.num_queries, s.first_row) for s in sequences]
     records = torch.tensor(each, dtype=torch.int64).view(-1, RECORD_NUMBERS)
