@@ -56,7 +56,7 @@ def capture(work: Callable[[], None]) -> Replay:
     It is done twice beforehand, so that kernels are compiled and libraries have their workspaces: it must come to the
     same however often it is done. Other threads may use the device meanwhile.
     """
-    aside = torch.cuda.Stream()
+    aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
         work()

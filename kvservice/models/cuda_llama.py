@@ -1,4 +1,4 @@
-"""The runner of Llama-shaped models on CUDA devices, by Triton kernels and cuBLAS. Knows nothing of caches' bookkeeping.
+"""The runner of Llama-shaped models on CUDA devices, by Triton and cuBLAS. Knows nothing of caches' bookkeeping.
 
 It gives what `llama` gives, within rounding: residuals stay in fp32 between layers, everything else is rounded where
 `llama` rounds. A layer is four matrix products and half a dozen kernels, for all sequences and heads at once. Steps in
@@ -20,20 +20,21 @@ from kvservice.kernels.triton.checks import check_device
 from kvservice.kernels.triton.gating import silu_mul
 from kvservice.kernels.triton.norm import add_rms_norm
 from kvservice.kernels.triton.operands import ArenaLayer, Queries
-from kvservice.kernels.triton.paged import PREFILL_ROWS, DecodeSpace, decode, prefill
+from kvservice.kernels.triton.paged import PREFILL_ROWS, DecodeSpace, decode, prefill, programs_for
 from kvservice.kernels.triton.rope import HeadNorms, Rotation, rotate_and_store
 from kvservice.kernels.triton.staged import attend_staged, stage
 from kvservice.kernels.triton.tables import StepTables, step_numbers, table_numbers, tiles_of
 from kvservice.models.base import LayerWeights, ModelSpec, ModelWeights
 from kvservice.models.cuda_graphs import StepGraphs, capture
 from kvservice.models.llama import rope_angles
+from kvservice.recall.distant import TILE_TOKENS, staging_blocks
 from kvservice.types import GROUP_TOKENS
 
-STAGED_GROUPS = 64
-"""Groups of one layer that are on the device at a time, while queries attend to all tokens: 4,096 tokens."""
+STAGED_GROUPS = 2 * TILE_TOKENS // GROUP_TOKENS
+"""Groups of one layer that are on the device at a time while queries attend to all tokens: both tiles of the ring."""
 
-_PROGRAMS_PER_PROCESSOR = 2
-"""Programs of decode attention for each multiprocessor: while one waits for memory, the other may load."""
+LEAST_ROWS = 256
+"""Rows that buffers are made for at first, so that a growing batch doesn't make them again and again."""
 
 
 class StepAttention(Protocol):
@@ -44,13 +45,13 @@ class StepAttention(Protocol):
         """The arena, `[blocks, 16, d]`."""
 
     @property
-    def selects(self) -> bool:
-        """Whether `add_recalled` has anything to add."""
+    def selects_by_torch(self) -> bool:
+        """Whether sequences recall by what `near` doesn't describe."""
 
     def near(self) -> Sequence[StepSequence]:
-        """What each sequence attends to without a selection."""
+        """What each sequence attends to."""
 
-    def add_recalled(self, layer: int, q: Tensor, out: Tensor, lse: Tensor) -> None:
+    def add_recalled(self, layer: int, q: Tensor, out: Tensor, lse: Tensor, *, by_keys: bool = False) -> None:
         """Merges what sequences recall into `out` `[n, h, d]`, given its log-sum-exp `[n, h]`."""
 
 
@@ -144,12 +145,11 @@ class CudaLlama:
         self._lm_head = self._embed if spec.tie_embeddings else weights.lm_head.to(device)
         angles = rope_angles(spec).to(device)
         self._rotation = Rotation(angles.cos(), angles.sin())
-        programs = _PROGRAMS_PER_PROCESSOR * _num_processors(device)
-        self._space = DecodeSpace(shape.num_heads, shape.num_kv_heads, shape.head_dim, programs, device)
+        heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim)
+        self._space = DecodeSpace(*heads, device, programs_for(device))
         self._graphs = StepGraphs(self._record)
         self._arena: Tensor | None = None
         self._buffers: _Buffers | None = None
-        self._staged: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -177,7 +177,7 @@ class CudaLlama:
         """
         num_rows = token_ids.shape[0]
         sequences = attention.near()
-        is_plain = len(sequences) == num_rows and not attention.selects and all(_is_near(s) for s in sequences)
+        is_plain = len(sequences) == num_rows and not _recalls(sequences, attention) and all(map(_is_near, sequences))
         size = self._graphs.size_for(num_rows) if is_plain else None
         buffers = self._buffers_for(attention.cells, size or num_rows)
         buffers.token_ids[:num_rows] = token_ids
@@ -190,6 +190,9 @@ class CudaLlama:
             self._graphs.replay(size)
         else:
             self._run(buffers, self._mixed_attention(buffers, sequences, attention))
+            if self.device.type == "cuda" and not all(map(_is_near, sequences)):
+                # Once the step is over, groups in host memory may be overwritten at any time.
+                torch.cuda.current_stream(self.device).synchronize()
         return buffers.normed[:num_rows]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -240,17 +243,18 @@ class CudaLlama:
         num_singles = int((counts == 1).sum())
         tiles = self._tiles(counts, (counts > 1).nonzero()[:, 0])
         far = self._far(counts, sequences)
+        recalls = _recalls(sequences, attention)
 
         def attend(index: int, kv: ArenaLayer) -> None:
             decode(queries, kv, tables, num_singles, self._space)
             prefill(queries, kv, tables, tiles)
             if far is not None:
-                staged = self._staging()
+                staged = self._staging(kv.arena)
                 for addresses, spans in far.stages:
                     stage(addresses, index, staged)
                     attend_staged(queries, staged, spans, tables, far.tiles)
-            if attention.selects:
-                attention.add_recalled(index, queries.q, queries.out, queries.lse)
+            if recalls:
+                attention.add_recalled(index, queries.q, queries.out, queries.lse, by_keys=True)
 
         return attend
 
@@ -281,7 +285,7 @@ class CudaLlama:
         """Made once for the arena, and again if a step has more rows than any before. Then recorded steps are void."""
         if self._buffers is None or self._arena is not arena or num_rows > self._buffers.x.shape[0]:
             self._arena = arena
-            self._buffers = self._allocate(max(num_rows, 256))
+            self._buffers = self._allocate(max(num_rows, LEAST_ROWS))
             self._graphs.clear()
         return self._buffers.rows(num_rows)
 
@@ -308,13 +312,14 @@ class CudaLlama:
             gated=zeros(n, shape.intermediate_size),
         )
 
-    def _staging(self) -> Tensor:
-        """Room for one stage, allocated when first asked for: `[kv, tokens, K or V, d]`."""
-        if self._staged is None:
-            shape = self.spec.shape
-            size = (shape.num_kv_heads, STAGED_GROUPS * GROUP_TOKENS, 2, shape.head_dim)
-            self._staged = torch.empty(size, dtype=self.dtype, device=self.device)
-        return self._staged
+    def _staging(self, arena: Tensor) -> Tensor:
+        """Room for one stage, `[kv, tokens, K or V, d]`: the arena's staging ring as a whole, which rests meanwhile."""
+        shape = self.spec.shape
+        return arena[: staging_blocks(shape.num_kv_heads)].view(shape.num_kv_heads, -1, 2, shape.head_dim)
+
+
+def _recalls(sequences: Sequence[StepSequence], attention: StepAttention) -> bool:
+    return attention.selects_by_torch or any(sequence.recall is not None for sequence in sequences)
 
 
 def _is_near(sequence: StepSequence) -> bool:
@@ -326,12 +331,6 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Non
         torch.mm(x, weight.t(), out=out)
     else:
         torch.addmm(bias, x, weight.t(), out=out)
-
-
-def _num_processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _place(layer: LayerWeights, spec: ModelSpec, device: torch.device) -> _Layer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -17,6 +17,9 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     triton_kernels.use_interpreter()
 
+from kvservice.attention.batch import BatchAttention, prepare  # noqa: E402
+from kvservice.compression.protocols import RECALL_INDEXES  # noqa: E402
+from kvservice.config.recipes import DENSE, EXACT, RECALL  # noqa: E402
 from kvservice.kernels import reference  # noqa: E402
 from kvservice.kernels.triton import paged, staged  # noqa: E402
 from kvservice.kernels.triton.gating import silu_mul  # noqa: E402
@@ -25,7 +28,22 @@ from kvservice.kernels.triton.norm import add_rms_norm  # noqa: E402
 from kvservice.kernels.triton.operands import ArenaLayer, Queries  # noqa: E402
 from kvservice.kernels.triton.rope import HeadNorms, Rotation, rotate_and_store  # noqa: E402
 from kvservice.kernels.triton.tables import StepTables, step_numbers, tiles_of  # noqa: E402
+from kvservice.kv.arena import Arena  # noqa: E402
+from kvservice.kv.layout import KVLayout  # noqa: E402
+from kvservice.kv.ledger import Ledger  # noqa: E402
 from kvservice.kv.partial import AttnPartial, merge_with_lse  # noqa: E402
+from kvservice.models import cuda_llama  # noqa: E402
+from kvservice.models.base import ModelSpec, ModelWeights  # noqa: E402
+from kvservice.models.cuda_llama import CudaLlama  # noqa: E402
+from kvservice.models.families.llama import LLAMA  # noqa: E402
+from kvservice.models.llama import LlamaModel  # noqa: E402
+from kvservice.models.tiny import InMemory, tiny_spec, tiny_tensors  # noqa: E402
+from kvservice.recall.distant import StagingRing, staging_blocks  # noqa: E402
+from kvservice.recall.memory import SequenceMemory, Store  # noqa: E402
+from kvservice.recall.reach import Reach  # noqa: E402
+from kvservice.tier.host import HostTier  # noqa: E402
+from kvservice.tier.swap import SwapSpace  # noqa: E402
+from kvservice.types import RecipeSpec  # noqa: E402
 
 pytestmark = [pytest.mark.gpu] if HAS_GPU else []
 
@@ -168,7 +186,7 @@ class Batch:
 
 
 def space_for(shape: Shape, num_programs: int) -> paged.DecodeSpace:
-    return paged.DecodeSpace(shape.heads, shape.kv, shape.dim, num_programs, DEVICE)
+    return paged.DecodeSpace(shape.heads, shape.kv, shape.dim, DEVICE, num_programs)
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
@@ -256,21 +274,21 @@ def test_rows_of_empty_sequences_write_nothing() -> None:
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_programs", [1, 30], ids=["whole", "in-splits"])
+@pytest.mark.parametrize("num_programs", [1, 12], ids=["whole", "in-splits"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_decode_equals_the_reference_for_ragged_lengths(shape: Shape, num_programs: int) -> None:
-    lengths = [(0, 1), (15, 1), (200, 1), (16, 3), (64, 1)]
+    lengths = [(0, 1), (150, 1), (16, 3), (63, 1)]
     batch = Batch(shape, lengths, seed=3)
     batch.fill()
     queries = batch.queries()
-    paged.decode(queries, batch.kv, batch.tables, 4, space_for(shape, num_programs))
+    paged.decode(queries, batch.kv, batch.tables, 3, space_for(shape, num_programs))
     rows = {i: slice(s.first_row, s.first_row + 1) for i, s in enumerate(batch.shares) if s.num_queries == 1}
     batch.assert_attended(queries, {i: batch.near(batch.shares[i], queries.q[some]) for i, some in rows.items()})
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_prefill_is_causal_over_what_is_paged(shape: Shape) -> None:
-    lengths = [(0, 70), (33, 2), (5, 1), (100, 30)]
+    lengths = [(0, 20), (33, 2), (5, 1), (100, 9)]
     batch = Batch(shape, lengths, seed=4)
     batch.fill()
     queries = batch.queries()
@@ -359,3 +377,126 @@ def test_an_empty_step_launches_nothing() -> None:
     paged.decode(queries, batch.kv, batch.tables, 0, space_for(SHAPES[0], 8))
     paged.prefill(queries, batch.kv, batch.tables, batch.tiles([]))
     batch.assert_attended(queries, {})
+
+
+# -- the runner --------------------------------------------------------------------------------------------------------
+
+
+def tiny_weights(dtype: torch.dtype, *, seed: int, with_extras: bool = False) -> tuple[ModelSpec, ModelWeights]:
+    """A tiny model's weights; the extras are biases, norms of heads, and an odd group of heads of an odd size."""
+    heads = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 24} if with_extras else {}
+    spec = tiny_spec(dtype=dtype, **heads)
+    tensors = {name: tensor.to(dtype) for name, tensor in tiny_tensors(spec, seed).items()}
+    weights = LLAMA.weights(spec, InMemory(tensors))
+    if with_extras:
+        random, dim = Random(seed), spec.shape.head_dim
+        layers = [
+            replace(
+                layer,
+                qkv_bias=random.normal(layer.qkv.shape[0], dtype=dtype),
+                o_bias=random.normal(layer.o.shape[0], dtype=dtype),
+                q_norm=1 + 0.1 * random.normal(dim, dtype=dtype),
+                k_norm=1 + 0.1 * random.normal(dim, dtype=dtype),
+            )
+            for layer in weights.layers
+        ]
+        weights = replace(weights, layers=layers)
+    return spec, replace(weights, layers=list(weights.layers))
+
+
+class Held:
+    """Sequences of one model, with memory of their own."""
+
+    def __init__(self, model: CudaLlama | LlamaModel, recipes: list[RecipeSpec]) -> None:
+        RECALL_INDEXES.discover("kvservice.methods")
+        layout = KVLayout.of(model.spec.shape, model.dtype)
+        ledger, staging = Ledger(1 << 30, 1 << 30), staging_blocks(layout.num_kv_heads)
+        blocks = staging + 48 * len(recipes) * layout.num_cells
+        self.model = model
+        self.arena = Arena(layout, blocks, staging, ledger, DEVICE)
+        host = HostTier(layout, 16 * len(recipes), ledger, pin=HAS_GPU)
+        store = Store(self.arena, host, SwapSpace(self.arena, host))
+        self.ring = StagingRing(self.arena)
+        self.memories = [SequenceMemory(recipe, store) for recipe in recipes]
+
+    def feed(self, shares: list[tuple[int, list[int], Reach]], model: CudaLlama | LlamaModel | None = None) -> Tensor:
+        """One step of some sequences: logits of all new tokens. By another model of the same weights, if given."""
+        model = model or self.model
+        rows, positions = [], []
+        for which, tokens, reach in shares:
+            memory = self.memories[which]
+            memory.state.tokens += tokens
+            first = memory.state.num_computed
+            positions += range(first, first + len(tokens))
+            rows.append(prepare(memory, rows[-1].rows.stop if rows else 0, len(tokens), reach))
+        tokens = torch.tensor([token for _, some, _ in shares for token in some], device=DEVICE)
+        attention = BatchAttention(self.arena, self.ring, rows)
+        logits = model.logits(model.forward(tokens, torch.tensor(positions, device=DEVICE), attention))
+        for which, some, reach in shares:
+            self.memories[which].commit(len(some), reach)
+        return logits.clone()
+
+
+def both(spec: ModelSpec, weights: ModelWeights, recipes: list[RecipeSpec]) -> tuple[Held, Held]:
+    return Held(CudaLlama(spec, weights, DEVICE), recipes), Held(LlamaModel(spec, weights, DEVICE), recipes)
+
+
+def some_tokens(count: int, seed: int) -> list[int]:
+    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "with_extras"),
+    [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)],
+    ids=["plain", "extras", "extras-bf16"],
+)
+def test_the_runner_gives_the_logits_of_llama(dtype: torch.dtype, with_extras: bool) -> None:
+    ours, theirs = both(*tiny_weights(dtype, seed=1, with_extras=with_extras), [DENSE] * 3)
+    steps = [
+        [(0, some_tokens(3, 1), Reach.FULL), (1, some_tokens(1, 2), Reach.FULL)],
+        [(0, some_tokens(1, 3), Reach.FULL), (2, some_tokens(4, 4), Reach.FULL), (1, some_tokens(2, 5), Reach.FULL)],
+        [(i, some_tokens(1, 6 + i), Reach.FULL) for i in range(3)],
+        [(2, some_tokens(1, 9), Reach.FULL), (0, some_tokens(1, 10), Reach.FULL)],
+    ]
+    # In bf16 the residual stream of llama is rounded twice a layer, ours isn't.
+    tolerance = 6e-2 if dtype is torch.bfloat16 else 2e-5
+    for step in steps:
+        expected = theirs.feed(step)
+        assert (ours.feed(step) - expected).abs().max() <= tolerance * expected.abs().max()
+    assert ours.model.recorded_sizes == (2, 4)
+
+
+@pytest.mark.parametrize("recipe", [EXACT, RECALL], ids=lambda recipe: recipe.name)
+def test_the_runner_attends_to_what_has_left_the_device(recipe: RecipeSpec) -> None:
+    """Documents attend to all of it; what follows, to all or to what it recalls."""
+    ours, theirs = both(*tiny_weights(torch.float32, seed=2), [recipe, DENSE])
+    reach = Reach.SELECT if recipe is RECALL else Reach.FULL
+    document = [(0, some_tokens(455, 1), Reach.FULL)]
+    for held in (ours, theirs):
+        # Reading it interpreted would take a minute.
+        held.feed(document, theirs.model)
+        assert held.memories[0].state.num_distant == 128
+    steps = [
+        [(0, some_tokens(3, 2), Reach.FULL), (1, some_tokens(2, 3), Reach.FULL)],
+        [(0, some_tokens(2, 4), reach), (1, some_tokens(1, 5), Reach.FULL)],
+        [(1, some_tokens(1, 6), Reach.FULL), (0, some_tokens(1, 7), reach)],
+    ]
+    for step in steps:
+        expected = theirs.feed(step)
+        torch.testing.assert_close(ours.feed(step), expected, atol=1e-3, rtol=1e-4)
+    assert ours.model.recorded_sizes == ()
+
+
+def test_more_rows_than_ever_make_new_buffers_and_void_what_was_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_llama, "LEAST_ROWS", 2)
+    ours, theirs = both(*tiny_weights(torch.float32, seed=3), [DENSE])
+    for count in (1, 4, 1):
+        step = [(0, some_tokens(count, count), Reach.FULL)]
+        torch.testing.assert_close(ours.feed(step), theirs.feed(step), atol=1e-3, rtol=1e-4)
+        assert ours.model.recorded_sizes == ((1,) if count == 1 else ())
+
+
+def test_a_device_without_the_kernels_is_refused() -> None:
+    spec, weights = tiny_weights(torch.float32, seed=4)
+    with pytest.raises(ValueError, match=r"compute capability 8\.0"):
+        CudaLlama(spec, weights, torch.device("meta"))

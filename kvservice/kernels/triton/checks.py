@@ -13,6 +13,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_PRODUCT = 16
 """Each side of a matrix product has at least so many numbers, or the matrix units can't be used."""
 
+_KEYS_BYTES = 16_384
+"""Keys that are looked at together: several lots, with their values, must fit the memory that a program shares."""
+
 INTERPRETED = is_interpreted()
 """The interpreter keeps bf16 as bits and can't multiply it: products are then taken in fp32, where bf16 is exact."""
 
@@ -44,3 +47,9 @@ def check_device(device: torch.device) -> None:
 def power_of_two(number: int, at_least: int = 1) -> int:
     """The least power of two that is not below either."""
     return 1 << (max(number, at_least) - 1).bit_length()
+
+
+def tokens_at_once(q: Tensor) -> int:
+    """Tokens whose keys and values attention looks at together, for queries `[n, h, d]`: 16, 32 or 64."""
+    row_bytes = power_of_two(q.shape[2], LEAST_PRODUCT) * q.element_size()
+    return min(64, power_of_two(_KEYS_BYTES // row_bytes, LEAST_PRODUCT))

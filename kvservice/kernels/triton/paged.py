@@ -1,6 +1,6 @@
 """Attention over tokens in arena blocks, found through block tables. Knows nothing of layers or of what was rotated.
 
-A program takes one KV head of one tile of query rows (see `tables`), and a share of the tokens that the tile sees, 64
+A program takes one KV head of one tile of query rows (see `tables`), and a share of the tokens that the tile sees, some
 at a time. *Decode* cuts few rows' tokens into many shares, or the device would idle, and merges them (Flash-Decoding,
 Dao et al., 2023); *prefill* has programs enough. What is loaded serves all query heads of a KV head's group.
 """
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvservice.kernels.triton.checks import INTERPRETED, LEAST_PRODUCT, check, power_of_two
+from kvservice.kernels.triton.checks import INTERPRETED, LEAST_PRODUCT, check, power_of_two, tokens_at_once
 from kvservice.kernels.triton.merge import merge
 from kvservice.kernels.triton.operands import ArenaLayer, Queries
 from kvservice.kernels.triton.softmax import LOG2_E, LOWEST, finish, fold
@@ -22,11 +22,19 @@ from kvservice.types import BLOCK_TOKENS
 PREFILL_ROWS = 64
 """Query rows of a tile of prefill."""
 
-TILE_TOKENS = 64
-"""Tokens of K and V that are looked at together."""
-
 MAX_SPLITS = 64
 """Shares that a row's tokens are cut into at most: merging must stay small beside attending."""
+
+
+PROGRAMS_PER_PROCESSOR = 2
+"""Programs of decode for each multiprocessor: while one waits for memory, the other may load."""
+
+
+def programs_for(device: torch.device) -> int:
+    """How many programs keep `device` busy."""
+    if device.type != "cuda":
+        return 8
+    return PROGRAMS_PER_PROCESSOR * int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 class DecodeSpace:
@@ -36,12 +44,12 @@ class DecodeSpace:
         num_heads: query heads.
         num_kv_heads: KV heads.
         head_dim: numbers of a head.
-        num_programs: enough to keep the device busy, such as twice the number of its multiprocessors.
         device: of the memory.
+        num_programs: enough to keep the device busy.
     """
 
     def __init__(
-        self, num_heads: int, num_kv_heads: int, head_dim: int, num_programs: int, device: torch.device
+        self, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device, num_programs: int
     ) -> None:
         self._num_kv_heads = num_kv_heads
         self._num_programs = num_programs
@@ -128,7 +136,7 @@ def _launch(
         DIM=dim,
         DIM_BLOCK=power_of_two(dim, LEAST_PRODUCT),
         ROWS=power_of_two(group, LEAST_PRODUCT) if is_decode else PREFILL_ROWS,
-        TOKENS=TILE_TOKENS,
+        TOKENS=tokens_at_once(queries.q),
         BLOCK_TOKENS=BLOCK_TOKENS,
         SPLITS=splits,
         UPCAST=INTERPRETED,

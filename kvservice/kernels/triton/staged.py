@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvservice.kernels.triton.checks import INTERPRETED, LEAST_PRODUCT, check, power_of_two
+from kvservice.kernels.triton.checks import INTERPRETED, LEAST_PRODUCT, check, power_of_two, tokens_at_once
 from kvservice.kernels.triton.operands import Queries
-from kvservice.kernels.triton.paged import PREFILL_ROWS, TILE_TOKENS
+from kvservice.kernels.triton.paged import PREFILL_ROWS
 from kvservice.kernels.triton.softmax import LN_2, LOG2_E, LOWEST, finish, fold
 from kvservice.kernels.triton.tables import RECORD_NUMBERS, StepTables, sequence_record
 from kvservice.types import GROUP_TOKENS
@@ -103,7 +103,7 @@ def attend_staged(queries: Queries, staged: Tensor, spans: Tensor, tables: StepT
             DIM=dim,
             DIM_BLOCK=power_of_two(dim, LEAST_PRODUCT),
             ROWS=PREFILL_ROWS,
-            TOKENS=TILE_TOKENS,
+            TOKENS=tokens_at_once(queries.q),
             UPCAST=INTERPRETED,
             num_warps=4,
             num_stages=2,
