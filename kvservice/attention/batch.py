@@ -133,18 +133,19 @@ class BatchAttention:
             for sequence in self._sequences
         ]
 
-    def add_recalled(self, layer: int, q: Tensor, out: Tensor, lse: Tensor) -> None:
-        """Merges what sequences recall, other than by low-bit keys, into their attention over what is near.
+    def add_recalled(self, layer: int, q: Tensor, out: Tensor, lse: Tensor, *, by_keys: bool = False) -> None:
+        """Merges what sequences recall into their attention over what is near.
 
         Args:
             layer: the layer.
             q: `[n, h, d]`, rotated.
             out: `[n, h, d]`, of `near`; changed in place.
             lse: fp32 `[n, h]`, likewise.
+            by_keys: also those that recall by low-bit keys, for runners that leave `StepSequence.recall` alone.
         """
         num_kv = self._arena.layout.num_kv_heads
         for sequence in self._sequences:
-            if not sequence.selects or sequence.recalls_by_keys:
+            if not sequence.selects or (sequence.recalls_by_keys and not by_keys):
                 continue
             rows = sequence.rows
             proximal = AttnPartial(_by_kv_head(out[rows], num_kv), _by_kv_head(lse[rows].unsqueeze(-1), num_kv)[..., 0])

@@ -11,6 +11,7 @@ import typer
 
 from kvservice.cli.bench_context import context
 from kvservice.cli.bench_interference import interference
+from kvservice.cli.bench_kernels import kernels
 from kvservice.cli.bench_soak import soak
 from kvservice.cli.options import DEFAULT_MODEL, HostBytes, JsonFile, KvBytes, Model, Recipe, parse_counts
 from kvservice.cli.output import hint, human_bytes, progress_bar, show_table, write_json
@@ -252,3 +253,4 @@ def _show_turns(load: SessionLoad, kv_bytes: int, result: SessionsResult) -> Non
 app.command("context")(context)
 app.command("soak")(soak)
 app.command("interference")(interference)
+app.command("kernels")(kernels)

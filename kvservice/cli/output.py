@@ -24,7 +24,7 @@ from kvservice.errors import ConfigError
 PIPED_WIDTH = 160
 """Width of a table that doesn't go to a terminal."""
 
-REPORTED_PACKAGES = ("kvservice", "torch", "transformers", "grpcio", "redis", "numpy")
+REPORTED_PACKAGES = ("kvservice", "torch", "triton", "transformers", "grpcio", "redis", "numpy")
 
 
 def complain(message: str) -> None:

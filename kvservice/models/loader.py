@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from kvservice.errors import ModelError
-from kvservice.kernels import cpu
+from kvservice.kernels import cpu, triton
 from kvservice.models.base import MODELS, Model, ModelFamily, ModelIdentity, ModelSpec, ModelWeights
 from kvservice.models.checkpoint import Checkpoint
 from kvservice.models.cpu_llama import CpuLlama
@@ -32,6 +32,11 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device, determ
         ModelError: see `read_model`.
     """
     spec, weights = read_model(folder, dtype)
+    if device.type == "cuda" and not deterministic and triton.can_run(device):
+        # An extra, which those that don't use it needn't have.
+        from kvservice.models.cuda_llama import CudaLlama
+
+        return CudaLlama(spec, weights, device)
     if device.type == "cpu" and cpu.isa() != "none" and spec.shape.head_dim % cpu.HEAD_DIM_STEP == 0:
         return CpuLlama(spec, weights)
     return LlamaModel(spec, weights, device, row_block=DETERMINISTIC_ROWS if deterministic else None)

@@ -99,7 +99,7 @@ def tiny_model(
         vocab_size=vocab_size,
         dtype=dtype,
     )
-    source = _InMemory({name: tensor.to(dtype) for name, tensor in tiny_tensors(spec, seed).items()})
+    source = InMemory({name: tensor.to(dtype) for name, tensor in tiny_tensors(spec, seed).items()})
     return LlamaModel(spec, LLAMA.weights(spec, source), torch.device("cpu"), row_block=row_block)
 
 
@@ -150,13 +150,14 @@ def tiny_config(spec: ModelSpec) -> dict[str, object]:
     }
 
 
-class _InMemory:
+class InMemory:
     """Tensors of a dict. Implements TensorSource."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self._tensors = tensors
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """See `TensorSource`."""
         return self._tensors[name].reshape(shape)
 
 
