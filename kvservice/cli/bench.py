@@ -13,7 +13,7 @@ from kvservice.cli.bench_context import context
 from kvservice.cli.bench_interference import interference
 from kvservice.cli.bench_kernels import kernels
 from kvservice.cli.bench_soak import soak
-from kvservice.cli.options import DEFAULT_MODEL, HostBytes, JsonFile, KvBytes, Model, Recipe, parse_counts
+from kvservice.cli.options import DEFAULT_MODEL, HostBytes, HostLink, JsonFile, KvBytes, Model, Recipe, parse_counts
 from kvservice.cli.output import hint, human_bytes, progress_bar, show_table, write_json
 from kvservice.cli.settings import read_file
 from kvservice.config.recipes import DEFAULT_RECIPE, RECIPES, SERVED_RECIPES
@@ -123,6 +123,7 @@ def sessions(
     recipe: Recipe = DEFAULT_RECIPE,
     kv_bytes: KvBytes = None,
     host_bytes: HostBytes = None,
+    host_link: HostLink = None,
     random_tokens: Annotated[
         bool, typer.Option("--random-ids", help="Documents and questions of random tokens instead of a text.")
     ] = False,
@@ -160,6 +161,8 @@ def sessions(
     budget = {"kv_bytes": int(kv_bytes or defaults.kv_bytes), "host_bytes": int(host_bytes or defaults.host_bytes)}
     arguments = ["--log-level", "WARNING", "--model", model, "--max-batch", str(max(num_sessions, defaults.max_batch))]
     arguments += ["--kv-bytes", str(budget["kv_bytes"]), "--host-bytes", str(budget["host_bytes"])]
+    if host_link is not None:
+        arguments += ["--host-link", str(host_link)]
     if threads is not None:
         arguments += ["--threads", str(threads)]
     result, origin = asyncio.run(_run_sessions(load, arguments))
@@ -170,7 +173,15 @@ def sessions(
         settings = {key: value for key, value in asdict(load).items() if key != "text"}
         write_json(
             json_file,
-            {**settings, **words, **budget, "model": model, "origin": origin, "threads": threads},
+            {
+                **settings,
+                **words,
+                **budget,
+                "model": model,
+                "origin": origin,
+                "threads": threads,
+                "host_link_bytes_per_s": host_link,
+            },
             {
                 "turns": [asdict(turn) for turn in result.turns],
                 "device_kv_bytes_peak": result.peaks.device_kv_bytes,

@@ -130,6 +130,7 @@ def engine_config(config: WorkerConfig) -> EngineConfig:
         deterministic=config.deterministic,
         max_prefills=config.max_prefills,
         max_batch=config.max_batch,
+        host_link_bytes_per_s=config.host_link_bytes_per_s,
     )
 
 

@@ -26,6 +26,14 @@ def parse_bytes(text: str) -> int:
         raise typer.BadParameter(f"{text!r} is not a size: write bytes or a unit, such as 512MiB or 2GB") from None
 
 
+def parse_rate(text: str) -> int:
+    """Bytes a second from words such as `25GB/s`."""
+    number, slash, second = text.partition("/")
+    if slash and second.strip() != "s":
+        raise typer.BadParameter(f"{text!r} is not a speed: write bytes a second, such as 25GB/s")
+    return parse_bytes(number)
+
+
 def parse_counts(text: str) -> list[int]:
     """Whole numbers from words such as `512,2048`."""
     words = [word.strip() for word in text.split(",")]
@@ -63,4 +71,13 @@ KvBytes = Annotated[
 HostBytes = Annotated[
     int | None,
     typer.Option("--host-bytes", parser=parse_bytes, metavar="SIZE", help="Host memory for distant KV, such as 4GiB."),
+]
+HostLink = Annotated[
+    int | None,
+    typer.Option(
+        "--host-link",
+        parser=parse_rate,
+        metavar="SPEED",
+        help="Simulation: KV comes from host memory no faster than this, such as 25GB/s.",
+    ),
 ]

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from kvservice.cli.options import HostBytes, KvBytes, Recipe, parse_bytes
+from kvservice.cli.options import HostBytes, HostLink, KvBytes, Recipe, parse_bytes
 from kvservice.cli.settings import (
     REDIS_URL_VARIABLE,
     SECRET_VARIABLE,
@@ -121,6 +121,7 @@ def serve(
     max_batch: MaxBatch = None,
     step_tokens: StepTokens = None,
     deterministic: Deterministic = None,
+    host_link: HostLink = None,
     grace_s: Grace = None,
     log_level: LogLevel = None,
 ) -> None:
@@ -149,6 +150,7 @@ def serve(
                 "max_batch": max_batch,
                 "step_tokens": step_tokens,
                 "deterministic": deterministic,
+                "host_link_bytes_per_s": host_link,
                 "threads": threads,
                 "dtype": dtype,
                 "device": device,
@@ -230,6 +232,7 @@ def worker(
     max_batch: MaxBatch = None,
     step_tokens: StepTokens = None,
     deterministic: Deterministic = None,
+    host_link: HostLink = None,
     grace_s: Grace = None,
     stop_with_stdin: Annotated[
         bool, typer.Option("--stop-with-stdin", help="Drain when standard input ends, as at a signal.")
@@ -252,6 +255,7 @@ def worker(
                 "max_batch": max_batch,
                 "step_tokens": step_tokens,
                 "deterministic": deterministic,
+                "host_link_bytes_per_s": host_link,
                 "threads": threads,
                 "dtype": dtype,
                 "device": device,

@@ -21,3 +21,6 @@ class EngineConfig(BaseModel):
     max_decode_stretch: float = Field(
         1.25, gt=1.0, description="a step that decodes may take this many times as long with prefill in it as without"
     )
+    host_link_bytes_per_s: int | None = Field(
+        None, gt=0, description="simulation: KV comes from host memory no faster than this; unset: as fast as it can"
+    )

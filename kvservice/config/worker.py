@@ -39,6 +39,9 @@ class WorkerConfig(BaseModel):
     deterministic: bool = Field(
         False, description="no bit of a result depends on batch, chunking, swap or resume; slower"
     )
+    host_link_bytes_per_s: PositiveBytes | None = Field(
+        None, description="simulation, for measuring: KV comes from host memory no faster than this; unset: no limit"
+    )
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="of weights and KV")
     device: Literal["cpu", "cuda"] = Field("cpu", description="where the engine computes")
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on; loopback in this release")
