@@ -15,6 +15,7 @@ its keys, which are read back from the host: the last one each time that 64 toke
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -48,7 +49,7 @@ def runs(num_groups: int, first_groups: int) -> list[Run]:
     """The runs of `num_groups` groups, the first of them of at most `first_groups`."""
     first = min(num_groups, first_groups)
     starts = [0] * (first > 0) + list(range(first, num_groups, RUN_GROUPS))
-    return [Run(*pair) for pair in zip(starts, [*starts[1:], num_groups], strict=True)]
+    return [Run(start, stop) for start, stop in pairwise([*starts, num_groups])]
 
 
 class SequenceClusters:
