@@ -38,6 +38,7 @@ PREEMPTIONS = {
     "idle_dropped": ("idle, dropped", "#8a8a8a"),
 }
 BEFORE = "#222222"
+MARKS = ("o", "s", "^")
 LINES = ("#3b6fb6", "#c0392b", "#e0a030", "#5fa55a", "#7d3c98")
 
 
@@ -184,6 +185,35 @@ def plot_layer_groups(
             axes.set_axis_off()
     if image is not None:
         figure.colorbar(image, ax=grid[0::2, :].ravel().tolist(), label="similarity of distant attention", shrink=0.8)
+    _save(figure, path)
+
+
+def plot_recall(path: Path, lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, title: str) -> None:
+    """How far from dense each way to choose distant tokens is, one line a recipe.
+
+    Args:
+        path: of the PNG.
+        lines: points of (x, KL in nats), by the recipe's name.
+        x_label: what x is.
+        title: of the figure.
+
+    Raises:
+        ConfigError: the file can't be written.
+    """
+    figure = Figure(figsize=(9.5, 5.5), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, points) in enumerate(lines.items()):
+        mark = MARKS[number // len(LINES) % len(MARKS)]
+        color = LINES[number % len(LINES)]
+        xs, kls = zip(*[point for point in sorted(points) if point[0] > 0], strict=True)
+        axes.plot(xs, kls, mark, linestyle="-", color=color, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if x < MIB else f"{x / MIB:g} Mi"))
+    axes.set_xlabel(x_label)
+    axes.set_ylabel("KL to dense, nats a token")
+    axes.set_title(title)
+    _beside(axes)
     _save(figure, path)
 
 

@@ -37,6 +37,13 @@ CLUSTERKV = RecipeSpec(
 
 BASELINES = (
     replace(
+        CLUSTERKV,
+        name="clusterkv-per-kv-head",
+        summary="ClusterKV whose query heads choose together.",
+        per_query_head=False,
+        evaluation_only=True,
+    ),
+    replace(
         RECALL,
         name="recall-per-query-head",
         summary="Recall for which the query heads of a KV head choose in turn.",

@@ -10,6 +10,7 @@ from kvservice.kv.layout import KVLayout
 from kvservice.kv.ledger import Ledger
 from kvservice.recall.choosing import Query, choose_by_scores, new_index, take_turns
 from kvservice.recall.planner import select
+from kvservice.recall.residency import RecallSlots
 
 LAYOUT = KVLayout(2, 2, 16, torch.float32)
 SCALE = 16**-0.5
@@ -103,3 +104,16 @@ def test_together_they_choose_as_the_planner_does(groups):
     scores = index.scores(1, asked.q, SCALE, 0)
     expected = select(scores, asked.proximal_lse, 2, 128)
     assert torch.equal(choose_by_scores(index, RECALL, asked, ScanTally()), expected)
+
+
+def test_a_single_missing_token_is_fetched():
+    arena = Arena(LAYOUT, 400, 32, Ledger(1 << 30, 1 << 30), torch.device("cpu"))
+    slots, staged = RecallSlots(arena, 16), arena.workspace.view(-1, 32)
+    for chosen in (torch.arange(16).repeat(2, 1), torch.stack([torch.arange(16), torch.arange(1, 17)])):
+        placed = slots.admit(0, chosen)
+        count = placed.heads.numel()
+        staged[:count] = torch.arange(100.0, 100 + count).unsqueeze(1)
+        slots.write(0, placed, staged[:count])
+    assert count == 1
+    keys, values = slots.read(0, placed.where)
+    assert keys[1, 15].tolist() == values[1, 15].tolist() == [100.0] * 16
