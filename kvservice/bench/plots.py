@@ -203,13 +203,20 @@ def plot_recall(path: Path, lines: Mapping[str, Sequence[tuple[float, float]]], 
     figure = Figure(figsize=(9.5, 5.5), layout="constrained")
     axes = figure.subplots()
     for number, (name, points) in enumerate(lines.items()):
-        mark = MARKS[number // len(LINES) % len(MARKS)]
-        color = LINES[number % len(LINES)]
-        xs, kls = zip(*[point for point in sorted(points) if point[0] > 0], strict=True)
-        axes.plot(xs, kls, mark, linestyle="-", color=color, label=name)
+        color, mark = LINES[number % len(LINES)], MARKS[number // len(LINES) % len(MARKS)]
+        # Dashed in turn, so that lines that lie on one another are both seen. A scale of logarithms has no 0.
+        shown = [point for point in sorted(points) if point[0] > 0]
+        axes.plot(
+            [x for x, _ in shown],
+            [kl for _, kl in shown],
+            mark,
+            color=color,
+            label=name,
+            linestyle=("-", "--")[number % 2],
+        )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if x < MIB else f"{x / MIB:g} Mi"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
     axes.set_xlabel(x_label)
     axes.set_ylabel("KL to dense, nats a token")
     axes.set_title(title)

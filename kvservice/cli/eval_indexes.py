@@ -94,11 +94,11 @@ def indexes(
         }
         write_json(json_file, settings, {"rows": [asdict(row) for row in rows]})
     if plot is not None:
-        title = f"{info.name} after {context:,} tokens: {len(chosen)} texts x {new_tokens} tokens"
+        title = f"{info.name} after {context:,} tokens: {new_tokens * len(chosen):,} tokens of {len(chosen)} text(s)"
         by_tokens = _lines(rows, lambda row: row.recalled_tokens)
-        by_bytes = _lines(rows, lambda row: row.recalled_bytes_per_token)
+        by_bytes = _lines(rows, lambda row: row.recalled_bytes_per_token / (1 << 20))
         kvservice.bench.plots.plot_recall(plot / TOKENS_PNG, by_tokens, "recalled tokens for each KV head", title)
-        kvservice.bench.plots.plot_recall(plot / BYTES_PNG, by_bytes, "bytes recalled for a token", title)
+        kvservice.bench.plots.plot_recall(plot / BYTES_PNG, by_bytes, "MiB recalled for a token", title)
 
 
 def _parse_budgets(text: str) -> list[int]:

@@ -92,13 +92,15 @@ def _logits(
     session_id = SessionId("sweep")
     try:
         read_document(engine, session_id, spec, token_ids[:context_tokens], report)
+        streamed = engine.telemetry(session_id).streamed_bytes
         parts = []
         for start in range(context_tokens, len(token_ids) - 1, SCORED_AT_ONCE):
             forced = token_ids[start : min(start + SCORED_AT_ONCE, len(token_ids) - 1)]
             parts.append(engine.score(session_id, forced))
             report(len(forced))
         # A document is read without recalling anything, so all that was recalled was for the forced tokens.
-        return torch.cat(parts), engine.telemetry(session_id)
+        kv = engine.telemetry(session_id)
+        return torch.cat(parts), replace(kv, streamed_bytes=kv.streamed_bytes - streamed)
     finally:
         engine.release(session_id)
 
