@@ -9,8 +9,11 @@ from kvservice.kv.arena import Arena
 from kvservice.kv.layout import KVLayout
 from kvservice.kv.ledger import Ledger
 from kvservice.recall.choosing import Query, choose_by_scores, new_index, take_turns
+from kvservice.recall.memory import SequenceMemory, Store
 from kvservice.recall.planner import select
 from kvservice.recall.residency import RecallSlots
+from kvservice.tier.host import HostTier
+from kvservice.tier.swap import SwapSpace
 
 LAYOUT = KVLayout(2, 2, 16, torch.float32)
 SCALE = 16**-0.5
@@ -117,3 +120,14 @@ def test_a_single_missing_token_is_fetched():
     assert count == 1
     keys, values = slots.read(0, placed.where)
     assert keys[1, 15].tolist() == values[1, 15].tolist() == [100.0] * 16
+
+
+@pytest.mark.parametrize(
+    "name", ["recall", *(name for name, spec in RECIPES.items() if spec.evaluation_only), "clusterkv"]
+)
+def test_kernels_choose_by_low_bit_keys_only_where_heads_choose_together_among_all(name):
+    ledger = Ledger(1 << 30, 1 << 30)
+    arena, host = Arena(LAYOUT, 16, 0, ledger, torch.device("cpu")), HostTier(LAYOUT, 1, ledger, pin=False)
+    spec = replace(RECIPES[name], index_bits=32) if name == "recall-oracle" else RECIPES[name]
+    memory = SequenceMemory(spec, Store(arena, host, SwapSpace(arena, host)))
+    assert (memory.key_index is not None) == (name == "recall")
