@@ -29,6 +29,9 @@ GROUP_TOKENS = 64
 BLOCK_TOKENS = 16
 """Tokens in a block of the device arena. Sinks are exactly one, a group exactly four."""
 
+CLUSTER_LABEL_BYTES = 2
+"""Bytes that say which cluster a token is in."""
+
 
 class Role(Enum):
     """What the owner of an API key may do."""
@@ -163,10 +166,18 @@ class RecipeSpec:
     window_tokens: int = 256
     """The window's least length; it grows to `window_tokens + 63` before it slides."""
     index: str | None = None
-    """Name of the RecallIndex method, for `Distant.RECALL`."""
+    """Name of the RecallIndex or ClusterIndex method, for `Distant.RECALL`."""
     index_bits: int = 0
+    """Bits of each key's numbers in the index."""
+    index_params: int = 0
+    """Rows of `head_dim` numbers that the index keeps beside them for each group, in the dtype of KV."""
+    tokens_per_cluster: int = 0
+    """The index is clusters of about so many tokens instead; 0: it isn't."""
     recalled_tokens: int = 0
     """Distant tokens that a query recalls for each KV head."""
+    per_query_head: bool = False
+    """Each query head of a KV head has its own choice in turn, until there are `recalled_tokens`; else they choose
+    together, by their summed attention mass."""
     evaluation_only: bool = False
     """A baseline of `eval`; refused by the service."""
 
@@ -208,20 +219,37 @@ class Footprint:
 
 
 def index_blocks(shape: ModelShape, recipe: RecipeSpec, num_groups: int) -> int:
-    """Arena blocks of the index of `num_groups` groups, over all layers and KV heads.
+    """The most arena blocks of the index of `num_groups` groups, over all layers and KV heads.
 
-    A group of 64 keys of one (layer, KV head) takes `64 * head_dim * bits / 8` bytes of codes and a scale and a zero
-    for each channel. Codes and scales lie in blocks of their own.
+    A group of 64 keys of one (layer, KV head) takes `64 * head_dim * bits / 8` bytes of codes and `params` rows of
+    numbers; of clusters, a number for each token, and the clusters' centroids. The two lie in blocks of their own.
     """
-    if recipe.index_bits == 0 or num_groups == 0:
+    if num_groups == 0:
         return 0
-    codes_bytes = GROUP_TOKENS * shape.head_dim * recipe.index_bits // 8
-    scales_bytes = 2 * shape.head_dim * shape.dtype_bytes
-    cells = shape.num_layers * shape.num_kv_heads
-    per_cell = _ceil_div(num_groups * codes_bytes, shape.block_bytes)
-    if recipe.index_bits < 8 * shape.dtype_bytes:
-        per_cell += _ceil_div(num_groups * scales_bytes, shape.block_bytes)
-    return cells * per_cell
+    row_bytes = shape.head_dim * shape.dtype_bytes
+    if recipe.tokens_per_cluster:
+        codes_bytes = num_groups * GROUP_TOKENS * CLUSTER_LABEL_BYTES
+        params_bytes = most_clusters(num_groups, recipe.tokens_per_cluster) * row_bytes
+    else:
+        codes_bytes = num_groups * GROUP_TOKENS * shape.head_dim * recipe.index_bits // 8
+        params_bytes = num_groups * recipe.index_params * row_bytes
+    per_cell = _ceil_div(codes_bytes, shape.block_bytes) + _ceil_div(params_bytes, shape.block_bytes)
+    return shape.num_layers * shape.num_kv_heads * per_cell
+
+
+def most_clusters(num_groups: int, tokens_per_cluster: int) -> int:
+    """The most clusters of `num_groups` groups: one for each `tokens_per_cluster`, and one more for what is left."""
+    return num_groups * GROUP_TOKENS // tokens_per_cluster + 1
+
+
+def lasting_index_blocks(shape: ModelShape, recipe: RecipeSpec, num_groups: int) -> int:
+    """Of the blocks of an index, those that are never written to again, so that forks share them for good.
+
+    The last block of codes and of params may be written to. Clusters may be formed anew.
+    """
+    if recipe.tokens_per_cluster:
+        return 0
+    return max(0, index_blocks(shape, recipe, num_groups) - shape.num_cells)
 
 
 def footprint(shape: ModelShape, recipe: RecipeSpec, num_tokens: int) -> Footprint:
@@ -298,6 +326,10 @@ class KvTelemetry:
     recall_hits: int = 0
     recalled_bytes: int = 0
     streamed_bytes: int = 0
+    index_groups: int = 0
+    """Groups of 64 tokens that were to be scored, over all layers and KV heads. Not sent: for evaluation."""
+    index_groups_scanned: int = 0
+    """Of those, how many an index that bounds the scores of groups scored token by token. Not sent."""
 
 
 @dataclass(frozen=True, slots=True)

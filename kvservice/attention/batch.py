@@ -29,9 +29,9 @@ from kvservice.kernels.fixed_order import FixedOrderAttention
 from kvservice.kernels.flash import FlashAttention, attend
 from kvservice.kv.arena import Arena
 from kvservice.kv.partial import AttnPartial, Span, check_partition, merge_partials
+from kvservice.recall.choosing import Query
 from kvservice.recall.distant import StagingRing
 from kvservice.recall.memory import SequenceMemory
-from kvservice.recall.planner import select
 from kvservice.recall.reach import Reach
 from kvservice.types import GROUP_TOKENS, SINK_TOKENS
 
@@ -66,7 +66,7 @@ class SequenceRows:
     @property
     def recalls_by_keys(self) -> bool:
         """Whether it selects by low-bit keys, as kernels can."""
-        return self.memory.index is not None and self.memory.index.is_key_index
+        return self.memory.key_index is not None
 
 
 def prepare(memory: SequenceMemory, first_row: int, num_tokens: int, reach: Reach) -> SequenceRows:
@@ -242,12 +242,8 @@ class BatchAttention:
 
     def _recall(self, sequence: SequenceRows, layer: int, q: Tensor, proximal: AttnPartial, num_queries: int) -> Tensor:
         memory = sequence.memory
-        if memory.index is None:
-            raise InternalError(f"recipe {memory.recipe.name!r} keeps no index to select by")
         seed = memory.state.num_computed * self._arena.layout.num_layers + layer
-        scores = memory.index.scores(layer, q, self._scale, seed)
-        # In order of position, so that neither slots nor the order of equal scores show in the sums.
-        chosen = select(scores, proximal.lse, num_queries, memory.recipe.recalled_tokens).sort(-1).values.cpu()
+        chosen = memory.choose(Query(layer, q, proximal.lse, num_queries, self._scale, seed))
         if num_queries > 1:
             return merge_partials([proximal, self._from_staging(memory, layer, q, chosen)])
         attention = self._kernel(q, self._scale)
@@ -318,9 +314,9 @@ class BatchAttention:
 
 
 def _recall_by_keys(sequence: SequenceRows) -> StepRecall:
-    memory, index = sequence.memory, sequence.memory.index
+    memory, index = sequence.memory, sequence.memory.key_index
     if index is None:
-        raise InternalError(f"recipe {memory.recipe.name!r} keeps no index to select by")
+        raise InternalError(f"recipe {memory.recipe.name!r} keeps no low-bit keys to select by")
     slots = memory.slots() if sequence.num_queries == 1 else None
     return StepRecall(
         codes=index.codes_table,

@@ -38,6 +38,7 @@ PREEMPTIONS = {
     "idle_dropped": ("idle, dropped", "#8a8a8a"),
 }
 BEFORE = "#222222"
+MARKS = ("o", "s", "^")
 LINES = ("#3b6fb6", "#c0392b", "#e0a030", "#5fa55a", "#7d3c98")
 
 
@@ -184,6 +185,42 @@ def plot_layer_groups(
             axes.set_axis_off()
     if image is not None:
         figure.colorbar(image, ax=grid[0::2, :].ravel().tolist(), label="similarity of distant attention", shrink=0.8)
+    _save(figure, path)
+
+
+def plot_recall(path: Path, lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, title: str) -> None:
+    """How far from dense each way to choose distant tokens is, one line a recipe.
+
+    Args:
+        path: of the PNG.
+        lines: points of (x, KL in nats), by the recipe's name.
+        x_label: what x is.
+        title: of the figure.
+
+    Raises:
+        ConfigError: the file can't be written.
+    """
+    figure = Figure(figsize=(9.5, 5.5), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, points) in enumerate(lines.items()):
+        color, mark = LINES[number % len(LINES)], MARKS[number // len(LINES) % len(MARKS)]
+        # Dashed in turn, so that lines that lie on one another are both seen. A scale of logarithms has no 0.
+        shown = [point for point in sorted(points) if point[0] > 0]
+        axes.plot(
+            [x for x, _ in shown],
+            [kl for _, kl in shown],
+            mark,
+            color=color,
+            label=name,
+            linestyle=("-", "--")[number % 2],
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
+    axes.set_xlabel(x_label)
+    axes.set_ylabel("KL to dense, nats a token")
+    axes.set_title(title)
+    _beside(axes)
     _save(figure, path)
 
 

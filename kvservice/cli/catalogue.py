@@ -36,12 +36,12 @@ def recipes() -> None:
 
 def methods(json_file: JsonFile = None) -> None:
     """List the methods: what recipes are made of, and the papers they come from."""
-    from kvservice.compression.protocols import RECALL_INDEXES
+    from kvservice.compression.protocols import CLUSTER_INDEXES, RECALL_INDEXES
 
     RECALL_INDEXES.discover("kvservice.methods")
     rows = [
         {"name": name, "paper": method.paper, "stages": "recall index", "status": _used_by(name)}
-        for name, method in RECALL_INDEXES
+        for name, method in sorted([*RECALL_INDEXES, *CLUSTER_INDEXES], key=lambda pair: pair[0])
     ]
     show_table(
         "Methods",

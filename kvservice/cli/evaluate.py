@@ -59,33 +59,14 @@ def quality(
 
     An oracle and random recall of the same budget are measured beside it.
     """
-    files = text_files("--texts", [*texts, *(more_texts or [])])
-    from kvservice.evaluation.quality import TextResult, measure_text, summarize, tokens_needed
-    from kvservice.models.fetch import resolve
-    from kvservice.models.tokenizer import Tokenizer
-    from kvservice.types import PromptFormat, TextRole
+    from kvservice.evaluation.quality import TextResult, measure_text, summarize
 
     spec = RECIPES[recipe or DEFAULT_RECIPE]
-    needed = tokens_needed(context, new_tokens)
-    tokenizer = Tokenizer.load(resolve(model, None))
-    chosen: list[tuple[str, list[int]]] = []
-    skipped: list[str] = []
-    for path in files:
-        text = read_file(path, "--texts").decode(errors="replace")
-        tokens = tokenizer.encode(text, TextRole.DOCUMENT, PromptFormat.RAW, first=True)
-        if len(tokens) < needed:
-            skipped.append(path.name)
-            hint(f"{path}: skipped, {len(tokens):,} tokens of {needed:,}")
-        else:
-            chosen.append((path.name, tokens[:needed]))
-    if not chosen:
-        raise ConfigError(
-            f"--texts: none of {len(files)} has {needed:,} tokens; give longer ones, or a lower --context"
-        )
-    engine = _engine(model, dtype, threads)
+    chosen, skipped = read_texts([*texts, *(more_texts or [])], context, new_tokens, model)
+    engine = load_engine(model, dtype, threads)
     results: list[TextResult] = []
     with progress_bar() as bar:
-        task = bar.add_task("tokens", total=4 * (needed - 1) * len(chosen))
+        task = bar.add_task("tokens", total=4 * (context + new_tokens) * len(chosen))
         for name, tokens in chosen:
             bar.update(task, description=name)
             results.append(measure_text(engine, spec, name, tokens, context, lambda count: bar.advance(task, count)))
@@ -191,7 +172,7 @@ def passkey(
         seed=seed,
         count=lambda part: len(tokenizer.encode(part, TextRole.DOCUMENT, PromptFormat.RAW, first=True)),
     )
-    engine = _engine(model, dtype, threads)
+    engine = load_engine(model, dtype, threads)
     with progress_bar() as bar:
         results = [run_case(engine, tokenizer, spec, case) for case in bar.track(asked, description="cases")]
     figures = summarize(results)
@@ -251,7 +232,45 @@ def text_files(option: str, paths: Sequence[Path]) -> list[Path]:
     return files
 
 
-def _engine(model: str, dtype: str, threads: int | None) -> Engine:
+def read_texts(
+    paths: Sequence[Path], context: int, new_tokens: int, model: str
+) -> tuple[list[tuple[str, list[int]]], list[str]]:
+    """The texts that are long enough, by name, as so many tokens as are needed; and the names of those that aren't.
+
+    Raises:
+        ConfigError: a path isn't there, a folder is empty, or no text is long enough.
+    """
+    files = text_files("--texts", paths)
+    from kvservice.evaluation.quality import tokens_needed
+    from kvservice.models.fetch import resolve
+    from kvservice.models.tokenizer import Tokenizer
+    from kvservice.types import PromptFormat, TextRole
+
+    needed = tokens_needed(context, new_tokens)
+    tokenizer = Tokenizer.load(resolve(model, None))
+    chosen: list[tuple[str, list[int]]] = []
+    skipped: list[str] = []
+    for path in files:
+        text = read_file(path, "--texts").decode(errors="replace")
+        tokens = tokenizer.encode(text, TextRole.DOCUMENT, PromptFormat.RAW, first=True)
+        if len(tokens) < needed:
+            skipped.append(path.name)
+            hint(f"{path}: skipped, {len(tokens):,} tokens of {needed:,}")
+        else:
+            chosen.append((path.name, tokens[:needed]))
+    if not chosen:
+        raise ConfigError(
+            f"--texts: none of {len(files)} has {needed:,} tokens; give longer ones, or a lower --context"
+        )
+    return chosen, skipped
+
+
+def load_engine(model: str, dtype: str, threads: int | None) -> Engine:
+    """An engine with room for what `eval` compares. Blocks for as long as its model takes to load.
+
+    Raises:
+        ConfigError: `dtype` isn't one that there is.
+    """
     from kvservice.cli.compose import make_engine
     from kvservice.models.fetch import resolve
 

@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from kvservice import __version__
-from kvservice.cli import bench, calibrate, catalogue, chat, evaluate, model, serve, sessions, size
+from kvservice.cli import bench, calibrate, catalogue, chat, eval_indexes, evaluate, model, serve, sessions, size
 from kvservice.cli.output import complain
 from kvservice.errors import ConfigError, KVServiceError, ModelError
 
@@ -40,6 +40,7 @@ app.command("recipes")(catalogue.recipes)
 app.command("size")(size.size)
 
 app.add_typer(bench.app, name="bench")
+evaluate.app.command("indexes")(eval_indexes.indexes)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(calibrate.app, name="calibrate")
 

@@ -21,16 +21,58 @@ RECALL = RecipeSpec(
     "Distant KV in the tier; each query recalls the 128 tokens a KV head that a 2-bit index of the keys ranks first.",
     index="key_index",
     index_bits=2,
+    index_params=2,
     recalled_tokens=128,
 )
 
+CLUSTERKV = RecipeSpec(
+    "clusterkv",
+    Distant.RECALL,
+    "Distant KV in the tier; each query recalls whole clusters of tokens whose keys are alike, 512 tokens a KV head.",
+    index="clusterkv",
+    tokens_per_cluster=80,
+    recalled_tokens=512,
+    per_query_head=True,
+)
+
 BASELINES = (
+    replace(
+        CLUSTERKV,
+        name="clusterkv-per-kv-head",
+        summary="ClusterKV whose query heads choose together.",
+        per_query_head=False,
+        evaluation_only=True,
+    ),
+    replace(
+        RECALL,
+        name="recall-per-query-head",
+        summary="Recall for which the query heads of a KV head choose in turn.",
+        per_query_head=True,
+        evaluation_only=True,
+    ),
+    replace(
+        RECALL,
+        name="recall-paged",
+        summary="Recall that scores only groups whose bound lets them hold any of the best tokens.",
+        index="paged_key_index",
+        evaluation_only=True,
+    ),
+    replace(
+        RECALL,
+        name="recall-quest",
+        summary="Recall of Quest's pages of 16 tokens.",
+        index="quest",
+        index_bits=0,
+        index_params=8,
+        evaluation_only=True,
+    ),
     replace(
         RECALL,
         name="recall-oracle",
         summary="Recall that ranks by the true keys: the ceiling of any index.",
         index="oracle",
         index_bits=16,
+        index_params=0,
         evaluation_only=True,
     ),
     replace(
@@ -39,6 +81,7 @@ BASELINES = (
         summary="Recall of random tokens: a floor.",
         index="random",
         index_bits=0,
+        index_params=0,
         evaluation_only=True,
     ),
     replace(
@@ -47,11 +90,12 @@ BASELINES = (
         summary="Recall of the latest distant tokens: a floor.",
         index="recency",
         index_bits=0,
+        index_params=0,
         evaluation_only=True,
     ),
 )
 
-RECIPES: dict[str, RecipeSpec] = {recipe.name: recipe for recipe in (DENSE, EXACT, RECALL, *BASELINES)}
+RECIPES: dict[str, RecipeSpec] = {recipe.name: recipe for recipe in (DENSE, EXACT, RECALL, CLUSTERKV, *BASELINES)}
 
 SERVED_RECIPES: tuple[str, ...] = tuple(name for name, recipe in RECIPES.items() if not recipe.evaluation_only)
 

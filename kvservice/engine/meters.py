@@ -60,6 +60,8 @@ def kv_telemetry(
         recall_hits=counters.hits - before.hits,
         recalled_bytes=counters.recalled_bytes - before.recalled_bytes,
         streamed_bytes=counters.streamed_bytes - before.streamed_bytes,
+        index_groups=counters.scan.groups - before.scan.groups,
+        index_groups_scanned=counters.scan.scanned - before.scan.scanned,
     )
 
 

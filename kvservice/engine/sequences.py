@@ -25,7 +25,16 @@ from kvservice.recall.memory import SequenceMemory, Store
 from kvservice.recall.parking import Place
 from kvservice.tier.host import HostTier
 from kvservice.tier.swap import SwapSpace
-from kvservice.types import BLOCK_TOKENS, Distant, Headroom, ModelShape, RecipeSpec, SessionId, footprint, index_blocks
+from kvservice.types import (
+    BLOCK_TOKENS,
+    Distant,
+    Headroom,
+    ModelShape,
+    RecipeSpec,
+    SessionId,
+    footprint,
+    lasting_index_blocks,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -429,8 +438,7 @@ class HeldSequences:
         if recipe.distant is Distant.RESIDENT:
             return whole.device_bytes - shared_tokens // BLOCK_TOKENS * column_bytes, 0
         groups = recipe.distant_groups(shared_tokens)
-        # The last block of codes and of scales may be written to.
-        index = max(0, index_blocks(self._shape, recipe, groups) * self._layout.block_bytes - column_bytes)
+        index = lasting_index_blocks(self._shape, recipe, groups) * self._layout.block_bytes
         sinks = column_bytes if shared_tokens >= BLOCK_TOKENS else 0
         return whole.device_bytes - index - sinks, whole.host_bytes - groups * self._layout.group_bytes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvservice.compression.protocols import RecallIndex, Selection
+from kvservice.compression.protocols import Choice, RecallIndex, Selection
 from kvservice.kv.arena import Arena
 from kvservice.kv.entries import PagedEntries
 from kvservice.kv.ledger import Owner
@@ -97,8 +97,8 @@ class SequenceIndex:
         self._params.truncate(num_groups)
         self.num_groups = num_groups
 
-    def scores(self, layer: int, q: Tensor, scale: float, seed: int) -> Tensor:
-        """Estimated scores of every distant token, fp32 `[kv, r, 64 * groups]`; q is `[kv, r, d]`."""
+    def scores(self, layer: int, q: Tensor, scale: float, seed: int, choice: Choice | None = None) -> Tensor:
+        """Estimated scores of every distant token, fp32 `[kv, r, 64 * groups]`; q is `[kv, r, d]`. See `Selection`."""
         num_kv = self._layout.num_kv_heads
         rows = slice(layer * num_kv, (layer + 1) * num_kv)
         params = self._params.read(rows)
@@ -111,5 +111,6 @@ class SequenceIndex:
             num_distant=self.num_groups * GROUP_TOKENS,
             scale=scale,
             seed=seed,
+            choice=choice,
         )
         return self._method.scores(ask)

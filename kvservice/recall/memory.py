@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kvservice.compression.protocols import RECALL_INDEXES
+from kvservice.compression.protocols import ScanTally
 from kvservice.errors import InternalError
 from kvservice.kv.arena import Arena
 from kvservice.kv.ledger import Owner
 from kvservice.kv.sequence import SequenceState
+from kvservice.recall.choosing import Query, choose_by_clusters, choose_by_scores, new_index
+from kvservice.recall.clusters import SequenceClusters
 from kvservice.recall.distant import DistantKV
 from kvservice.recall.index import SequenceIndex
 from kvservice.recall.parking import Parking, Place
@@ -27,14 +29,16 @@ class RecallCounters:
 
     Attributes:
         tally: int64 `[3]`, counted by whoever recalls: tokens looked up in slots, tokens found there, bytes fetched.
-        streamed_bytes: host KV that was attended to in full, through the staging ring.
+        streamed_bytes: host KV that was attended to in full, through the staging ring, or read to index it.
+        scan: groups that indexes had to look at, of those kinds that count them.
     """
 
-    __slots__ = ("streamed_bytes", "tally")
+    __slots__ = ("scan", "streamed_bytes", "tally")
 
     def __init__(self) -> None:
         self.tally = torch.zeros(3, dtype=torch.int64)
         self.streamed_bytes = 0
+        self.scan = ScanTally()
 
     @property
     def lookups(self) -> int:
@@ -58,7 +62,7 @@ class RecallCounters:
     def copy(self) -> RecallCounters:
         """The counters as they are now."""
         twin = RecallCounters()
-        twin.tally, twin.streamed_bytes = self.tally.clone(), self.streamed_bytes
+        twin.tally, twin.streamed_bytes, twin.scan = self.tally.clone(), self.streamed_bytes, replace(self.scan)
         return twin
 
 
@@ -84,9 +88,7 @@ class SequenceMemory:
         self.recipe = recipe
         self.state = SequenceState(store.arena)
         self.distant = DistantKV(store.host, layout.num_kv_heads, layout.head_dim)
-        self.index: SequenceIndex | None = None
-        if recipe.index is not None:
-            self.index = SequenceIndex(RECALL_INDEXES.get(recipe.index), recipe.index_bits, store.arena)
+        self.index = new_index(recipe, store.arena)
         self.reaches = ReachLog()
         self.counters = RecallCounters()
         self.counts_shared = False
@@ -179,6 +181,34 @@ class SequenceMemory:
         if self._slots is None:
             self._slots = RecallSlots(self._store.arena, self.recipe.recalled_tokens)
         return self._slots
+
+    @property
+    def key_index(self) -> SequenceIndex | None:
+        """The low-bit keys by which kernels may choose in place of `choose`, if that is how its recipe chooses."""
+        index = self.index
+        if isinstance(index, SequenceIndex) and index.is_key_index and not self.recipe.per_query_head:
+            return index
+        return None
+
+    def choose(self, query: Query) -> Tensor:
+        """The distant tokens that queries recall, counted from the first distant one.
+
+        Returns:
+            int64 `[kv, num_queries, n]` on the CPU, in order of position, so that neither slots nor the order of equal
+            scores show in sums over them.
+
+        Raises:
+            InternalError: the recipe keeps no index.
+        """
+        if self.index is None:
+            raise InternalError(f"recipe {self.recipe.name!r} keeps no index to select by")
+        if isinstance(self.index, SequenceClusters):
+            # What had left the window when the first token that selects was computed; until then, what has by now.
+            first = self.recipe.distant_groups(self.reaches.full_prefix)
+            chosen = choose_by_clusters(self.index, self.recipe, query, first, self._distant_keys)
+        else:
+            chosen = choose_by_scores(self.index, self.recipe, query, self.counters.scan)
+        return chosen.sort(-1).values.cpu()
 
     def commit(self, num_tokens: int, reach: Reach) -> Tensor | None:
         """Counts computed tokens in, and moves what no longer belongs in the window to the tier.
@@ -335,6 +365,15 @@ class SequenceMemory:
             )
         if self.state.num_computed > len(self.state.tokens):
             raise InternalError(f"KV of {self.state.num_computed} tokens, {len(self.state.tokens)} token ids")
+
+    def _distant_keys(self, layer: int, start: int, stop: int) -> Tensor:
+        """See `KeySource`."""
+        arena, num_kv = self._store.arena, self._store.arena.layout.num_kv_heads
+        offsets = torch.arange(start, stop).expand(num_kv, -1)
+        pairs = torch.empty(offsets.numel(), 2 * arena.layout.head_dim, dtype=arena.layout.dtype, device=arena.device)
+        self.distant.gather(layer, offsets, pairs)
+        self.counters.streamed_bytes += pairs.nbytes
+        return pairs.view(num_kv, stop - start, 2, -1)[:, :, 0]
 
     def _drop_slots(self) -> None:
         if self._slots:

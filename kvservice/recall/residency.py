@@ -85,7 +85,8 @@ class RecallSlots:
 
     def write(self, layer: int, placed: Placed, pairs: Tensor) -> None:
         """Puts fetched tokens, `[m, 2 * d]`, into their slots."""
-        keys, values = pairs.view(-1, 2, self._arena.layout.head_dim).unbind(1)
+        # A copy: torch won't write from staging, which is in the arena too, when one token makes its rows contiguous.
+        keys, values = pairs.view(-1, 2, self._arena.layout.head_dim).clone().unbind(1)
         self._arena.slots[self._locate(layer, 0, placed.heads, placed.slots)] = keys
         self._arena.slots[self._locate(layer, 1, placed.heads, placed.slots)] = values
 

@@ -22,7 +22,7 @@ from hypothesis import note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvservice.config.recipes import DENSE, EXACT, RECALL
+from kvservice.config.recipes import CLUSTERKV, DENSE, EXACT, RECALL
 from kvservice.errors import BudgetTooSmall, Conflict, NotFound, Overloaded
 from kvservice.models.tiny import tiny_model
 from kvservice.recall.reach import Reach
@@ -37,6 +37,7 @@ RECIPES = {
     "dense": DENSE,
     "exact": replace(EXACT, window_tokens=64),
     "recall": replace(RECALL, window_tokens=64, recalled_tokens=32),
+    "clusterkv": replace(CLUSTERKV, window_tokens=64, recalled_tokens=32),
 }
 TENANTS = {"a": b"one", "b": b"one", "c": b"one", "d": b"one", "e": b"two"}
 DOCUMENTS = [tokens(300, seed) for seed in range(2)]

@@ -88,7 +88,7 @@ def test_an_index_takes_16_plus_4_bytes_for_two_bits_of_a_key() -> None:
 
 
 def test_an_index_of_whole_keys_needs_no_scales() -> None:
-    oracle = replace(RECALL, index_bits=16)
+    oracle = replace(RECALL, index_bits=16, index_params=0)
     cells = SMOLLM2.num_layers * SMOLLM2.num_kv_heads
     assert index_blocks(SMOLLM2, oracle, 2) * SMOLLM2.block_bytes == 2 * GROUP_TOKENS * cells * 64 * 2
 

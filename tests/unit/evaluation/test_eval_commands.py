@@ -92,3 +92,31 @@ def test_a_prompt_beyond_the_positions_of_the_model_fails_with_a_sentence(folder
 def test_an_unknown_dtype_is_bad_usage(folder: str, texts: Path, capsys) -> None:
     assert run("quality", "--model", folder, "--texts", str(texts), *SIZES, "--dtype", "int4") == 2
     assert "bf16 or fp32" in capsys.readouterr().err
+
+
+def test_indexes_writes_a_row_for_each_recipe_and_budget_and_draws_two_figures(
+    folder: str, texts: Path, tmp_path: Path
+) -> None:
+    report = tmp_path / "indexes.json"
+    recipes = ("--recipe", "recall", "--recipe", "recall-quest", "--budgets", "32,16")
+    arguments = ("--model", folder, "--texts", str(texts / "a.txt"), *SIZES, *recipes)
+    assert run("indexes", *arguments, "--json", str(report), "--plot", str(tmp_path)) == 0
+    written = json.loads(report.read_text())
+    assert written["config"]["budgets"] == [16, 32]
+    named = [(row["recipe"], row["recalled_tokens"]) for row in written["results"]["rows"]]
+    assert named == [("recall", 16), ("recall", 32), ("recall-quest", 16), ("recall-quest", 32)]
+    for name in ("recall-tokens.png", "recall-bytes.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--budgets", "a,b"), "numbers of tokens"),
+        (("--recipe", "magic"), "unknown recipe"),
+        (("--plot", "no-such-folder"), "no such folder"),
+    ],
+)
+def test_indexes_refuses_bad_arguments(folder: str, texts: Path, capsys, arguments, says) -> None:
+    assert run("indexes", "--model", folder, "--texts", str(texts / "a.txt"), *SIZES, *arguments) == 2
+    assert says in capsys.readouterr().err
