@@ -145,6 +145,12 @@ def passkey(
     text: Annotated[
         Path | None, typer.Option("--text", metavar="FILE", help="Prose of the haystack. Unset: the demo's document.")
     ] = None,
+    needles: Annotated[
+        int, typer.Option("--needles", min=1, max=2, help="Numbers hidden in each; all are asked for.")
+    ] = 1,
+    talk_tokens: Annotated[
+        int, typer.Option("--talk-tokens", min=0, help="The model goes on with so many tokens before it is asked.")
+    ] = 0,
     model: Model = DEFAULT_MODEL,
     dtype: Dtype = "bf16",
     threads: Threads = None,
@@ -167,14 +173,17 @@ def passkey(
     asked = make_cases(
         prose_units(prose) if is_prose else noise_units(),
         is_prose=is_prose,
-        num_tokens=tokens,
+        num_tokens=tokens - talk_tokens,
+        num_needles=needles,
         num_cases=cases,
         seed=seed,
         count=lambda part: len(tokenizer.encode(part, TextRole.DOCUMENT, PromptFormat.RAW, first=True)),
     )
     engine = load_engine(model, dtype, threads)
     with progress_bar() as bar:
-        results = [run_case(engine, tokenizer, spec, case) for case in bar.track(asked, description="cases")]
+        results = [
+            run_case(engine, tokenizer, spec, case, talk_tokens) for case in bar.track(asked, description="cases")
+        ]
     figures = summarize(results)
     _show_passkey(spec.name, tokens, haystack, figures)
     info = engine.info
@@ -189,12 +198,14 @@ def passkey(
             "cases": cases,
             "seed": seed,
             "haystack": haystack.value,
+            "needles": needles,
+            "talk_tokens": talk_tokens,
             "text": str(text) if text is not None else None,
             "threads": threads,
         }
         answers = [
-            {"tokens": result.num_tokens, "answer": result.answer, "dense_answer": result.dense_answer}
-            | {"pass_key": result.case.pass_key, "depth_percent": result.case.depth_percent}
+            {"tokens": result.num_tokens, "answers": result.answers, "dense_answers": result.dense_answers}
+            | {"needles": [asdict(needle) for needle in result.case.needles]}
             for result in results
         ]
         write_json(json_file, settings, {**asdict(figures), "answers": answers})
@@ -212,7 +223,8 @@ def _show_passkey(recipe: str, tokens: int, haystack: Haystack, figures: Passkey
         [*rows, ("all", str(figures.correct), str(figures.dense_correct), str(figures.cases))],
         numeric=columns[1:],
     )
-    typer.echo(f"Lost against dense: {figures.lost}; gained: {figures.gained}.")
+    test = f"McNemar's exact test: p = {figures.mcnemar_p:.2f}"
+    typer.echo(f"Lost against dense: {figures.lost}; gained: {figures.gained}. {test}.")
 
 
 def text_files(option: str, paths: Sequence[Path]) -> list[Path]:

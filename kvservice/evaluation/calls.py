@@ -40,31 +40,30 @@ def read_document(
     _finish(engine, call, report)
 
 
-def complete(
+def go_on(
     engine: Engine,
+    session_id: SessionId,
     recipe: RecipeSpec,
-    document: Sequence[int],
+    token_ids: Sequence[int],
     prompt: Sequence[int],
     max_new_tokens: int,
-    report: Report = ignore_progress,
+    *,
+    ignore_eos: bool = False,
 ) -> list[int]:
-    """The greedy continuation of a document and a prompt; nothing is kept.
+    """What a session of `token_ids` says greedily after a prompt. The session then has that as well.
 
     Raises:
         KVServiceError: as `read_document`.
     """
     call = EngineCall(
-        CallId("complete"),
-        SessionId("complete"),
+        CallId("go on"),
+        session_id,
         recipe,
-        base_tokens=(),
-        document_tokens=tuple(document),
+        base_tokens=tuple(token_ids),
         prompt_tokens=tuple(prompt),
-        sampling=SamplingParams(max_new_tokens=max_new_tokens),
-        retain=False,
+        sampling=SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=ignore_eos),
     )
-    finished = _finish(engine, call, report)
-    return list(finished.appended_tokens[len(document) + len(prompt) :])
+    return list(_finish(engine, call, ignore_progress).appended_tokens[len(prompt) :])
 
 
 def _finish(engine: Engine, call: EngineCall, report: Report) -> FinishedEvent:

@@ -7,7 +7,6 @@ from kvservice.evaluation.haystack import (
     OPENING,
     is_answered,
     make_cases,
-    needle,
     noise_units,
     prose_units,
 )
@@ -32,24 +31,24 @@ def prose_cases(num_tokens: int = 900, num_cases: int = 10):
 
 
 def test_cases_go_through_the_depths_in_turn() -> None:
-    assert [case.depth_percent for case in noise_cases()] == [*DEPTHS_PERCENT, *DEPTHS_PERCENT]
+    assert [case.needles[0].depth_percent for case in noise_cases()] == [*DEPTHS_PERCENT, *DEPTHS_PERCENT]
 
 
 def test_the_needle_lies_at_its_depth() -> None:
     for case in noise_cases(num_tokens=20_000, num_cases=5):
-        before = case.document.index(needle(case.pass_key)) - len(OPENING)
-        assert abs(100 * before / len(case.document) - case.depth_percent) < 2
+        before = case.document.index(case.needles[0].sentence) - len(OPENING)
+        assert abs(100 * before / len(case.document) - case.needles[0].depth_percent) < 2
 
 
 def test_noise_has_the_published_form() -> None:
     case = noise_cases(num_cases=1)[0]
     assert case.document.startswith(OPENING + NOISE)
-    assert f"And back again. {needle(case.pass_key)} The grass".lower() in case.document.lower()
+    assert f"And back again. {case.needles[0].sentence} The grass".lower() in case.document.lower()
 
 
 def test_in_prose_the_needle_stands_on_a_line_of_its_own() -> None:
     for case in prose_cases():
-        assert f"\n\n{needle(case.pass_key)}\n\n" in case.document + "\n\n"
+        assert f"\n\n{case.needles[0].sentence}\n\n" in case.document + "\n\n"
         assert "has two lines." in case.document
 
 
@@ -58,9 +57,23 @@ def test_no_prompt_is_longer_than_asked_and_none_is_much_shorter() -> None:
         assert 4000 - 2 * len(NOISE) < len(case.document) <= 4000
 
 
+def test_two_needles_lie_at_two_depths() -> None:
+    cases = make_cases(
+        noise_units(), is_prose=False, num_tokens=20_000, num_cases=5, seed=3, count=count_characters, num_needles=2
+    )
+    for case in cases:
+        for hidden in case.needles:
+            before = case.document.index(hidden.sentence) - len(OPENING)
+            assert abs(100 * before / len(case.document) - hidden.depth_percent) < 2
+        assert len({hidden.depth_percent for hidden in case.needles}) == 2
+        assert len(case.document) <= 20_000
+
+
 def test_pass_keys_are_a_function_of_the_seed() -> None:
     assert noise_cases(seed=3) == noise_cases(seed=3)
-    assert {case.pass_key for case in noise_cases(seed=3)} != {case.pass_key for case in noise_cases(seed=4)}
+    assert {case.needles[0].number for case in noise_cases(seed=3)} != {
+        case.needles[0].number for case in noise_cases(seed=4)
+    }
 
 
 def test_each_round_of_depths_reads_another_part_of_the_prose() -> None:
