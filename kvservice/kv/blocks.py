@@ -1,7 +1,11 @@
-"""Handing out numbered blocks, counted by reference. Knows nothing of what lies in them."""
+"""Handing out numbered blocks, counted by reference. Knows nothing of what lies in them.
+
+The books are kept in numpy: a step takes few blocks at a time, and torch costs ten times as much for so little.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,9 +21,9 @@ class BlockPool:
     def __init__(self, num_blocks: int, first: int = 0) -> None:
         self.num_blocks = num_blocks - first
         self._first = first
-        self._free = torch.arange(num_blocks - 1, first - 1, -1, dtype=torch.int32)
+        self._free = np.arange(num_blocks - 1, first - 1, -1, dtype=np.int32)
         self._num_free = self.num_blocks
-        self._references = torch.zeros(num_blocks, dtype=torch.int32)
+        self._references = np.zeros(num_blocks, dtype=np.int32)
 
     @property
     def num_free(self) -> int:
@@ -43,18 +47,18 @@ class BlockPool:
         if count > self._num_free:
             raise InternalError(f"{count} blocks asked for, {self._num_free} of {self.num_blocks} free")
         start = self._num_free - count
-        blocks = self._free[start : self._num_free].clone()
+        blocks = self._free[start : self._num_free].copy()
         self._num_free = start
         self._references[blocks] = 1
-        return blocks
+        return torch.from_numpy(blocks)
 
     def share(self, blocks: Tensor) -> None:
         """Adds a holder to each of some blocks, which somebody holds."""
-        self._references[blocks.reshape(-1)] += 1
+        self._references[_numbers(blocks)] += 1
 
     def shared(self, blocks: Tensor) -> Tensor:
         """Which of some blocks have more than one holder: bool, shaped as `blocks`."""
-        return self._references[blocks.reshape(-1)].view(blocks.shape) > 1
+        return torch.from_numpy(self._references[_numbers(blocks)] > 1).view(blocks.shape)
 
     def free(self, blocks: Tensor) -> int:
         """Gives blocks back.
@@ -65,16 +69,16 @@ class BlockPool:
         Raises:
             InternalError: nobody holds one of them, or one is named twice.
         """
-        blocks = blocks.reshape(-1)
-        holders = self._references[blocks]
-        if blocks.numel() and (int(holders.min()) < 1 or torch.unique(blocks).numel() != blocks.numel()):
+        numbers = _numbers(blocks)
+        holders = self._references[numbers]
+        if numbers.size and (holders.min() < 1 or np.unique(numbers).size != numbers.size):
             raise InternalError("a block was freed twice")
-        self._references[blocks] = holders - 1
-        ended = blocks[holders == 1]
-        end = self._num_free + ended.numel()
+        self._references[numbers] = holders - 1
+        ended = numbers[holders == 1]
+        end = self._num_free + ended.size
         self._free[self._num_free : end] = ended
         self._num_free = end
-        return blocks.numel() - ended.numel()
+        return int(numbers.size - ended.size)
 
     def check(self, holders: Tensor | None = None) -> None:
         """Raises InternalError when the free list is damaged.
@@ -83,14 +87,19 @@ class BlockPool:
             holders: the blocks of everyone who holds some, one after the other: then each must be counted as often.
         """
         listed = self._free[: self._num_free]
-        marked = torch.zeros(self._references.shape, dtype=torch.bool)
+        marked = np.zeros(self._references.shape, dtype=bool)
         marked[listed] = True
         marked[: self._first] = True
-        if not torch.equal(marked, self._references == 0) or torch.unique(listed).numel() != listed.numel():
+        if not np.array_equal(marked, self._references == 0) or np.unique(listed).size != listed.size:
             raise InternalError("the free list and the counts of holders differ")
         if holders is None:
             return
-        counted = torch.bincount(holders.reshape(-1), minlength=self._references.numel())
-        if not torch.equal(counted, self._references.long()):
-            wrong = int((counted != self._references).nonzero()[0])
+        counted = np.bincount(_numbers(holders), minlength=self._references.size)
+        if not np.array_equal(counted, self._references):
+            wrong = int((counted != self._references).nonzero()[0][0])
             raise InternalError(f"block {wrong} is counted {self._references[wrong]} times and held {counted[wrong]}")
+
+
+def _numbers(blocks: Tensor) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    flat: np.ndarray[tuple[int], np.dtype[np.int32]] = blocks.reshape(-1).numpy()
+    return flat
