@@ -28,7 +28,7 @@ from kvservice.kernels.cpu import StepRecall, StepSequence
 from kvservice.kernels.fixed_order import FixedOrderAttention
 from kvservice.kernels.flash import FlashAttention, attend
 from kvservice.kv.arena import Arena
-from kvservice.kv.partial import AttnPartial, Span, check_partition, merge_partials
+from kvservice.kv.partial import AttnPartial, merge_partials
 from kvservice.recall.choosing import Query
 from kvservice.recall.distant import StagingRing
 from kvservice.recall.memory import SequenceMemory
@@ -79,9 +79,10 @@ def prepare(memory: SequenceMemory, first_row: int, num_tokens: int, reach: Reac
     if reach is Reach.SELECT and num_tokens > memory.recipe.tokens_until_slide(state.num_computed):
         raise InternalError(f"a step can't select for {num_tokens} tokens as if all saw one window")
     visible = state.num_computed + num_tokens
-    sinks = min(SINK_TOKENS, visible)
-    in_tier = Span(sinks, sinks + memory.distant.num_groups * GROUP_TOKENS)
-    check_partition([Span(0, sinks), in_tier, Span(min(state.window_start, visible), visible)], visible)
+    sinks, distant = min(SINK_TOKENS, visible), memory.distant.num_groups * GROUP_TOKENS
+    if sinks + distant != min(state.window_start, visible):
+        # Sinks, what is in the tier, and the rest of the visible positions: those are the parts.
+        raise InternalError(f"{sinks} sinks and {distant} distant tokens don't end where {state.window_start} begins")
     state.extend(num_tokens)
     return SequenceRows(memory, slice(first_row, first_row + num_tokens), reach)
 

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvservice.errors import InternalError
-
 
 @dataclass(frozen=True, slots=True)
 class AttnPartial:
@@ -57,22 +55,3 @@ def merge_partials(parts: Sequence[AttnPartial]) -> Tensor:
         `[kv, r, d]` in the dtype of the parts.
     """
     return merge_with_lse(parts).out
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Positions `start` to `stop - 1`."""
-
-    start: int
-    stop: int
-
-
-def check_partition(spans: Sequence[Span], num_visible: int) -> None:
-    """Raises InternalError unless the spans cover the positions 0 to `num_visible - 1`, each exactly once."""
-    expected = 0
-    for span in sorted((s for s in spans if s.start != s.stop), key=lambda s: s.start):
-        if span.start != expected or span.stop < span.start:
-            raise InternalError(f"parts {list(spans)} are no partition of {num_visible} positions")
-        expected = span.stop
-    if expected != num_visible:
-        raise InternalError(f"parts {list(spans)} are no partition of {num_visible} positions")

@@ -98,7 +98,8 @@ class SequenceState:
 
     def extend(self, num_tokens: int) -> None:
         """Makes room for `num_tokens` more positions after `num_computed`, in blocks that nobody else holds."""
-        self._own_last()
+        if self._may_share:
+            self._own_last()
         if self._ragged is not None:
             self._extend_ragged(num_tokens)
             return
@@ -300,7 +301,7 @@ class SequenceState:
 
     def _own_last(self) -> None:
         """Makes the column that is written to next its own, if it is there already."""
-        if not self._may_share or self._num_columns == 0:
+        if self._num_columns == 0:
             return
         if self._ragged is not None:
             self._own_all()

@@ -5,6 +5,7 @@ Built on `tokenizers`: transformers is imported only when a chat template is fir
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,8 @@ from kvservice.types import PromptFormat, TextRole
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MAX_PENDING_TOKENS = 8
 """Tokens that a TokenStream holds back at most. A character has at most four bytes, so at most four tokens."""
+_UNKNOWN = -1
+"""Length of a text that nobody has asked for yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,12 @@ class Tokenizer:
         self._codec.encode_special_tokens = True
         added = codec.get_added_tokens_decoder()
         self._control_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        text_ids = set(codec.get_vocab(with_added_tokens=True).values()) - self._control_ids
+        # Asked of every token of every answer: a byte and a number for each are quicker than the library.
+        self._is_text = bytearray(1 + max(text_ids, default=-1))
+        for token_id in text_ids:
+            self._is_text[token_id] = 1
+        self._lengths = array("i", [_UNKNOWN]) * len(self._is_text)
         unknown = getattr(codec.model, "unk_token", None)
         self._unknown_id = codec.token_to_id(unknown) if isinstance(unknown, str) else None
 
@@ -107,7 +116,14 @@ class Tokenizer:
 
     def has_text(self, token_id: int) -> bool:
         """Whether the token is one of text: neither a control token nor beyond the vocabulary."""
-        return token_id not in self._control_ids and self._codec.id_to_token(token_id) is not None
+        return 0 <= token_id < len(self._is_text) and self._is_text[token_id] == 1
+
+    def opening_length(self, token_id: int) -> int:
+        """Characters of the text of this token alone, at the start of a text."""
+        length = self._lengths[token_id]
+        if length == _UNKNOWN:
+            length = self._lengths[token_id] = len(self.decode([token_id]))
+        return length
 
     def definition(self) -> str:
         """The tokenizer as the text of a tokenizer.json, for other libraries to read."""
@@ -177,9 +193,13 @@ class TokenStream:
 
     def _slide(self, *, is_cut: bool) -> None:
         keep = _MAX_PENDING_TOKENS // 2 if is_cut else len(self._window) - self._context_tokens
-        self._window = self._window[-keep:]
-        self._context_tokens = 0 if is_cut else len(self._window)
-        self._given_chars = len(self._tokenizer.decode(self._window)) - is_cut
+        window = self._window = self._window[-keep:]
+        self._context_tokens = 0 if is_cut else len(window)
+        if len(window) == 1:
+            length = self._tokenizer.opening_length(window[0])
+        else:
+            length = len(self._tokenizer.decode(window))
+        self._given_chars = length - is_cut
 
 
 def _build(definition: str, folder: Path) -> tokenizers.Tokenizer:

@@ -38,6 +38,8 @@ class AnswerText:
         """The text that may be shown now. What may be the beginning of a stop string is held back."""
         if self.stopped:
             return ""
+        if not self._stop:
+            return self._stream.push(token_id)
         text = self._held + self._stream.push(token_id)
         end = self._first_stop(text)
         if end is None:

@@ -5,9 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvservice.errors import InternalError
 from kvservice.kernels import flash, reference
-from kvservice.kv.partial import AttnPartial, Span, check_partition, merge_partials, merge_with_lse
+from kvservice.kv.partial import AttnPartial, merge_partials, merge_with_lse
 
 FP32_ROUNDING = 1e-5
 BF16_ROUNDING = 2e-2
@@ -68,22 +67,3 @@ def test_torchs_flash_kernel_reads_strided_keys_and_values():
     ours = flash.attend(q, pairs[:, :, 0], pairs[:, :, 1], 0.125)
     expected = reference.attend(q, pairs[:, :, 0].contiguous(), pairs[:, :, 1].contiguous(), 0.125)
     torch.testing.assert_close(ours.out, expected.out, atol=FP32_ROUNDING, rtol=FP32_ROUNDING)
-
-
-def test_spans_that_cover_each_position_once_pass():
-    check_partition([Span(80, 100), Span(0, 16), Span(16, 80), Span(16, 16)], 100)
-
-
-@pytest.mark.parametrize(
-    "spans",
-    [
-        [Span(0, 16), Span(16, 80), Span(79, 100)],
-        [Span(0, 16), Span(17, 100)],
-        [Span(0, 99)],
-        [Span(0, 101)],
-        [],
-    ],
-)
-def test_spans_that_overlap_or_leave_a_gap_are_refused(spans):
-    with pytest.raises(InternalError, match="no partition"):
-        check_partition(spans, 100)
