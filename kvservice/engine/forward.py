@@ -50,6 +50,12 @@ class Forward:
             torch.tensor(tokens, device=device), torch.tensor(positions, device=device), attention
         )
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """`[r, hidden]` to fp32 `[r, vocab]`."""
-        return self._model.logits(hidden)
+    def logits(self, hidden: Tensor, rows: Sequence[SequenceRows]) -> Tensor:
+        """The logits after the last token of each of some rows' sequences, fp32 `[len(rows), vocab]`.
+
+        Args:
+            hidden: what `hidden` gave.
+            rows: of that step.
+        """
+        last = [row.rows.stop - 1 for row in rows]
+        return self._model.logits(hidden if len(last) == len(hidden) else hidden[last])

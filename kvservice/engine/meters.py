@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from kvservice.recall.memory import RecallCounters, SequenceMemory
 from kvservice.types import KvTelemetry, ModelShape, WorkerStats
 
@@ -12,35 +10,39 @@ RATE_SMOOTHING = 0.1
 
 
 class Meters:
-    """Counters since the start.
-
-    Attributes:
-        stats: what has been counted; sizes are for the caller to fill in.
-    """
+    """Counters since the start."""
 
     def __init__(self) -> None:
-        self.stats = WorkerStats()
+        self._prefill_tokens_per_s = 0.0
+        self._decode_tokens_per_s = 0.0
+        self._recall_lookups = 0
+        self._recall_hits = 0
+        self._recomputed_tokens = 0
 
     def note_step(self, num_decodes: int, num_prefill: int, seconds: float) -> None:
         """Takes in what a step computed, and how long that took."""
-        stats = self.stats
         if num_prefill:
-            rate = _smoothed(stats.prefill_tokens_per_s, num_prefill / seconds)
-            self.stats = replace(stats, prefill_tokens_per_s=rate)
+            self._prefill_tokens_per_s = _smoothed(self._prefill_tokens_per_s, num_prefill / seconds)
         else:
-            rate = _smoothed(stats.decode_tokens_per_s, num_decodes / seconds)
-            self.stats = replace(stats, decode_tokens_per_s=rate)
+            self._decode_tokens_per_s = _smoothed(self._decode_tokens_per_s, num_decodes / seconds)
 
     def note_recompute(self, num_tokens: int) -> None:
         """Counts tokens whose KV was computed again."""
-        self.stats = replace(self.stats, recomputed_tokens=self.stats.recomputed_tokens + num_tokens)
+        self._recomputed_tokens += num_tokens
 
     def note_recall(self, before: RecallCounters, now: RecallCounters) -> None:
         """Counts what a call recalled."""
-        self.stats = replace(
-            self.stats,
-            recall_lookups=self.stats.recall_lookups + now.lookups - before.lookups,
-            recall_hits=self.stats.recall_hits + now.hits - before.hits,
+        self._recall_lookups += now.lookups - before.lookups
+        self._recall_hits += now.hits - before.hits
+
+    def stats(self) -> WorkerStats:
+        """What has been counted; sizes are for the caller to fill in."""
+        return WorkerStats(
+            prefill_tokens_per_s=self._prefill_tokens_per_s,
+            decode_tokens_per_s=self._decode_tokens_per_s,
+            recall_lookups=self._recall_lookups,
+            recall_hits=self._recall_hits,
+            recomputed_tokens=self._recomputed_tokens,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ Rank = tuple[int, int]
 """Lower goes first: (-priority, number of the call)."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class RunningSequence:
     """One answer of a call, or its reading of a document.
 
@@ -30,6 +31,8 @@ class RunningSequence:
         has_begun: its memory stands for `tokens`, and the bytes it needs are reserved.
         recomputed_tokens: tokens computed again because their KV wasn't held, or had to make room.
         has_ended: the answer is complete; others of the call may not be.
+        order: its place among all sequences: lower goes first.
+        most_tokens: the most that it can come to hold.
     """
 
     call: EngineCall
@@ -47,6 +50,12 @@ class RunningSequence:
     has_ended: bool = False
     prefill_from: int = 0
     generated: list[int] = field(default_factory=list)
+    order: tuple[int, int, int] = field(init=False)
+    most_tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.order = (*self.rank, self.index)
+        self.most_tokens = len(self.tokens) + (self.call.sampling.max_new_tokens if self.call.sampling else 0)
 
     @property
     def num_pending(self) -> int:
@@ -62,12 +71,6 @@ class RunningSequence:
     def is_decoding(self) -> bool:
         """Whether a step gives its next token."""
         return bool(self.generated) and self.num_pending == 1
-
-    @property
-    def most_tokens(self) -> int:
-        """The most tokens it can come to hold."""
-        new = self.call.sampling.max_new_tokens if self.call.sampling else 0
-        return len(self.tokens) + new
 
     def next_reach(self) -> tuple[Reach, int]:
         """What the next token attends to, and how many tokens may be computed with it in one step."""
@@ -86,33 +89,38 @@ class RunningSequence:
         return reach, count
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class RunningCall:
     """A call that was admitted.
 
     Attributes:
         sequences: by the answer's index. Those beyond the first appear when the prompt has been read.
+        further: what sampling knows of the answers beyond the first.
         finish_reasons: of the answers that have ended.
         admitted_at: seconds, of the engine's clock.
         first_token_at: when its first token was sampled, or the prefill ended.
+        num_answers: answers asked for; reading alone counts as one.
+        deadline: when it fails; infinity if it has none.
     """
 
     call: EngineCall
     sequences: dict[int, RunningSequence]
+    further: Sequence[SamplerRow]
     admitted_at: float
     reused_tokens: int = 0
     first_token_at: float | None = None
     finish_reasons: dict[int, FinishReason] = field(default_factory=dict)
+    num_answers: int = field(init=False)
+    deadline: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_answers = self.call.sampling.n if self.call.sampling else 1
+        self.deadline = math.inf if self.call.deadline is None else self.call.deadline
 
     @property
     def main(self) -> RunningSequence:
         """The sequence of the session."""
         return self.sequences[0]
-
-    @property
-    def num_answers(self) -> int:
-        """Answers asked for; reading alone counts as one."""
-        return self.call.sampling.n if self.call.sampling else 1
 
 
 def answer_name(session_id: SessionId, call_id: CallId, index: int) -> SessionId:

@@ -11,11 +11,23 @@ from kvservice.recall.reach import Reach
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """One sequence's share of a step."""
+    """One sequence's share of a step.
+
+    Attributes:
+        num_tokens: how many of its tokens are computed.
+        reach: what they attend to.
+        completes: then all its tokens are.
+    """
 
     sequence: RunningSequence
     num_tokens: int
     reach: Reach
+    completes: bool
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step gives its next token."""
+        return self.completes and self.sequence.row is not None
 
 
 def schedule(ready: Iterable[RunningSequence], max_prefills: int, prefill_tokens: int) -> list[Scheduled]:
@@ -28,15 +40,16 @@ def schedule(ready: Iterable[RunningSequence], max_prefills: int, prefill_tokens
     """
     plan, prefills = [], []
     for sequence in ready:
-        if sequence.is_decoding:
-            plan.append(Scheduled(sequence, 1, sequence.next_reach()[0]))
-        elif sequence.num_pending:
+        num_pending = sequence.num_pending
+        if num_pending == 1 and sequence.generated:
+            plan.append(Scheduled(sequence, 1, sequence.next_reach()[0], completes=True))
+        elif num_pending:
             prefills.append(sequence)
     for sequence in prefills[:max_prefills]:
         if prefill_tokens == 0:
             break
         reach, most = sequence.next_reach()
         count = min(most, prefill_tokens)
-        plan.append(Scheduled(sequence, count, reach))
+        plan.append(Scheduled(sequence, count, reach, completes=count == sequence.num_pending))
         prefill_tokens -= count
     return plan

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kvservice.config.engine import EngineConfig
+from kvservice.engine.demand import Demand, Wish
 from kvservice.engine.prefixes import PrefixIndex
 from kvservice.errors import BudgetTooSmall, ConfigError, InternalError, Overloaded
 from kvservice.kernels.memory import device_memory
@@ -25,16 +26,7 @@ from kvservice.recall.memory import SequenceMemory, Store
 from kvservice.recall.parking import Place
 from kvservice.tier.host import HostTier
 from kvservice.tier.swap import SwapSpace
-from kvservice.types import (
-    BLOCK_TOKENS,
-    Distant,
-    Headroom,
-    ModelShape,
-    RecipeSpec,
-    SessionId,
-    footprint,
-    lasting_index_blocks,
-)
+from kvservice.types import BLOCK_TOKENS, Headroom, ModelShape, RecipeSpec, SessionId
 
 logger = logging.getLogger(__name__)
 
@@ -51,21 +43,17 @@ class Evictions:
     forgotten: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What a sequence is to grow to.
+@dataclass(slots=True)
+class _Holding:
+    """A sequence that is held.
 
     Attributes:
-        num_tokens: the most tokens.
-        answers: further answers that will be forked from it.
-        prompt_end: tokens that it will have when they are.
-        num_kept: of the tokens that it has now, the leading ones that it goes on from; None: all.
+        granted: what it has bytes for; None for an idle one, and for one that made room until it asks again.
     """
 
-    num_tokens: int
-    answers: int = 0
-    prompt_end: int = 0
-    num_kept: int | None = None
+    memory: SequenceMemory
+    is_busy: bool = True
+    granted: Wish | None = None
 
 
 class HeldSequences:
@@ -96,24 +84,24 @@ class HeldSequences:
         self.arena = Arena(layout, num_blocks, staging, self.ledger, device, memory)
         self.ring = StagingRing(self.arena)
         self.evictions = Evictions()
-        self._shape = shape
-        self._layout = layout
+        self._demand = Demand(shape, layout)
         self._host = HostTier(layout, config.host_bytes // layout.group_bytes, self.ledger, pin=device.type == "cuda")
         self._store = Store(self.arena, self._host, SwapSpace(self.arena, self._host))
-        self._held: dict[SessionId, SequenceMemory] = {}  # least recently used first
-        self._busy: set[SessionId] = set()
-        self._granted: dict[SessionId, Wish] = {}  # what the busy ones on the device have bytes for
+        self._held: dict[SessionId, _Holding] = {}  # least recently used first
+        self._moving: dict[SessionId, SequenceMemory] = {}
         self._prefixes = PrefixIndex()
 
     # -- who is here -------------------------------------------------------------------------------------------------
 
     def get(self, session_id: SessionId) -> SequenceMemory | None:
         """The sequence, if it is held."""
-        return self._held.get(session_id)
+        holding = self._held.get(session_id)
+        return holding.memory if holding else None
 
     def is_busy(self, session_id: SessionId) -> bool:
         """Whether a call runs on it."""
-        return session_id in self._busy
+        holding = self._held.get(session_id)
+        return holding is not None and holding.is_busy
 
     def ids(self) -> list[SessionId]:
         """All held sequences, the least recently used first."""
@@ -125,31 +113,26 @@ class HeldSequences:
 
     def add(self, session_id: SessionId, memory: SequenceMemory) -> None:
         """Holds a sequence from now on, busy, in place of one of the same name."""
-        if self._held.get(session_id, memory) is not memory:
-            self.drop(session_id)
-        if self._held.pop(session_id, None) is None:
+        holding = self._held.pop(session_id, None)
+        if holding is not None and holding.memory is not memory:
+            self._free(session_id, holding.memory)
+            holding = None
+        if holding is None:
+            holding = _Holding(memory)
             self.ledger.reserve_shared(session_id, Reservation(memory.device_bytes, memory.host_bytes))
-        self._held[session_id] = memory
-        self._busy.add(session_id)
+        holding.is_busy = True
+        self._held[session_id] = holding
 
     def settle(self, session_id: SessionId) -> None:
         """The call has ended: the sequence is idle and gives back what it reserved beyond what it holds."""
-        self._busy.discard(session_id)
-        self._granted.pop(session_id, None)
+        holding = self._held[session_id]
+        holding.is_busy, holding.granted = False, None
         self._fit(session_id)
 
     def drop(self, session_id: SessionId) -> tuple[int, int]:
         """Frees a sequence. Returns its device and host bytes; (0, 0) if it isn't held."""
-        memory = self._held.pop(session_id, None)
-        self._busy.discard(session_id)
-        self._granted.pop(session_id, None)
-        self._prefixes.remove(session_id)
-        if memory is None:
-            return (0, 0)
-        freed = (memory.device_bytes, memory.host_bytes)
-        memory.close()
-        self.ledger.release(session_id)
-        return freed
+        holding = self._held.pop(session_id, None)
+        return (0, 0) if holding is None else self._free(session_id, holding.memory)
 
     def close(self) -> None:
         """Drops everything."""
@@ -161,7 +144,7 @@ class HeldSequences:
 
     def publish(self, session_id: SessionId, tenant_tag: bytes) -> None:
         """Lets calls of the same tenant find what of the sequence depends on its tokens alone."""
-        memory = self._held[session_id]
+        memory = self._held[session_id].memory
         tokens = memory.state.tokens[: min(memory.reaches.full_prefix, memory.state.num_computed)]
         self._prefixes.update(session_id, tenant_tag, memory.recipe.name, tokens)
 
@@ -174,20 +157,19 @@ class HeldSequences:
     ) -> tuple[SessionId | None, int]:
         """The sequence on the device that shares the longest prefix of `tokens`, and that prefix's length."""
         session_id, length = self._prefixes.longest(tenant_tag, recipe.name, tokens)
-        if session_id is None or self._held[session_id].place is not Place.DEVICE:
+        if session_id is None or self._held[session_id].memory.place is not Place.DEVICE:
             return None, 0
         return session_id, length
 
     def fork_prefix(self, session_id: SessionId) -> SequenceMemory:
         """A copy of a held sequence, in shared blocks. The caller truncates it, and closes it if it isn't `add`ed."""
-        return self._held[session_id].fork()
+        return self._held[session_id].memory.fork()
 
     # -- room --------------------------------------------------------------------------------------------------------
 
     def check_fits(self, recipe: RecipeSpec, wish: Wish) -> None:
         """Raises BudgetTooSmall unless a sequence, with its answers, fits when it is alone."""
-        alone = footprint(self._shape, recipe, wish.num_tokens)
-        needed = self._with_answers(Reservation(alone.device_bytes, alone.host_bytes), recipe, wish)
+        needed = self._demand.alone(recipe, wish)
         if (
             needed.device_bytes > self.ledger.device_capacity_bytes
             or needed.host_bytes > self.ledger.host_capacity_bytes
@@ -211,9 +193,9 @@ class HeldSequences:
             victims: busy sequences that may be made to give way.
         """
         self._fit_sharers()
-        wanted = self._wanted(memory, wish)
-        old = self._held.get(session_id, memory)
-        if old is not memory:
+        wanted = self._demand.of(memory, wish)
+        old = self.get(session_id)
+        if old is not None and old is not memory:
             # What it shares stays when it goes.
             device, host = old.shared_bytes_lost(0)
             wanted = Reservation(wanted.device_bytes + device, wanted.host_bytes + host)
@@ -239,9 +221,9 @@ class HeldSequences:
         Raises:
             Overloaded: it doesn't fit, even if all of those gave way. Then nothing has changed.
         """
-        memory = self._held[session_id]
-        self.check_room(session_id, memory, wish, victims)
-        wanted = self._wanted(memory, wish)
+        holding = self._held[session_id]
+        self.check_room(session_id, holding.memory, wish, victims)
+        wanted = self._demand.of(holding.memory, wish)
         coming = self._reserved_by(self._leaving(session_id)).device_bytes
         for other in (*self._idle(session_id), *victims):
             missing = self.ledger.shortfall(session_id, wanted)
@@ -249,17 +231,24 @@ class HeldSequences:
                 break  # Nothing is missing, or it is on its way.
             if self._has_nothing_to_give(other, for_host=missing.host_bytes > 0):
                 continue
-            coming += self._evict(other, for_host=missing.host_bytes > 0, busy=other in self._busy)
+            coming += self._evict(other, for_host=missing.host_bytes > 0)
         if self.ledger.shortfall(session_id, wanted) != NOTHING:
             return False
         self.ledger.reserve(session_id, wanted)
-        self._granted[session_id] = wish
+        holding.granted = wish
         return True
 
     def begin(self, session_id: SessionId) -> None:
         """A busy sequence was taken back to the tokens that it goes on from."""
-        self._granted[session_id] = replace(self._granted[session_id], num_kept=None)
+        holding = self._held[session_id]
+        assert holding.granted is not None
+        holding.granted = replace(holding.granted, num_kept=None)
         self._fit(session_id)
+
+    def bring_back(self, session_id: SessionId) -> None:
+        """Begins to bring a sequence in host memory back to the device, in the bytes that it has reserved."""
+        memory = self._moving[session_id] = self._held[session_id].memory
+        memory.swap_in()
 
     def fork_answer(self, session_id: SessionId, answer_id: SessionId, wish: Wish) -> SequenceMemory:
         """Forks a busy sequence for one more answer, in the bytes that `make_room` reserved for it.
@@ -269,17 +258,17 @@ class HeldSequences:
             answer_id: name of the fork.
             wish: what is left to the sequence, without this answer.
         """
-        twin, own = self._held[session_id].fork(), Wish(wish.num_tokens)
+        twin, own = self._held[session_id].memory.fork(), Wish(wish.num_tokens)
         self.add(answer_id, twin)
-        wanted = self._wanted(twin, own)
+        wanted = self._demand.of(twin, own)
         more = Reservation(wanted.device_bytes - twin.device_bytes, wanted.host_bytes - twin.host_bytes)
         self.ledger.hand_over(session_id, answer_id, more)
-        self._granted[session_id], self._granted[answer_id] = wish, own
+        self._held[session_id].granted, self._held[answer_id].granted = wish, own
         return twin
 
     def reserved_tokens(self, session_id: SessionId) -> int:
         """How many tokens a busy sequence has bytes for; 0 for one that made room, until it asks again."""
-        wish = self._granted.get(session_id)
+        wish = self._held[session_id].granted
         return wish.num_tokens if wish else 0
 
     def wait_for_moves(self, timeout_s: float) -> bool:
@@ -288,19 +277,20 @@ class HeldSequences:
 
     def poll(self) -> None:
         """Ends moves that are done."""
-        for session_id, memory in self._held.items():
-            if not memory.is_moving:
-                continue
-            if memory.poll() is Place.PARKED:
-                self._granted.pop(session_id, None)
+        for session_id, memory in list(self._moving.items()):
+            place = memory.poll()
+            if place is Place.PARKED:
+                self._held[session_id].granted = None
                 self.ledger.reserve(session_id, Reservation(0, memory.host_bytes))
-            else:
+            elif place is Place.DEVICE:
                 self._fit(session_id)
+            if not memory.is_moving:
+                del self._moving[session_id]
 
     def headroom(self, running_calls: int) -> Headroom:
         """What is left."""
         ledger = self.ledger
-        idle = self._reserved_by(other for other in self._held if other not in self._busy)
+        idle = self._reserved_by(self._idle(None))
         return Headroom(
             device_capacity_bytes=ledger.device_capacity_bytes,
             device_free_bytes=max(0, ledger.device_free_bytes),
@@ -316,7 +306,7 @@ class HeldSequences:
 
     def check(self) -> None:
         """Raises InternalError unless arena, host tier and ledger agree with what the sequences hold."""
-        held = self._held.values()
+        held = [holding.memory for holding in self._held.values()]
         nothing = torch.empty(0, dtype=torch.int32, device=self.arena.device)
         self.arena.check(torch.cat([nothing, *(memory.blocks() for memory in held)]))
         self._host.check([number for memory in held for number in memory.host_groups()])
@@ -329,8 +319,10 @@ class HeldSequences:
             told = self.ledger.used_bytes(owner) + self.ledger.shared_bytes(owner)
             if told != counted:
                 raise InternalError(f"{owner.value}: the ledger says {told} bytes, sequences hold {counted}")
-        for session_id, memory in self._held.items():
-            reserved = self.ledger.reservation(session_id)
+        for session_id, holding in self._held.items():
+            memory, reserved = holding.memory, self.ledger.reservation(session_id)
+            if memory.is_moving != (session_id in self._moving):
+                raise InternalError(f"a sequence is {memory.place.value} and is not known to be so")
             if memory.place is Place.DEVICE:
                 memory.check()
             if memory.device_bytes > reserved.device_bytes or memory.host_bytes > reserved.host_bytes:
@@ -342,33 +334,36 @@ class HeldSequences:
 
     def _fit(self, session_id: SessionId) -> None:
         """A sequence on the device gives back what it reserved beyond what was granted, or, idle, holds."""
-        memory, reserved = self._held[session_id], self.ledger.reservation(session_id)
+        holding, reserved = self._held[session_id], self.ledger.reservation(session_id)
+        memory = holding.memory
         if memory.place is Place.DEVICE:
-            wanted = self._wanted(memory, self._granted.get(session_id, Wish(len(memory.state.tokens))))
+            wanted = self._demand.of(memory, holding.granted or Wish(len(memory.state.tokens)))
             # Never more than before: what it shares with a newer fork, that one counts.
             device = min(wanted.device_bytes, reserved.device_bytes)
             self.ledger.reserve(session_id, Reservation(device, min(wanted.host_bytes, reserved.host_bytes)))
 
     def _fit_sharers(self) -> None:
         """What was reserved to be copied one day, and has been since, is given back."""
-        for session_id, memory in self._held.items():
-            if memory.counts_shared:
+        for session_id, holding in self._held.items():
+            if holding.memory.counts_shared:
                 self._fit(session_id)
 
-    def _idle(self, besides: SessionId) -> list[SessionId]:
-        return [other for other in self._held if other not in self._busy and other != besides]
+    def _idle(self, besides: SessionId | None) -> list[SessionId]:
+        return [other for other, holding in self._held.items() if not holding.is_busy and other != besides]
 
     def _leaving(self, besides: SessionId) -> list[SessionId]:
-        return [other for other in self._held if self._held[other].place is Place.LEAVING and other != besides]
+        return [other for other, memory in self._moving.items() if memory.place is Place.LEAVING and other != besides]
 
-    def _evict(self, session_id: SessionId, *, for_host: bool, busy: bool) -> int:
+    def _evict(self, session_id: SessionId, *, for_host: bool) -> int:
         """Makes a sequence give way. Returns the device bytes that will come free once it has left."""
-        memory = self._held[session_id]
+        holding = self._held[session_id]
+        memory, busy = holding.memory, holding.is_busy
         reserved = self.ledger.reservation(session_id)
-        self._granted.pop(session_id, None)
+        holding.granted = None
         counts = self.evictions
         if not for_host and self._can_swap_out(session_id, memory):
             memory.swap_out()
+            self._moving[session_id] = memory
             counts.swapped += busy
             counts.idle_swapped += not busy
             logger.info("sequence_swapped_out", extra={"session_id": session_id, "running": busy})
@@ -386,7 +381,7 @@ class HeldSequences:
     def _has_nothing_to_give(self, session_id: SessionId, *, for_host: bool) -> bool:
         if self.ledger.reservation(session_id) == NOTHING:
             return True
-        memory = self._held[session_id]
+        memory = self._held[session_id].memory
         return memory.is_moving or (memory.place is Place.PARKED and not for_host)
 
     def _can_swap_out(self, session_id: SessionId, memory: SequenceMemory) -> bool:
@@ -396,10 +391,12 @@ class HeldSequences:
         device_bytes = self.ledger.reservation(session_id).device_bytes
         wanted = Reservation(device_bytes, memory.host_bytes + memory.swap_bytes())
         # Idle ones in host memory go first: all of them for a running one, else those used less recently.
-        others = list(self._held)
-        if session_id not in self._busy:
-            others = others[: others.index(session_id)]
-        parked = [other for other in others if other not in self._busy and self._held[other].place is Place.PARKED]
+        parked = []
+        for other, holding in self._held.items():
+            if other == session_id and not holding.is_busy:
+                break
+            if not holding.is_busy and holding.memory.place is Place.PARKED:
+                parked.append(other)
         if self.ledger.shortfall(session_id, wanted).host_bytes > self._reserved_by(parked).host_bytes:
             return False
         for other in parked:
@@ -416,31 +413,14 @@ class HeldSequences:
         logger.info("sequence_evicted", extra={"session_id": session_id})
         self.drop(session_id)
 
-    def _wanted(self, memory: SequenceMemory, wish: Wish) -> Reservation:
-        alone = footprint(self._shape, memory.recipe, wish.num_tokens)
-        lost = memory.shared_bytes_lost(memory.num_computed if wish.num_kept is None else wish.num_kept)
-        own = Reservation(alone.device_bytes + lost[0], alone.host_bytes + lost[1])
-        needed = self._with_answers(own, memory.recipe, wish)
-        # It never shrinks under what it holds now, or will when it is back; then it is in both places for a moment.
-        held = max(memory.device_bytes, memory.returning_bytes)
-        return Reservation(max(needed.device_bytes, held), max(needed.host_bytes, memory.host_bytes))
-
-    def _with_answers(self, needed: Reservation, recipe: RecipeSpec, wish: Wish) -> Reservation:
-        if wish.answers == 0:
-            return needed
-        device, host = self._private_bytes(recipe, wish.prompt_end, wish.num_tokens)
-        return Reservation(needed.device_bytes + wish.answers * device, needed.host_bytes + wish.answers * host)
-
-    def _private_bytes(self, recipe: RecipeSpec, shared_tokens: int, num_tokens: int) -> tuple[int, int]:
-        """Device and host bytes that a fork at `shared_tokens` tokens takes for itself on its way to `num_tokens`."""
-        whole = footprint(self._shape, recipe, num_tokens)
-        column_bytes = self._layout.num_cells * self._layout.block_bytes
-        if recipe.distant is Distant.RESIDENT:
-            return whole.device_bytes - shared_tokens // BLOCK_TOKENS * column_bytes, 0
-        groups = recipe.distant_groups(shared_tokens)
-        index = lasting_index_blocks(self._shape, recipe, groups) * self._layout.block_bytes
-        sinks = column_bytes if shared_tokens >= BLOCK_TOKENS else 0
-        return whole.device_bytes - index - sinks, whole.host_bytes - groups * self._layout.group_bytes
+    def _free(self, session_id: SessionId, memory: SequenceMemory) -> tuple[int, int]:
+        """Frees what a sequence that is no longer held has; device and host bytes of it."""
+        self._moving.pop(session_id, None)
+        self._prefixes.remove(session_id)
+        freed = (memory.device_bytes, memory.host_bytes)
+        memory.close()
+        self.ledger.release(session_id)
+        return freed
 
     def _reserved_by(self, session_ids: Iterable[SessionId]) -> Reservation:
         reservations = [self.ledger.reservation(session_id) for session_id in session_ids]

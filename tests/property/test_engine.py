@@ -49,7 +49,7 @@ MODEL = tiny_model(seed=0, num_layers=1, row_block=32)
 def small_steps():
     """Short answers outgrow their first bytes too."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("kvservice.engine.engine.GROWTH_TOKENS", 16)
+        patched.setattr("kvservice.engine.room.GROWTH_TOKENS", 16)
         yield
 
 
@@ -176,7 +176,7 @@ class Serving(RuleBasedStateMachine):
 
     def has_heard(self, session):
         """Whether the service of a session knows of the end of its last call."""
-        return all(call in self.engine._calls for call in self.expected if call.startswith(session))
+        return all(call in self.engine._calls.running for call in self.expected if call.startswith(session))
 
     def submit_one(self, session, data):
         record, recipe = self.records.get(session, ((), None))
@@ -225,10 +225,10 @@ class Serving(RuleBasedStateMachine):
             assert after.host_free_bytes >= before.host_free_bytes
             return
         self.records[session] = (record, recipe)
-        self.expected[call] = Expected(self.engine._calls[call].main)
+        self.expected[call] = Expected(self.engine._calls.running[call].main)
 
     def under_way(self):
-        return sorted(self.engine._calls)
+        return sorted(self.engine._calls.running)
 
     @precondition(lambda self: self.engine.has_work)
     @rule(number=st.sampled_from([3, 1, 15, 50]))
@@ -243,11 +243,11 @@ class Serving(RuleBasedStateMachine):
         self.drive.step()
         self.look_at_ended()
 
-    @precondition(lambda self: self.engine._calls)
+    @precondition(lambda self: self.engine._calls.running)
     @rule(data=st.data(), how=st.sampled_from(["cancel", "stop", "stop another", "release"]))
     def interrupt(self, data, how):
         call = data.draw(st.sampled_from(self.under_way()))
-        running = self.engine._calls[call]
+        running = self.engine._calls.running[call]
         index = int(how == "stop another")
         if how == "cancel":
             self.cancelled.add(call)
@@ -293,7 +293,7 @@ class Serving(RuleBasedStateMachine):
     def books_balance(self):
         self.engine.check()
         headroom = self.engine.headroom()
-        assert headroom.running_calls == len(self.engine._calls)
+        assert headroom.running_calls == len(self.engine._calls.running)
 
     def look_at_ended(self):
         assert not self.drive.failed

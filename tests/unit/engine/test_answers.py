@@ -24,7 +24,7 @@ def model():
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
     """Short answers outgrow their first bytes too."""
-    monkeypatch.setattr("kvservice.engine.engine.GROWTH_TOKENS", 8)
+    monkeypatch.setattr("kvservice.engine.room.GROWTH_TOKENS", 8)
 
 
 def asked(drive, sampling, recipe=DENSE, document=DOCUMENT, session="s", **more):

@@ -26,7 +26,7 @@ def fixed_model():
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
     """Short answers outgrow their first bytes too."""
-    monkeypatch.setattr("kvservice.engine.engine.GROWTH_TOKENS", 8)
+    monkeypatch.setattr("kvservice.engine.room.GROWTH_TOKENS", 8)
 
 
 def reading_and_answering(drive, name, recipe=DENSE, length=150, new=40, **more):
@@ -264,8 +264,7 @@ def test_a_call_may_end_wherever_it_is(model, stage, end):
     elif end == "release":
         engine.release(SessionId("s"))
     else:
-        running = engine._calls[CallId("c")]
-        object.__setattr__(running.call, "deadline", 7.0)
+        engine._calls.running[CallId("c")].deadline = 7.0
         now[0] = 7.0
     engine.check()
     drive.run()

@@ -1,0 +1,100 @@
+"""Which calls are taken on. Knows no steps and no models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import count
+
+from kvservice.engine.calls import Calls
+from kvservice.engine.demand import Wish
+from kvservice.engine.finding import check_tokens, find, num_given, usable
+from kvservice.engine.grammar import GrammarCompiler
+from kvservice.engine.room import Room
+from kvservice.engine.running import RunningSequence
+from kvservice.engine.sampler import SamplerRow
+from kvservice.engine.sequences import HeldSequences
+from kvservice.errors import Conflict, FailedPrecondition, InvalidRequest, Overloaded
+from kvservice.types import EngineCall, ModelShape, OnMiss
+
+
+class Admission:
+    """Admits calls or refuses them.
+
+    Args:
+        calls: those under way.
+        sequences: the KV there is.
+        room: shares out bytes.
+        shape: of the model.
+        max_batch: answers that may be under way at a time.
+        grammars: for answers that must match one; without it such calls are refused.
+    """
+
+    def __init__(
+        self,
+        calls: Calls,
+        sequences: HeldSequences,
+        room: Room,
+        shape: ModelShape,
+        max_batch: int,
+        grammars: GrammarCompiler | None,
+    ) -> None:
+        self._calls = calls
+        self._sequences = sequences
+        self._room = room
+        self._shape = shape
+        self._max_batch = max_batch
+        self._grammars = grammars
+        self._numbers = count()
+
+    def submit(self, call: EngineCall) -> None:
+        """Admits a call, or refuses and changes nothing. Raises what `Engine.submit` does."""
+        self._check(call)
+        tokens = [*call.base_tokens, *call.document_tokens, *call.prompt_tokens]
+        rows = self._sampler_rows(call, tokens)
+        found = find(call, tokens, self._sequences)
+        if found.num_missing and call.on_miss is OnMiss.FAIL:
+            raise FailedPrecondition(
+                f"KV of {found.num_missing} tokens is held nowhere and on_miss is fail; allow recompute",
+                reason="kv_missing",
+            )
+        documents_end = len(call.base_tokens) + len(call.document_tokens)
+        # Going on from tokens that all have KV: the last is computed again, for its logits.
+        start = min(found.num_kept, len(tokens) - 1)
+        sequence = RunningSequence(
+            call=call,
+            session_id=call.session_id,
+            index=0,
+            memory=found.memory if found.donor is None else self._sequences.fork_prefix(found.donor),
+            rank=(-call.priority, next(self._numbers)),
+            tokens=tokens,
+            kept=start,
+            full_until=documents_end if found.num_missing or call.document_tokens else start,
+            row=rows[0] if rows else None,
+            recomputed_tokens=found.num_missing,
+        )
+        self._room.admit(sequence, found, rows[1:])
+
+    def _check(self, call: EngineCall) -> None:
+        """Refuses what can never run, or not now whatever gives way."""
+        if self._sequences.is_busy(call.session_id):
+            raise Conflict(f"session {call.session_id} has a call running; wait for it", reason="session_busy")
+        num_answers = self._calls.num_answers
+        if num_answers + (call.sampling.n if call.sampling else 1) > self._max_batch:
+            raise Overloaded(f"{num_answers} answers are under way, {self._max_batch} may be", retry_after_s=1.0)
+        check_tokens(call, self._shape)
+        held = usable(self._sequences.get(call.session_id), call)
+        given, new = num_given(call), call.sampling.max_new_tokens if call.sampling else 0
+        wish = Wish(given + new, call.sampling.n - 1 if call.sampling else 0, given)
+        self._sequences.check_fits(held.recipe if held else call.recipe, wish)
+
+    def _sampler_rows(self, call: EngineCall, tokens: Sequence[int]) -> list[SamplerRow]:
+        """What choosing tokens needs to know of each answer; none for a call that generates nothing."""
+        sampling = call.sampling
+        if sampling is None:
+            return []
+        if sampling.grammar is None:
+            return [SamplerRow(sampling, index, tokens) for index in range(sampling.n)]
+        if self._grammars is None:
+            raise InvalidRequest("this engine was started without grammars", field="sampling.grammar")
+        compiled = [self._grammars.compile(sampling.grammar) for _ in range(sampling.n)]
+        return [SamplerRow(sampling, index, tokens, matcher) for index, matcher in enumerate(compiled)]
