@@ -143,6 +143,12 @@ class Calls:
             self.events.append(FailedEvent(call_id, error))
             self._end(running, keeps=False)
 
+    def fail_sequence(self, session_id: SessionId, error: KVServiceError) -> None:
+        """Fails the call that an answer's sequence belongs to."""
+        for running in list(self.running.values()):
+            if any(each.session_id == session_id for each in running.sequences.values()):
+                self.fail(running.call.call_id, error)
+
     def _end(self, running: RunningCall, *, keeps: bool) -> None:
         """Takes the call off; its session stays with what it keeps, and gives back what it reserved beyond that."""
         call, main = running.call, running.main

@@ -107,7 +107,11 @@ class Output:
 
     def _take(self, asked: Asked, sampled: Sampled) -> None:
         sequence, sampling, token = asked.sequence, asked.sampling, sampled.token_id
-        asked.row.accept(token)
+        try:
+            asked.row.accept(token)
+        except KVServiceError as error:  # its grammar and its mask differ: that is this call's misfortune alone
+            self._calls.fail(sequence.call.call_id, error)
+            return
         # A grammar allows the end token only where an answer may end.
         if token in self._eos_token_ids and (not sampling.ignore_eos or sampling.grammar is not None):
             self._calls.end_answer(asked.running, sequence, FinishReason.EOS)

@@ -14,7 +14,7 @@ from kvservice.engine.finding import Found
 from kvservice.engine.running import RunningSequence
 from kvservice.engine.sampler import SamplerRow
 from kvservice.engine.sequences import HeldSequences
-from kvservice.errors import Overloaded
+from kvservice.errors import InternalError, Overloaded
 from kvservice.recall.parking import Place
 from kvservice.types import SessionId
 
@@ -71,7 +71,7 @@ class Room:
         Returns:
             The sequences that a step can compute, in the same order.
         """
-        self._sequences.poll()
+        self._end_moves()
         ready = []
         is_full = False
         for sequence in self._calls.active:
@@ -90,7 +90,12 @@ class Room:
         """
         while not self._sequences.make_room(session_id, wish, ()):
             self._sequences.wait_for_moves(PATIENCE_S)
-            self._sequences.poll()
+            self._end_moves()
+
+    def _end_moves(self) -> None:
+        """Ends moves between device and host; one that failed costs the calls of its sequence, and nobody else's."""
+        for session_id in self._sequences.poll():
+            self._calls.fail_sequence(session_id, InternalError("the KV of the call was lost on its way; call again"))
 
     def _go_on(self, sequence: RunningSequence) -> bool:
         """Gives a sequence the bytes for its next tokens; False if it must wait, and those behind it with it."""

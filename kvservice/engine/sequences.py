@@ -275,10 +275,21 @@ class HeldSequences:
         """Waits until a move under way is done, at most `timeout_s`; False if there is none."""
         return self._store.swap.wait(timeout_s)
 
-    def poll(self) -> None:
-        """Ends moves that are done."""
+    def poll(self) -> list[SessionId]:
+        """Ends moves that are done.
+
+        Returns:
+            Busy sequences whose move failed: their KV is lost. Idle ones of that kind are dropped.
+        """
+        lost = []
         for session_id, memory in list(self._moving.items()):
-            place = memory.poll()
+            try:
+                place = memory.poll()
+            except InternalError:
+                logger.exception("sequence_lost", extra={"session_id": session_id})
+                if self._lose(session_id):
+                    lost.append(session_id)
+                continue
             if place is Place.PARKED:
                 self._held[session_id].granted = None
                 self.ledger.reserve(session_id, Reservation(0, memory.host_bytes))
@@ -286,6 +297,7 @@ class HeldSequences:
                 self._fit(session_id)
             if not memory.is_moving:
                 del self._moving[session_id]
+        return lost
 
     def headroom(self, running_calls: int) -> Headroom:
         """What is left."""
@@ -373,10 +385,25 @@ class HeldSequences:
             return 0
         counts.forgotten += 1
         logger.info("sequence_forgotten", extra={"session_id": session_id})
-        self._prefixes.remove(session_id)
-        memory.forget()
-        self.ledger.reserve(session_id, NOTHING)
+        self._forget(session_id)
         return 0
+
+    def _forget(self, session_id: SessionId) -> None:
+        """A busy sequence loses its KV and its bytes."""
+        holding = self._held[session_id]
+        holding.granted = None
+        self._prefixes.remove(session_id)
+        holding.memory.forget()
+        self.ledger.reserve(session_id, NOTHING)
+
+    def _lose(self, session_id: SessionId) -> bool:
+        """A sequence's move failed. Whether a call ran on it."""
+        if not self._held[session_id].is_busy:
+            self.drop(session_id)
+            return False
+        del self._moving[session_id]
+        self._forget(session_id)
+        return True
 
     def _has_nothing_to_give(self, session_id: SessionId, *, for_host: bool) -> bool:
         if self.ledger.reservation(session_id) == NOTHING:

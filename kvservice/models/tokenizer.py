@@ -195,11 +195,13 @@ class TokenStream:
         keep = _MAX_PENDING_TOKENS // 2 if is_cut else len(self._window) - self._context_tokens
         window = self._window = self._window[-keep:]
         self._context_tokens = 0 if is_cut else len(window)
+        self._given_chars = self._length_of(window) - is_cut
+
+    def _length_of(self, window: list[int]) -> int:
+        """Characters of its text."""
         if len(window) == 1:
-            length = self._tokenizer.opening_length(window[0])
-        else:
-            length = len(self._tokenizer.decode(window))
-        self._given_chars = length - is_cut
+            return self._tokenizer.opening_length(window[0])
+        return len(self._tokenizer.decode(window))
 
 
 def _build(definition: str, folder: Path) -> tokenizers.Tokenizer:

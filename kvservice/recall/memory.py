@@ -302,7 +302,11 @@ class SequenceMemory:
         return self.place in (Place.LEAVING, Place.RETURNING)
 
     def poll(self) -> Place:
-        """Ends a move that is done, and says how far it has come."""
+        """Ends a move that is done, and says how far it has come.
+
+        Raises:
+            InternalError: the move failed: `forget` what was moved, or `close`.
+        """
         blocks = self._parking.poll()
         if blocks is not None:
             self.state.move_to(blocks[Owner.WINDOW])

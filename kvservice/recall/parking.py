@@ -85,9 +85,14 @@ class Parking:
 
         Returns:
             The new blocks, in the order they had, once they have come back: the caller's from then on. Else None.
+
+        Raises:
+            InternalError: the move failed, so what was moved can't be had any more. All that is left is to `close`.
         """
         if self._swapped is None or self.place is Place.PARKED or self._swapped.is_moving:
             return None
+        if (error := self._swapped.error) is not None:
+            raise InternalError(f"a move of KV failed: {type(error).__name__}") from error
         blocks, self._blocks = self._blocks, {}
         if self.place is Place.LEAVING:
             self._counts = {owner: some.numel() for owner, some in blocks.items()}

@@ -38,15 +38,13 @@ class Swapped:
 
     @property
     def is_moving(self) -> bool:
-        """Whether a move is under way.
+        """Whether a move is under way."""
+        return not self.move.done()
 
-        Raises:
-            Exception: whatever the move failed with.
-        """
-        if not self.move.done():
-            return True
-        self.move.result()
-        return False
+    @property
+    def error(self) -> BaseException | None:
+        """What the last move failed with, once it has ended."""
+        return self.move.exception()
 
 
 class SwapSpace:

@@ -3,11 +3,15 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
+from kvservice.config.engine import EngineConfig
 from kvservice.config.recipes import DENSE, EXACT, RECALL
+from kvservice.engine import Engine
+from kvservice.engine.ports import NoWriter
 from kvservice.errors import BudgetTooSmall, InternalError, Overloaded
 from kvservice.models.tiny import tiny_model
-from kvservice.types import CallId, FinishReason, SamplingParams, SessionId, footprint
+from kvservice.types import CallId, FinishReason, Grammar, GrammarKind, SamplingParams, SessionId, footprint
 from tests.unit.engine.driving import PLENTY, Drive, answering, device_bytes, make_engine, tokens
 
 RECIPES = [DENSE, EXACT, RECALL]
@@ -169,6 +173,40 @@ def test_penalties_and_log_probabilities_are_of_each_answer_alone(model):
             assert all(each.logprob <= 0 for each in logprobs)
     assert drive.answers["c", 0] == alone(model, replace(sampling, n=1)).answers["c", 0]
     assert answers(drive) != answers(alone(model, replace(sampling, frequency_penalty=0.0)))
+
+
+class Deceived:
+    """Allows everything, and takes it ill at the third token."""
+
+    words = torch.full((8,), -1, dtype=torch.int32)
+    is_complete = False
+
+    def __init__(self):
+        self.num_taken = 0
+
+    def allowed(self):
+        return self.words
+
+    def accept(self, token_id):
+        self.num_taken += 1
+        if self.num_taken == 3:
+            raise InternalError(f"token {token_id} doesn't match")
+
+
+class Compiler:
+    def compile(self, grammar):
+        return Deceived()
+
+
+def test_a_grammar_that_refuses_what_it_allowed_fails_its_call_alone(model):
+    config = EngineConfig(kv_bytes=64 << 20, host_bytes=0, step_tokens=128, deterministic=model.is_deterministic)
+    drive = Drive(Engine(model, config, NoWriter(), Compiler()))
+    drive.submit("deceived", prompt=PROMPT, sampling=answering(6, grammar=Grammar(GrammarKind.REGEX, ".*")))
+    drive.submit("other", prompt=PROMPT, sampling=answering(6))
+    drive.run()
+    assert isinstance(drive.failed["deceived"], InternalError)
+    assert len(drive.answers["deceived", 0]) == 2
+    assert len(drive.answers["other", 0]) == 6
 
 
 # -- in little room --------------------------------------------------------------------------------------------------

@@ -3,9 +3,10 @@
 import pytest
 
 from kvservice.config.recipes import DENSE, EXACT, RECALL
-from kvservice.errors import DeadlineExceeded, Overloaded
+from kvservice.errors import DeadlineExceeded, InternalError, Overloaded
 from kvservice.models.tiny import tiny_model
 from kvservice.recall.parking import Place
+from kvservice.tier.swap import _copy_on_cpu
 from kvservice.types import CallId, FinishReason, SessionId
 from tests.unit.engine.driving import PLENTY, Drive, answering, device_bytes, group_bytes, make_engine, tokens
 
@@ -109,6 +110,49 @@ def test_where_the_host_has_no_room_they_forget_and_compute_again(model, recipe,
     for name in NAMES:
         if recipe is not RECALL or not recomputed[name]:
             assert only_tokens(drive.answers)[name, 0] == expected[name, 0]
+    assert_nothing_is_left(engine)
+
+
+@pytest.mark.parametrize("to_host", [True, False], ids=["leaving", "returning"])
+def test_a_move_that_fails_costs_the_call_of_that_sequence_alone(model, monkeypatch, to_host):
+    failures = []
+
+    def copy(*args, **way):
+        if way["to_host"] is to_host and not failures:
+            failures.append("no more memory")
+            raise MemoryError(failures[0])
+        _copy_on_cpu(*args, **way)
+
+    monkeypatch.setattr("kvservice.tier.swap._copy_on_cpu", copy)
+    engine = make_engine(model, room=device_bytes(model, LOADS[0][3]), **QUICK)
+    drive = Drive(engine)
+    for name in NAMES:
+        reading_and_answering(drive, name, DENSE, 150, 24)
+    drive.run()
+    (lost,) = drive.failed
+    assert isinstance(drive.failed[lost], InternalError)
+    expected = only_tokens(alone(model, DENSE, length=150, new=24))
+    for name in set(NAMES) - {lost}:
+        assert only_tokens(drive.answers)[name, 0] == expected[name, 0]
+    drive.failed.clear()
+    reading_and_answering(drive, lost, DENSE, 150, 24, call="again")
+    drive.run()
+    assert only_tokens(drive.answers)["again", 0] == expected[lost, 0]
+    assert_nothing_is_left(engine)
+
+
+def test_an_idle_session_whose_move_fails_is_computed_again(model, monkeypatch):
+    def copy(*_, **__):
+        raise MemoryError("no more memory")
+
+    monkeypatch.setattr("kvservice.tier.swap._copy_on_cpu", copy)
+    engine = make_engine(model, room=device_bytes(model, 14 * 16, 8 * 16))
+    drive = Drive(engine)
+    for name in "ab":
+        drive.ask(name, document=tokens(180))
+    finished = drive.ask("a", base=tokens(180), prompt=(5,), sampling=answering(4))
+    assert finished.usage.recomputed_tokens == 180
+    assert not drive.failed
     assert_nothing_is_left(engine)
 
 

@@ -105,8 +105,8 @@ def test_a_move_that_fails_says_so(world, monkeypatch):
     monkeypatch.setattr(swap, "_copy_on_cpu", broken)
     swapped = world.space.swap_out(world.arena.allocate(Owner.WINDOW, 32))
     finish(world.space)
-    with pytest.raises(RuntimeError, match="no such memory"):
-        _ = swapped.is_moving
+    assert not swapped.is_moving
+    assert "no such memory" in str(swapped.error)
     assert world.space.has_room
     world.space.drop(swapped)
     world.host.check([])
