@@ -32,7 +32,6 @@ from kvservice.engine.output import Output
 from kvservice.engine.pacing import Pace
 from kvservice.engine.ports import GroupWriter
 from kvservice.engine.room import PATIENCE_S, Room
-from kvservice.engine.running import RunningSequence
 from kvservice.engine.scheduler import Scheduled, schedule
 from kvservice.engine.sequences import HeldSequences
 from kvservice.engine.stopwatch import Stopwatch
@@ -215,7 +214,7 @@ class Engine:
         self.stopwatch.start()
         self._calls.expire()
         ready = self._room.share_out()
-        plan = schedule(ready, self._config.max_prefills, self._prefill_budget(ready))
+        plan = schedule(ready, self._config.max_prefills, self._prefill_budget)
         self.stopwatch.lap("schedule")
         if plan:
             self._run(plan)
@@ -249,11 +248,10 @@ class Engine:
             self._output.take(asked, chosen)
             self.stopwatch.lap("output")
 
-    def _prefill_budget(self, ready: Sequence[RunningSequence]) -> int:
+    def _prefill_budget(self, num_decodes: int) -> int:
         if not self._writer.has_room(self._step_groups):
             return 0
-        decodes = sum(sequence.is_decoding for sequence in ready)
-        return self._pace.prefill_tokens(decodes, max(0, self._config.step_tokens - decodes))
+        return self._pace.prefill_tokens(num_decodes, max(0, self._config.step_tokens - num_decodes))
 
     def _commit(self, item: Scheduled) -> None:
         """Counts computed tokens in, slides the window, and hands what left it to the tier below."""

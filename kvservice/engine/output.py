@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -17,8 +17,7 @@ from kvservice.errors import KVServiceError
 from kvservice.types import FinishReason, ProgressEvent, SamplingParams, TokenEvent
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(NamedTuple):
     """An answer whose next token is to be chosen.
 
     Attributes:

@@ -75,11 +75,13 @@ class Room:
         ready = []
         is_full = False
         for sequence in self._calls.active:
-            # Whoever makes room for a later one goes later still: what was found ready stays so.
-            if not is_full and not sequence.memory.is_moving:
-                is_full = not self._go_on(sequence)
-            if sequence.has_begun and sequence.memory.place is Place.DEVICE and not self._waits(sequence):
-                ready.append(sequence)
+            if not self._has_all(sequence):
+                # Whoever makes room for a later one goes later still: what was found ready stays so.
+                if not is_full and not sequence.memory.is_moving:
+                    is_full = not self._go_on(sequence)
+                if not sequence.has_begun or sequence.memory.place is not Place.DEVICE or self._waits(sequence):
+                    continue
+            ready.append(sequence)
         return ready
 
     def await_room(self, session_id: SessionId, wish: Wish) -> None:
@@ -99,8 +101,7 @@ class Room:
 
     def _go_on(self, sequence: RunningSequence) -> bool:
         """Gives a sequence the bytes for its next tokens; False if it must wait, and those behind it with it."""
-        # One token ahead, so that between steps only those wait that there is no room for.
-        if self._sequences.reserved_tokens(sequence.session_id) < min(sequence.num_known + 1, sequence.most_tokens):
+        if self._sequences.reserved_tokens(sequence.session_id) < _wanted_tokens(sequence):
             victims = [other.session_id for other in self._calls.victims_of(sequence)]
             try:
                 if not self._sequences.make_room(sequence.session_id, wish_of(sequence), victims):
@@ -124,9 +125,20 @@ class Room:
             sequence.prefill_from = memory.state.num_computed
             sequence.has_begun = True
 
+    def _has_all(self, sequence: RunningSequence) -> bool:
+        """Whether it can be computed now, and after that: the usual case, told quickly."""
+        if not sequence.has_begun or sequence.memory.place is not Place.DEVICE:
+            return False
+        return self._sequences.reserved_tokens(sequence.session_id) >= _wanted_tokens(sequence)
+
     def _waits(self, sequence: RunningSequence) -> bool:
         """Whether it has no bytes for all its tokens: it must go on waiting, or has made room."""
         return self._sequences.reserved_tokens(sequence.session_id) < sequence.num_known
+
+
+def _wanted_tokens(sequence: RunningSequence) -> int:
+    # One token ahead, so that between steps only those wait that there is no room for.
+    return min(sequence.num_known + 1, sequence.most_tokens)
 
 
 def wish_of(sequence: RunningSequence) -> Wish:

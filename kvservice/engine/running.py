@@ -67,11 +67,6 @@ class RunningSequence:
         """Tokens given and generated."""
         return len(self.tokens) + len(self.generated)
 
-    @property
-    def is_decoding(self) -> bool:
-        """Whether a step gives its next token."""
-        return bool(self.generated) and self.num_pending == 1
-
     def next_reach(self) -> tuple[Reach, int]:
         """What the next token attends to, and how many tokens may be computed with it in one step."""
         memory, position = self.memory, self.memory.state.num_computed

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from kvservice.engine.running import RunningSequence
 from kvservice.recall.reach import Reach
 
 
-@dataclass(frozen=True, slots=True)
-class Scheduled:
+class Scheduled(NamedTuple):
     """One sequence's share of a step.
 
     Attributes:
@@ -30,13 +29,16 @@ class Scheduled:
         return self.completes and self.sequence.row is not None
 
 
-def schedule(ready: Iterable[RunningSequence], max_prefills: int, prefill_tokens: int) -> list[Scheduled]:
-    """Every decoding sequence gets one token; the first prefills share `prefill_tokens` among them.
+def schedule(
+    ready: Iterable[RunningSequence], max_prefills: int, prefill_tokens: Callable[[int], int]
+) -> list[Scheduled]:
+    """Every decoding sequence gets one token; the first prefills share what `prefill_tokens` allows.
 
     Args:
         ready: sequences on the device, those that go first before the others.
         max_prefills: sequences that may be in prefill at a time.
-        prefill_tokens: prefill tokens of the step, over all sequences; 0 while offloading can't keep up.
+        prefill_tokens: given the number of decoding sequences, the prefill tokens of the step, over all sequences; 0
+            while offloading can't keep up. Asked only if there is any prefill.
     """
     plan, prefills = [], []
     for sequence in ready:
@@ -45,11 +47,12 @@ def schedule(ready: Iterable[RunningSequence], max_prefills: int, prefill_tokens
             plan.append(Scheduled(sequence, 1, sequence.next_reach()[0], completes=True))
         elif num_pending:
             prefills.append(sequence)
+    budget = prefill_tokens(len(plan)) if prefills else 0
     for sequence in prefills[:max_prefills]:
-        if prefill_tokens == 0:
+        if budget == 0:
             break
         reach, most = sequence.next_reach()
-        count = min(most, prefill_tokens)
+        count = min(most, budget)
         plan.append(Scheduled(sequence, count, reach, completes=count == sequence.num_pending))
-        prefill_tokens -= count
+        budget -= count
     return plan

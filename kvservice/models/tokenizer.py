@@ -5,7 +5,6 @@ Built on `tokenizers`: transformers is imported only when a chat template is fir
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,13 +15,8 @@ import tokenizers
 from kvservice.errors import InvalidRequest, ModelError
 from kvservice.models.chat_template import read_chat_pieces
 from kvservice.models.folder import FETCH_HINT, read_eos_token_ids, read_json, read_optional_json, read_text
+from kvservice.models.streams import ByteStream, WindowStream, byte_level_bytes
 from kvservice.types import PromptFormat, TextRole
-
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-_MAX_PENDING_TOKENS = 8
-"""Tokens that a TokenStream holds back at most. A character has at most four bytes, so at most four tokens."""
-_UNKNOWN = -1
-"""Length of a text that nobody has asked for yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +43,8 @@ class Tokenizer:
         self._codec.encode_special_tokens = True
         added = codec.get_added_tokens_decoder()
         self._control_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        text_ids = set(codec.get_vocab(with_added_tokens=True).values()) - self._control_ids
-        # Asked of every token of every answer: a byte and a number for each are quicker than the library.
-        self._is_text = bytearray(1 + max(text_ids, default=-1))
-        for token_id in text_ids:
-            self._is_text[token_id] = 1
-        self._lengths = array("i", [_UNKNOWN]) * len(self._is_text)
+        self._is_byte_level = isinstance(codec.decoder, tokenizers.decoders.ByteLevel)
+        self._known_bytes: dict[int, bytes] = {}
         unknown = getattr(codec.model, "unk_token", None)
         self._unknown_id = codec.token_to_id(unknown) if isinstance(unknown, str) else None
 
@@ -110,20 +100,13 @@ class Tokenizer:
         """The text of `token_ids`. Control tokens have no text; bytes that are no UTF-8 become U+FFFD."""
         return self._codec.decode(list(token_ids), skip_special_tokens=True)
 
-    def stream(self) -> TokenStream:
+    def stream(self) -> ByteStream | WindowStream:
         """A decoder of one answer, token by token."""
-        return TokenStream(self)
+        return ByteStream(self._bytes_of) if self._is_byte_level else WindowStream(self)
 
     def has_text(self, token_id: int) -> bool:
         """Whether the token is one of text: neither a control token nor beyond the vocabulary."""
-        return 0 <= token_id < len(self._is_text) and self._is_text[token_id] == 1
-
-    def opening_length(self, token_id: int) -> int:
-        """Characters of the text of this token alone, at the start of a text."""
-        length = self._lengths[token_id]
-        if length == _UNKNOWN:
-            length = self._lengths[token_id] = len(self.decode([token_id]))
-        return length
+        return token_id not in self._control_ids and self._codec.id_to_token(token_id) is not None
 
     def definition(self) -> str:
         """The tokenizer as the text of a tokenizer.json, for other libraries to read."""
@@ -144,6 +127,14 @@ class Tokenizer:
             answer_opening=encode(pieces.answer_opening),
         )
 
+    def _bytes_of(self, token_id: int) -> bytes:
+        """What a byte-level token adds to the text: whole characters or not, the same wherever it stands."""
+        found = self._known_bytes.get(token_id)
+        if found is None:
+            token = str(self._codec.id_to_token(token_id)) if self.has_text(token_id) else ""
+            found = self._known_bytes[token_id] = byte_level_bytes(token)
+        return found
+
     def _encode_text(self, text: str) -> list[int]:
         ids = self._codec.encode(text, add_special_tokens=False).ids
         forged = self._control_ids.intersection(ids) - {self._unknown_id}
@@ -152,56 +143,6 @@ class Tokenizer:
             words = ", ".join(str(self._codec.id_to_token(token_id)) for token_id in sorted(forged))
             raise InvalidRequest(f"the text holds control words of the model, take them out: {words}", field="text")
         return ids
-
-
-class TokenStream:
-    """Turns the tokens of one answer into text as they come. Not for several threads.
-
-    A character may be spread over several tokens, and a token's text may depend on the one before it (a leading space
-    is dropped at the start of a text). So the last few tokens are decoded again together with each new one, and what
-    is new is given out as soon as it ends in a whole character.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._window: list[int] = []
-        self._context_tokens = 0
-        """Leading tokens of the window whose text has been given out whole."""
-        self._given_chars = 0
-        """Characters of the window's text that have been given out."""
-
-    def push(self, token_id: int) -> str:
-        """The text that became certain with this token; often "" within a character of several bytes."""
-        if not self._tokenizer.has_text(token_id):
-            return ""
-        self._window.append(token_id)
-        text = self._tokenizer.decode(self._window)
-        is_cut = text.endswith(_REPLACEMENT)
-        if is_cut and len(self._window) - self._context_tokens < _MAX_PENDING_TOKENS:
-            return ""
-        # Bytes that never become a character: all but the last are certain to be none.
-        certain = text[:-1] if is_cut else text
-        new = certain[self._given_chars :]
-        self._slide(is_cut=is_cut)
-        return new
-
-    def flush(self) -> str:
-        """The rest at the end of the answer: "" unless it broke off within a character."""
-        rest = self._tokenizer.decode(self._window)[self._given_chars :]
-        self._window, self._context_tokens, self._given_chars = [], 0, 0
-        return rest
-
-    def _slide(self, *, is_cut: bool) -> None:
-        keep = _MAX_PENDING_TOKENS // 2 if is_cut else len(self._window) - self._context_tokens
-        window = self._window = self._window[-keep:]
-        self._context_tokens = 0 if is_cut else len(window)
-        self._given_chars = self._length_of(window) - is_cut
-
-    def _length_of(self, window: list[int]) -> int:
-        """Characters of its text."""
-        if len(window) == 1:
-            return self._tokenizer.opening_length(window[0])
-        return len(self._tokenizer.decode(window))
 
 
 def _build(definition: str, folder: Path) -> tokenizers.Tokenizer:

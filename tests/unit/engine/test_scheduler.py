@@ -14,18 +14,22 @@ class Sequence:
     """As much of a RunningSequence as the scheduler looks at."""
 
     num_pending: int = 1
-    is_decoding: bool = False
+    generated: tuple = ()
+
+    @property
+    def is_decoding(self):
+        return bool(self.generated)
 
     def next_reach(self):
         return Reach.FULL, self.num_pending
 
 
 def decoding():
-    return Sequence(1, is_decoding=True)
+    return Sequence(1, generated=(7,))
 
 
 def planned(sequences, tokens=100, max_prefills=2):
-    plan = schedule(sequences, max_prefills, tokens)
+    plan = schedule(sequences, max_prefills, lambda _: tokens)
     return [(sequences.index(item.sequence), item.num_tokens) for item in plan]
 
 
@@ -45,6 +49,13 @@ def test_decoding_goes_on_while_prefill_must_wait():
     assert planned([decoding(), Sequence(10)], tokens=0) == [(0, 1)]
 
 
+def test_the_budget_is_asked_for_beside_that_many_decodes_and_only_if_something_is_to_be_read():
+    asked = []
+    for sequences in ([decoding()], [decoding(), Sequence(5), decoding()]):
+        schedule(sequences, 2, lambda decodes: asked.append(decodes) or 100)
+    assert asked == [2]
+
+
 def test_nothing_to_do_is_an_empty_plan():
     assert planned([]) == []
 
@@ -55,7 +66,7 @@ def test_nothing_to_do_is_an_empty_plan():
     st.integers(1, 4),
 )
 def test_a_plan_keeps_to_its_bounds_and_wastes_nothing(sequences, tokens, max_prefills):
-    plan = schedule(sequences, max_prefills, tokens)
+    plan = schedule(sequences, max_prefills, lambda _: tokens)
     assert sum(item.sequence.is_decoding for item in plan) == sum(each.is_decoding for each in sequences)
     prefills = [item for item in plan if not item.sequence.is_decoding]
     assert len(prefills) <= max_prefills

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvservice.errors import InvalidRequest, ModelError
+from kvservice.models.streams import WindowStream, byte_level_bytes
 from kvservice.models.tiny import write_tiny_checkpoint
 from kvservice.models.tokenizer import Tokenizer
 from kvservice.types import PromptFormat, TextRole
@@ -46,8 +47,12 @@ def raw(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, DOCUMENT, RAW, first=True)
 
 
-def streamed(tokenizer: Tokenizer, token_ids: list[int]) -> list[str]:
-    stream = tokenizer.stream()
+# Both tokenizers are byte-level; the stream for the others must give the same.
+streams = pytest.mark.parametrize("new_stream", [Tokenizer.stream, WindowStream], ids=["bytes", "window"])
+
+
+def streamed(tokenizer: Tokenizer, token_ids: list[int], new_stream=Tokenizer.stream) -> list[str]:
+    stream = new_stream(tokenizer)
     return [*(stream.push(token_id) for token_id in token_ids), stream.flush()]
 
 
@@ -56,20 +61,23 @@ def test_raw_text_comes_back_whole(tokenizer, text):
     assert tokenizer.decode(raw(tokenizer, text)) == text
 
 
+@streams
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_stream_gives_the_text_of_decode(tokenizer, text):
+def test_a_stream_gives_the_text_of_decode(tokenizer, text, new_stream):
     token_ids = raw(tokenizer, text)
-    assert "".join(streamed(tokenizer, token_ids)) == tokenizer.decode(token_ids)
+    assert "".join(streamed(tokenizer, token_ids, new_stream)) == tokenizer.decode(token_ids)
 
 
-def test_a_stream_gives_no_piece_of_a_character(tokenizer):
-    pieces = streamed(tokenizer, raw(tokenizer, "日本語 👩‍👩‍👧 é"))
+@streams
+def test_a_stream_gives_no_piece_of_a_character(tokenizer, new_stream):
+    pieces = streamed(tokenizer, raw(tokenizer, "日本語 👩‍👩‍👧 é"), new_stream)
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
 
 
+@streams
 @pytest.mark.real_model
-def test_a_stream_gives_each_word_with_its_token(real_tokenizer):
-    assert streamed(real_tokenizer, raw(real_tokenizer, "The quick brown fox")) == [
+def test_a_stream_gives_each_word_with_its_token(real_tokenizer, new_stream):
+    assert streamed(real_tokenizer, raw(real_tokenizer, "The quick brown fox"), new_stream) == [
         "The",
         " quick",
         " brown",
@@ -78,28 +86,36 @@ def test_a_stream_gives_each_word_with_its_token(real_tokenizer):
     ]
 
 
+@streams
 @given(token_ids=st.lists(st.integers(0, 258), max_size=60))
-def test_a_stream_gives_the_text_of_decode_even_for_bytes_that_are_no_text(tiny_tokenizer, token_ids):
-    assert "".join(streamed(tiny_tokenizer, token_ids)) == tiny_tokenizer.decode(token_ids)
+def test_a_stream_gives_the_text_of_decode_even_for_bytes_that_are_no_text(tiny_tokenizer, token_ids, new_stream):
+    assert "".join(streamed(tiny_tokenizer, token_ids, new_stream)) == tiny_tokenizer.decode(token_ids)
 
 
-def test_an_answer_cut_within_a_character_ends_in_a_replacement_character(tiny_tokenizer):
+@streams
+def test_an_answer_cut_within_a_character_ends_in_a_replacement_character(tiny_tokenizer, new_stream):
     token_ids = raw(tiny_tokenizer, "ab日")[:-1]
-    assert streamed(tiny_tokenizer, token_ids) == ["a", "b", "", "", "\N{REPLACEMENT CHARACTER}"]
+    assert streamed(tiny_tokenizer, token_ids, new_stream) == ["a", "b", "", "", "\N{REPLACEMENT CHARACTER}"]
 
 
 def test_a_stream_holds_few_tokens_whatever_comes(tiny_tokenizer):
-    stream = tiny_tokenizer.stream()
+    stream = WindowStream(tiny_tokenizer)
     continuation_byte = raw(tiny_tokenizer, "é")[1]
     for token_id in [continuation_byte, 258] * 500:
         stream.push(token_id)
     assert len(stream._window) < 16
 
 
-def test_control_tokens_and_unknown_ids_have_no_text(tokenizer):
+def test_an_added_token_of_a_byte_level_vocabulary_is_its_own_text():
+    assert byte_level_bytes("Ġcafé") == b" caf\xe9"
+    assert byte_level_bytes("日本") == "日本".encode()
+
+
+@streams
+def test_control_tokens_and_unknown_ids_have_no_text(tokenizer, new_stream):
     token_ids = [*raw(tokenizer, "a"), *tokenizer.eos_token_ids, 10**6, *raw(tokenizer, " b")]
     assert tokenizer.decode(token_ids) == "a b"
-    assert "".join(streamed(tokenizer, token_ids)) == "a b"
+    assert "".join(streamed(tokenizer, token_ids, new_stream)) == "a b"
 
 
 @pytest.mark.parametrize("prompt_format", [RAW, CHAT])
@@ -251,6 +267,7 @@ def test_the_real_tokenizer_splits_digits_as_the_model_was_trained(real_tokenize
 def test_neither_tokenizer_nor_raw_text_imports_torch_or_transformers(tiny_folder):
     code = f"""
 import sys, pathlib
+from kvservice.models.streams import WindowStream, byte_level_bytes
 from kvservice.models.tokenizer import Tokenizer
 from kvservice.types import PromptFormat, TextRole
 Tokenizer.load(pathlib.Path({str(tiny_folder)!r})).encode("a", TextRole.DOCUMENT, PromptFormat.RAW, first=True)
