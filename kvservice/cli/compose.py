@@ -100,10 +100,12 @@ def make_engine(
     """
     from kvservice.engine import Engine
     from kvservice.engine.ports import NoWriter
+    from kvservice.kernels.memory import give_back_big_blocks
     from kvservice.kv.layout import KVLayout
     from kvservice.models.grammar import Grammars
     from kvservice.tier.groups import GroupFrames, kv_fingerprint
 
+    give_back_big_blocks()
     model = open_model(config, folder)
     spec = model.spec
     grammars = Grammars(tokenizer, spec.shape.vocab_size) if tokenizer is not None else None
