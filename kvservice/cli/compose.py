@@ -21,8 +21,8 @@ from kvservice.store.base import StateStore
 
 if TYPE_CHECKING:
     from kvservice.engine import Engine
+    from kvservice.engine.grammar import GrammarCompiler
     from kvservice.models.base import Model
-    from kvservice.models.tokenizer import Tokenizer
     from kvservice.tier.writer import WriteBehind
     from kvservice.worker.server import WorkerServer
 
@@ -38,13 +38,21 @@ async def worker(config: WorkerConfig, store: StateStore, stack: AsyncExitStack)
         Unavailable: the kv Redis can't be reached.
     """
     from kvservice.models.fetch import resolve
+    from kvservice.models.grammar import Grammars
     from kvservice.models.tokenizer import Tokenizer
     from kvservice.worker.server import WorkerServer
 
     folder = await asyncio.to_thread(resolve, config.model, None)
     tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
     frames = await _open_frames(config, stack)
-    server = WorkerServer(config, lambda: make_engine(config, folder, frames, tokenizer), tokenizer, store)
+    grammars = Grammars(tokenizer, tokenizer.vocab_size)
+    server = WorkerServer(
+        config,
+        lambda: make_engine(config, folder, frames, grammars),
+        tokenizer,
+        store,
+        compile_grammar=grammars.compile,
+    )
     stack.push_async_callback(server.stop)
     return server
 
@@ -88,7 +96,7 @@ def open_model(config: WorkerConfig, folder: Path) -> Model:
 
 
 def make_engine(
-    config: WorkerConfig, folder: Path, frames: WriteBehind | None = None, tokenizer: Tokenizer | None = None
+    config: WorkerConfig, folder: Path, frames: WriteBehind | None = None, grammars: GrammarCompiler | None = None
 ) -> Engine:
     """Loads the model and makes its engine. Blocks for as long as that takes; called in the engine's thread.
 
@@ -96,19 +104,17 @@ def make_engine(
         config: of the worker.
         folder: of the model.
         frames: where KV is written behind to; None: nowhere.
-        tokenizer: for answers held to a grammar; without it such calls are refused.
+        grammars: for answers held to one; without it such calls are refused.
     """
     from kvservice.engine import Engine
     from kvservice.engine.ports import NoWriter
     from kvservice.kernels.memory import give_back_big_blocks
     from kvservice.kv.layout import KVLayout
-    from kvservice.models.grammar import Grammars
     from kvservice.tier.groups import GroupFrames, kv_fingerprint
 
     give_back_big_blocks()
     model = open_model(config, folder)
     spec = model.spec
-    grammars = Grammars(tokenizer, spec.shape.vocab_size) if tokenizer is not None else None
     if frames is None:
         return Engine(model, engine_config(config), NoWriter(), grammars)
     layout = KVLayout.of(spec.shape, model.dtype)

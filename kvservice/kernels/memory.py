@@ -1,4 +1,4 @@
-"""Memory that kernels read fastest, and how the process gets and gives back the rest. Knows nothing of what it holds."""
+"""Memory that kernels read fastest, and how the process gives the rest back. Knows nothing of what lies in it."""
 
 from __future__ import annotations
 

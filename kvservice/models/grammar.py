@@ -6,6 +6,7 @@ and gives those that can follow. Its limits on states and steps bound what a hos
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -32,7 +33,11 @@ _JSON_LAYOUT: JsonCompileOptions = {"whitespace_flexible": False, "item_separato
 
 
 class Grammars:
-    """Compiles grammars. Implements the engine's GrammarCompiler; one thread at a time may use it and its matchers."""
+    """Compiles grammars. Implements the engine's GrammarCompiler. For several threads; each matcher is for one.
+
+    A big grammar takes some tenths of a second, in which other threads go on: who can't wait has another thread compile
+    it before.
+    """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         """Returns at once: the tree of all tokens, most of a second's work, is made beside what the caller does next.
@@ -48,6 +53,7 @@ class Grammars:
         )
         builder.shutdown(wait=False)
         self._limits = LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
+        self._lock = threading.Lock()
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
 
     def compile(self, grammar: Grammar) -> Matcher:
@@ -59,13 +65,16 @@ class Grammars:
         Raises:
             InvalidRequest: the grammar is wrong, too big, or can't be had with this model's tokenizer.
         """
-        matcher = self._compiled.get(grammar)
+        with self._lock:
+            matcher = self._compiled.get(grammar)
         if matcher is None:
-            matcher = self._compiled[grammar] = self._build(grammar)
+            matcher = self._build(grammar)
+        with self._lock:
+            self._compiled[grammar] = matcher
+            self._compiled.move_to_end(grammar)
             if len(self._compiled) > _KEPT_GRAMMARS:
                 self._compiled.popitem(last=False)
-        self._compiled.move_to_end(grammar)
-        return Matcher(matcher.deep_copy(), self._vocab_size)
+            return Matcher(matcher.deep_copy(), self._vocab_size)
 
     def _build(self, grammar: Grammar) -> LLMatcher:
         matcher = LLMatcher(self._tokens(), _source(grammar), log_level=0, limits=self._limits)

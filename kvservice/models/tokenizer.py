@@ -35,7 +35,9 @@ class Tokenizer:
     so no text can close its turn or forge another's.
     """
 
-    def __init__(self, folder: Path, codec: tokenizers.Tokenizer) -> None:
+    def __init__(self, folder: Path, codec: tokenizers.Tokenizer, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        """Tokens that the model has logits for; it may have more than have a text."""
         self.eos_token_ids = _eos_token_ids(folder, codec)
         self._folder = folder
         self._codec = codec
@@ -67,7 +69,7 @@ class Tokenizer:
                 f"{FETCH_HINT}",
                 reason="model_damaged",
             )
-        return cls(folder, codec)
+        return cls(folder, codec, vocab_size)
 
     def encode(self, text: str, role: TextRole, prompt_format: PromptFormat, *, first: bool) -> list[int]:
         """The tokens that a session gains by `text`.

@@ -19,7 +19,8 @@ from kvservice.config.worker import WorkerConfig
 from kvservice.errors import ConfigError, Unavailable
 from kvservice.internal.v1 import worker_pb2
 from kvservice.internal.v1.worker_pb2_grpc import add_WorkerServiceServicer_to_server
-from kvservice.types import ModelInfo, WorkerId
+from kvservice.types import Grammar, ModelInfo, WorkerId
+from kvservice.worker.grammars import GrammarDesk
 from kvservice.worker.loop import EngineLike, EngineLoop
 from kvservice.worker.registration import LeaseStore, Registration
 from kvservice.worker.servicer import Identity, Servicer, TokenizerLike
@@ -57,20 +58,28 @@ class WorkerServer:
         engine_factory: Callable[[], EngineLike],
         tokenizer: TokenizerLike,
         store: LeaseStore,
+        compile_grammar: Callable[[Grammar], object] | None = None,
     ) -> None:
-        """`engine_factory` is called once, in the engine's own thread. The caller closes `store`."""
+        """`engine_factory` is called once, in the engine's own thread. The caller closes `store`.
+
+        `compile_grammar` is called in a thread beside, so that the engine finds what it has made, or that it refused it
+        with InvalidRequest.
+        """
         self._config = config
         self._worker_id = WorkerId(config.worker_id)
         self._tokenizer = tokenizer
         self._registration = Registration(store, self._worker_id, config.lease_ttl_s)
         self._engine = EngineLoop(engine_factory, tokenizer, self._on_unhealthy)
         self._tokenizer_threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenizer")
+        # One thread: what a hostile grammar takes is taken from other grammars alone.
+        self._grammar_thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._servicer = Servicer(
             engine=self._engine,
             tokenizer=tokenizer,
             tokenizer_threads=self._tokenizer_threads,
             identity=self._identity,
             begin_drain=self.begin_drain,
+            grammar_desk=GrammarDesk(compile_grammar, self._grammar_thread),
             stream_queue_messages=config.stream_queue_messages,
         )
         self._health = health.aio.HealthServicer()
@@ -161,6 +170,7 @@ class WorkerServer:
             if self._grpc is not None:
                 await self._grpc.stop(STREAMS_END_S)
             self._tokenizer_threads.shutdown(wait=False)
+            self._grammar_thread.shutdown(wait=False, cancel_futures=True)
         finally:
             self._stopped.set()
         logger.info("worker_stopped", extra={"worker_id": self._worker_id})

@@ -21,6 +21,7 @@ from kvservice.internal.v1.worker_pb2_grpc import WorkerServiceServicer
 from kvservice.types import ModelInfo, PromptFormat, SessionId, TextRole, WorkerId
 from kvservice.worker import convert
 from kvservice.worker.answer import TokenStream
+from kvservice.worker.grammars import GrammarDesk
 from kvservice.worker.loop import EngineLoop
 from kvservice.worker.stream import GatewayStream
 
@@ -61,11 +62,13 @@ class Servicer(WorkerServiceServicer):
 
     def __init__(
         self,
+        *,
         engine: EngineLoop,
         tokenizer: TokenizerLike,
         tokenizer_threads: Executor,
         identity: Callable[[], Identity],
         begin_drain: Callable[[float | None], Awaitable[int]],
+        grammar_desk: GrammarDesk,
         stream_queue_messages: int,
     ) -> None:
         """`begin_drain` takes the grace in seconds (None: the default) and gives the number of running calls."""
@@ -74,6 +77,7 @@ class Servicer(WorkerServiceServicer):
         self._tokenizer_threads = tokenizer_threads
         self._identity = identity
         self._begin_drain = begin_drain
+        self._grammar_desk = grammar_desk
         self._stream_queue_messages = stream_queue_messages
         self._streams: set[GatewayStream] = set()
         self._stream_keys = itertools.count()
@@ -176,7 +180,7 @@ class Servicer(WorkerServiceServicer):
         async for request in requests:
             match request.WhichOneof("command"):
                 case "submit":
-                    self._submit(request.submit, stream)
+                    await self._submit(request.submit, stream)
                 case "cancel":
                     self._engine.cancel(stream.internal_id(request.cancel.call_id))
                 case "release":
@@ -187,10 +191,12 @@ class Servicer(WorkerServiceServicer):
                 case None:
                     raise InvalidRequest("a message holds no command", field="command")
 
-    def _submit(self, submit: worker_pb2.Submit, stream: GatewayStream) -> None:
+    async def _submit(self, submit: worker_pb2.Submit, stream: GatewayStream) -> None:
+        """Later commands of the stream wait meanwhile: a call's cancel mustn't overtake it."""
         call_id = stream.internal_id(submit.call_id)
         try:
             call = convert.engine_call(submit, call_id, self._identity().model, time.monotonic())
+            await self._grammar_desk.check(call)
         except KVServiceError as error:
             self._engine.refuse(stream, call_id, error)
         else:

@@ -14,7 +14,7 @@ from kvservice.internal.convert import sampling_to_proto
 from kvservice.internal.v1 import worker_pb2
 from kvservice.internal.v1.worker_pb2_grpc import WorkerServiceStub
 from kvservice.store.memory import MemoryStateStore
-from kvservice.types import SamplingParams
+from kvservice.types import Grammar, SamplingParams
 from kvservice.worker.server import WorkerServer
 from tests.unit.worker.scripted_engine import ScriptedEngine, ToyTokenizer
 
@@ -102,7 +102,9 @@ async def start_worker() -> AsyncIterator[StartWorker]:
     """Starts workers; stops them after the test."""
     running: list[Running] = []
 
-    async def start(*, step_by_step: bool = False, **settings: object) -> Running:
+    async def start(
+        *, step_by_step: bool = False, compile_grammar: Callable[[Grammar], object] | None = None, **settings: object
+    ) -> Running:
         if step_by_step:
             settings.setdefault("stream_queue_messages", 1_000_000)
         engines: list[ScriptedEngine] = []
@@ -115,7 +117,8 @@ async def start_worker() -> AsyncIterator[StartWorker]:
             return engine
 
         store, tokenizer = MemoryStateStore(), ToyTokenizer()
-        server = WorkerServer(WorkerConfig(worker_id="worker-a", **settings), make_engine, tokenizer, store)
+        config = WorkerConfig(worker_id="worker-a", **settings)
+        server = WorkerServer(config, make_engine, tokenizer, store, compile_grammar)
         await server.start()
         running.append(Running(server, engines[0], tokenizer, store))
         return running[-1]
