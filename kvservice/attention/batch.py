@@ -64,6 +64,11 @@ class SequenceRows:
         return self.reach is Reach.SELECT and self.memory.state.num_distant > 0
 
     @property
+    def whole_bytes(self) -> int:
+        """Host bytes that a step attends to when its queries see all distant tokens, wherever they are read."""
+        return 0 if self.reach is Reach.SELECT else self.memory.distant.num_bytes
+
+    @property
     def recalls_by_keys(self) -> bool:
         """Whether it selects by low-bit keys, as kernels can."""
         return self.memory.key_index is not None

@@ -49,6 +49,7 @@ from kvservice.models.base import Model
 from kvservice.recall.memory import RecallCounters, SequenceMemory
 from kvservice.recall.parking import Place
 from kvservice.recall.reach import Reach
+from kvservice.tier.link import HostLink
 from kvservice.types import (
     GROUP_TOKENS,
     CallId,
@@ -100,7 +101,9 @@ class Engine:
         self._step_groups = config.step_tokens // GROUP_TOKENS + config.max_prefills
         self._sequences = HeldSequences(self._shape, KVLayout.of(self._shape, model.dtype), config, model.device)
         self._sequences.ledger.add(Owner.WEIGHTS, model.weight_bytes)
-        self._forward = Forward(model, self._sequences, deterministic=config.deterministic)
+        rate = config.host_link_bytes_per_s
+        link = HostLink(rate) if rate is not None else None
+        self._forward = Forward(model, self._sequences, deterministic=config.deterministic, link=link)
         self._meters = Meters()
         self._calls = Calls(self._shape, self._sequences, writer, self._meters, clock)
         self._room = Room(self._calls, self._sequences)

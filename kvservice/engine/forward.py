@@ -12,6 +12,7 @@ from kvservice.engine.sequences import HeldSequences
 from kvservice.models.base import Model
 from kvservice.recall.memory import SequenceMemory
 from kvservice.recall.reach import Reach
+from kvservice.tier.link import HostLink
 
 
 def plan_rows(shares: Iterable[tuple[SequenceMemory, int, Reach]]) -> list[SequenceRows]:
@@ -29,10 +30,13 @@ def plan_rows(shares: Iterable[tuple[SequenceMemory, int, Reach]]) -> list[Seque
 class Forward:
     """The model, and the memory that it attends to."""
 
-    def __init__(self, model: Model, sequences: HeldSequences, *, deterministic: bool) -> None:
+    def __init__(
+        self, model: Model, sequences: HeldSequences, *, deterministic: bool, link: HostLink | None = None
+    ) -> None:
         self._model = model
         self._sequences = sequences
         self._deterministic = deterministic
+        self._link = link
 
     def hidden(self, rows: Sequence[SequenceRows]) -> Tensor:
         """What `logits` takes, for each row, `[n, hidden]`; valid until the next call. Writes the rows' KV."""
@@ -46,9 +50,14 @@ class Forward:
         device = self._model.device
         sequences = self._sequences
         attention = BatchAttention(sequences.arena, sequences.ring, list(rows), deterministic=self._deterministic)
-        return self._model.forward(
+        carried = sum(row.memory.counters.recalled_bytes for row in rows) if self._link else 0
+        hidden = self._model.forward(
             torch.tensor(tokens, device=device), torch.tensor(positions, device=device), attention
         )
+        if self._link:
+            carried = sum(row.memory.counters.recalled_bytes for row in rows) - carried
+            self._link.carry(carried + sum(row.whole_bytes for row in rows))
+        return hidden
 
     def logits(self, hidden: Tensor, rows: Sequence[SequenceRows]) -> Tensor:
         """The logits after the last token of each of some rows' sequences, fp32 `[len(rows), vocab]`.

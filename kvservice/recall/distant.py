@@ -57,6 +57,11 @@ class DistantKV:
         """Groups in the host tier."""
         return len(self._numbers)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of its groups, shared ones included."""
+        return len(self._numbers) * self._host.group_bytes
+
     def append(self, groups: Tensor) -> None:
         """Stores groups `[n, layers, kv, 64, 2, d]` behind those there are."""
         self._numbers += self._host.store(groups)

@@ -119,7 +119,7 @@ class SequenceMemory:
     @property
     def host_bytes(self) -> int:
         """Bytes in the host tier, shared ones included."""
-        return self.distant.num_groups * self._store.arena.layout.group_bytes + self.parked_bytes
+        return self.distant.num_bytes + self.parked_bytes
 
     @property
     def parked_bytes(self) -> int:

@@ -65,6 +65,11 @@ class HostTier:
             self._ledger.add(Owner.HOST, -(len(numbers) - still_held) * self._layout.group_bytes)
 
     @property
+    def group_bytes(self) -> int:
+        """Of one group."""
+        return self._layout.group_bytes
+
+    @property
     def blocks_per_group(self) -> int:
         """Device blocks that fit into the memory of a group."""
         return self._layout.num_cells * BLOCKS_PER_GROUP
