@@ -112,6 +112,7 @@ class KvStep(Structure):
         ("rows", c_int32),
         ("num_sequences", c_int32),
         ("rotary_dim", c_int32),
+        ("is_uniform", c_int32),
     )
 
 

@@ -100,6 +100,7 @@ struct KvStep {
   int32_t rows;
   int32_t num_sequences;
   int32_t rotary_dim;        // leading numbers of a head that rotate; the rest pass
+  int32_t is_uniform;        // a row's bits don't depend on how many queries its sequence has in the step; slower
 };
 
 // "amx", "avx512", "avx2" or "none": the best that machine, build and limit allow.

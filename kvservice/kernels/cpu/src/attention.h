@@ -388,7 +388,10 @@ class Attender {
       for (; tile < num_tiles && tokens.split_of(tile) == split; ++tile) {
         if (is_wanted) fold_tile(tokens, item, tile, seen);
       }
-      if (is_wanted) total_.merge(part_, rows);
+      if (is_wanted) {
+        fold_.settle(part_);
+        total_.merge(part_, rows);
+      }
     }
     if (item.split == kAllSplits) {
       heads.finish(total_, rows);

@@ -4,6 +4,7 @@
 
 #include <new>
 
+#include "fold_row.h"
 #include "fold_vec.h"
 #include "kernels.h"
 #include "layer.h"
@@ -81,15 +82,26 @@ Tokens* token_array(int count, Make&& make) {
   return tokens;
 }
 
-// By the fastest fold for the type and head_dim.
-template <class T, class Tokens>
-void attend_tokens(const KvLayer& layer, const KvStep& step, const Tokens* tokens, int count, int64_t stride) {
+// Calls `attend` with the fastest fold for many rows of the type and head_dim.
+template <class T, class Attend>
+void with_fold([[maybe_unused]] int head_dim, Attend&& attend) {
 #ifdef __AMX_BF16__
   if constexpr (sizeof(T) == sizeof(bf16)) {
-    if (layer.head_dim % 32 == 0) return attend_all<AmxFold>(layer, step, tokens, count, stride);
+    if (head_dim % 32 == 0) return attend(static_cast<AmxFold*>(nullptr));
   }
 #endif
-  attend_all<VecFold<T>>(layer, step, tokens, count, stride);
+  attend(static_cast<VecFold<T>*>(nullptr));
+}
+
+template <class T, class Tokens>
+void attend_tokens(const KvLayer& layer, const KvStep& step, const Tokens* tokens, int count, int64_t stride) {
+  with_fold<T>(layer.head_dim, [&](auto* many) {
+    using Many = std::remove_pointer_t<decltype(many)>;
+    if constexpr (sizeof(T) == sizeof(bf16)) {
+      if (!step.is_uniform) return attend_all<DecodeFold<Many>>(layer, step, tokens, count, stride);
+    }
+    attend_all<Many>(layer, step, tokens, count, stride);
+  });
 }
 
 template <class T>

@@ -42,6 +42,9 @@ class VecFold {
     fold_widened(num_tokens, [&](int row) { return visible[row] - first; }, state);
   }
 
+  // Sums are in order as they are.
+  void settle(State&) const {}
+
   // Up to a tile of tokens that lie anywhere; all rows see them all.
   void fold_scattered(const T* const* keys, const T* const* values, int num_tokens, State& state) {
     for (int t = 0; t < num_tokens; ++t) {

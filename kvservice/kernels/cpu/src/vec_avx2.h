@@ -56,11 +56,25 @@ inline void load_pairs(const bf16* p, Vec& even, Vec& odd) {
   odd.v = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
+// The same, not taken apart yet.
+struct Pairs {
+  __m256i v;
+};
+inline Pairs load_pairs(const bf16* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+
 inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+// To each lane of sum, the products of a pair.
+inline Vec add_products(Vec sum, Pairs a, Pairs b) {
+  const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  const __m256 even = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(a.v, 16)),
+                                    _mm256_castsi256_ps(_mm256_slli_epi32(b.v, 16)));
+  return {_mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(a.v, upper)),
+                          _mm256_castsi256_ps(_mm256_and_si256(b.v, upper)), _mm256_add_ps(sum.v, even))};
+}
 // Of a number and a NaN: b.
 inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
@@ -95,11 +109,29 @@ inline Vec keep_first(Vec x, int n, Vec other) {
   return {_mm256_blendv_ps(other.v, x.v, _mm256_castsi256_ps(first_lanes(n)))};
 }
 
+// Each half's lane i holds a part of the sum of the lanes of vector i of four.
+inline Vec sums_of_quad(Vec a, Vec b, Vec c, Vec d) {
+  return {_mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v))};
+}
+
+// Of two such: the sums of the eight vectors in order.
+inline Vec join_quads(const Vec* quads) {
+  return {_mm256_add_ps(_mm256_permute2f128_ps(quads[0].v, quads[1].v, 0x20),
+                        _mm256_permute2f128_ps(quads[0].v, quads[1].v, 0x31))};
+}
+
 // Lane i is the sum of the lanes of x[i].
 inline Vec sums_of_each(const Vec* x) {
-  const __m256 low = _mm256_hadd_ps(_mm256_hadd_ps(x[0].v, x[1].v), _mm256_hadd_ps(x[2].v, x[3].v));
-  const __m256 high = _mm256_hadd_ps(_mm256_hadd_ps(x[4].v, x[5].v), _mm256_hadd_ps(x[6].v, x[7].v));
-  return {_mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31))};
+  const Vec quads[2] = {sums_of_quad(x[0], x[1], x[2], x[3]), sums_of_quad(x[4], x[5], x[6], x[7])};
+  return join_quads(quads);
+}
+
+// Of even and odd numbers, those of the first four pairs in order, and those of the last.
+inline Vec first_pairs(Vec even, Vec odd) {
+  return {_mm256_permute2f128_ps(_mm256_unpacklo_ps(even.v, odd.v), _mm256_unpackhi_ps(even.v, odd.v), 0x20)};
+}
+inline Vec last_pairs(Vec even, Vec odd) {
+  return {_mm256_permute2f128_ps(_mm256_unpacklo_ps(even.v, odd.v), _mm256_unpackhi_ps(even.v, odd.v), 0x31)};
 }
 
 // Bit i: whether lane i of x is at least that of y.

@@ -50,11 +50,29 @@ inline void load_pairs(const bf16* p, Vec& even, Vec& odd) {
   odd.v = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
+// The same, not taken apart yet.
+struct Pairs {
+  __m512i v;
+};
+inline Pairs load_pairs(const bf16* p) { return {_mm512_loadu_si512(p)}; }
+
 inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// To each lane of sum, the products of a pair.
+inline Vec add_products(Vec sum, Pairs a, Pairs b) {
+#ifdef __AVX512BF16__
+  return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+#else
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  const __m512 even = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16)),
+                                    _mm512_castsi512_ps(_mm512_slli_epi32(b.v, 16)));
+  return {_mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(a.v, upper)),
+                          _mm512_castsi512_ps(_mm512_and_si512(b.v, upper)), _mm512_add_ps(sum.v, even))};
+#endif
+}
 // Of a number and a NaN: b.
 inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
@@ -70,21 +88,38 @@ inline Vec keep_first(Vec x, int n, Vec other) {
   return {_mm512_mask_mov_ps(other.v, first_lanes(kept), x.v)};
 }
 
-// Lane i is the sum of the lanes of x[i]: halves of neighbours are added in four rounds.
-inline Vec sums_of_each(const Vec* x) {
-  __m512 quads[4];
-  for (int i = 0; i < 4; ++i) {
-    const __m512 a = x[4 * i].v, b = x[4 * i + 1].v, c = x[4 * i + 2].v, d = x[4 * i + 3].v;
-    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    quads[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))),
-                             _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))));
-  }
-  const __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(quads[0], quads[1], 0x88),
-                                   _mm512_shuffle_f32x4(quads[0], quads[1], 0xdd));
-  const __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(quads[2], quads[3], 0x88),
-                                    _mm512_shuffle_f32x4(quads[2], quads[3], 0xdd));
+// Each quarter's lane i holds a part of the sum of the lanes of vector i of four.
+inline Vec sums_of_quad(Vec a, Vec b, Vec c, Vec d) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
+  return {_mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))),
+                        _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))))};
+}
+
+// Of four such: the sums of the sixteen vectors in order.
+inline Vec join_quads(const Vec* quads) {
+  const __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(quads[0].v, quads[1].v, 0x88),
+                                   _mm512_shuffle_f32x4(quads[0].v, quads[1].v, 0xdd));
+  const __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(quads[2].v, quads[3].v, 0x88),
+                                    _mm512_shuffle_f32x4(quads[2].v, quads[3].v, 0xdd));
   return {_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd))};
+}
+
+// Lane i is the sum of the lanes of x[i].
+inline Vec sums_of_each(const Vec* x) {
+  Vec quads[4];
+  for (int i = 0; i < 4; ++i) quads[i] = sums_of_quad(x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]);
+  return join_quads(quads);
+}
+
+// Of even and odd numbers, those of the first eight pairs in order, and those of the last.
+inline Vec first_pairs(Vec even, Vec odd) {
+  const __m512i order = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  return {_mm512_permutex2var_ps(even.v, order, odd.v)};
+}
+inline Vec last_pairs(Vec even, Vec odd) {
+  const __m512i order = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  return {_mm512_permutex2var_ps(even.v, order, odd.v)};
 }
 
 // Bit i: whether lane i of x is at least that of y.
