@@ -1,8 +1,8 @@
 """The runner of Llama-shaped models on CPUs, by the C++ kernels. Knows nothing of caches' bookkeeping or files.
 
 It gives what `llama` gives, within rounding: residuals stay in fp32 between layers, everything else is rounded where
-`llama` rounds. A row's bits depend on that row alone, so it is
-deterministic in the sense of `--deterministic` as it is.
+`llama` rounds. A row's bits depend on that row alone, and, unless it is made deterministic, on whether its sequence has
+few queries in the step or many.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ class CpuLlama:
     Args:
         spec: the model's figures.
         weights: packed; `weights.layers` is read once. fp32 or bf16.
+        deterministic: few queries are attended for as many are, which is slower.
     """
 
-    def __init__(self, spec: ModelSpec, weights: ModelWeights) -> None:
+    def __init__(self, spec: ModelSpec, weights: ModelWeights, *, deterministic: bool = False) -> None:
         shape = spec.shape
         self.spec = spec
         self.device = torch.device("cpu")
         self.dtype = weights.embed.dtype
-        self.is_deterministic = True
+        self.is_deterministic = deterministic
         self._embed = weights.embed
         self._norm = weights.norm.float()
         self._layers = DecoderLayers(weights.layers, shape.num_heads, shape.num_kv_heads, shape.head_dim, spec.norm_eps)
@@ -76,6 +77,6 @@ class CpuLlama:
         if self._step is None or self._arena is not arena or num_rows > self._step.max_rows:
             max_rows = max(num_rows, 64)
             scale = self.spec.shape.head_dim**-0.5
-            self._step = Step(self._layers, max_rows, arena, self._cos, self._sin, scale)
+            self._step = Step(self._layers, max_rows, arena, self._cos, self._sin, scale, uniform=self.is_deterministic)
             self._arena = arena
         return self._step

@@ -38,7 +38,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device, determ
 
         return CudaLlama(spec, weights, device)
     if device.type == "cpu" and cpu.isa() != "none" and spec.shape.head_dim % cpu.HEAD_DIM_STEP == 0:
-        return CpuLlama(spec, weights)
+        return CpuLlama(spec, weights, deterministic=deterministic)
     return LlamaModel(spec, weights, device, row_block=DETERMINISTIC_ROWS if deterministic else None)
 
 

@@ -133,8 +133,8 @@ class Model:
             row += count
         step.begin(torch.cat(positions), sequences)
 
-    def step(self, arena: Tensor, max_rows: int = 1024) -> cpu.Step:
-        return cpu.Step(self.kernels, max_rows, arena, self.cos, self.sin, self.scale)
+    def step(self, arena: Tensor, max_rows: int = 1024, *, uniform: bool = True) -> cpu.Step:
+        return cpu.Step(self.kernels, max_rows, arena, self.cos, self.sin, self.scale, uniform=uniform)
 
     # The same in torch, in fp32, from one sequence's embeddings.
 
@@ -376,12 +376,25 @@ def test_a_row_that_saw_nothing_has_no_mass() -> None:
     assert lse.eq(-math.inf).all()
 
 
-def test_large_scores_stay_finite() -> None:
+@pytest.mark.parametrize("shape", SHAPES, ids=IDS)
+def test_few_queries_attend_as_many_do(shape: Shape) -> None:
+    model = Model(shape)
+    lengths = [(0, 1), (15, 1), (16, 1), (47, 1), (700, 1), (333, 4), (90, 2)]
+    step, cached = _with_random_kv(model, lengths, window_start=16, uniform=False)
+    model.kernels.attend(0, step)
+    _assert_attends(model, step, cached, lengths)
+    first = step.attended.clone()
+    model.kernels.attend(0, step)
+    assert torch.equal(step.attended, first)
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_large_scores_stay_finite(uniform: bool) -> None:
     model = Model(SHAPES[1])
-    step, cached = _with_random_kv(model, [(600, 40)], window_start=16)
+    step, cached = _with_random_kv(model, [(600, 40), (600, 1)], window_start=16, uniform=uniform)
     step.q.mul_(100)
     model.kernels.attend(0, step)
-    _assert_attends(model, step, cached, [(600, 40)])
+    _assert_attends(model, step, cached, [(600, 40), (600, 1)])
 
 
 def test_a_step_that_does_not_fit_is_refused() -> None:
@@ -420,7 +433,7 @@ def _read(arena: Tensor, table: Tensor, shape: Shape, layer: int, count: int) ->
 
 
 def _with_random_kv(
-    model: Model, lengths: list[tuple[int, int]], window_start: int
+    model: Model, lengths: list[tuple[int, int]], window_start: int, *, uniform: bool = True
 ) -> tuple[cpu.Step, list[tuple[Tensor, Tensor]]]:
     """A begun step with random queries, whose sequences' tokens all lie in layer 0; K and V of each."""
     shape = model.shape
@@ -433,7 +446,7 @@ def _with_random_kv(
             slots = table.view(shape.layers, 2, shape.kv, -1)[0, :, :, token // 16].long()
             arena[slots.reshape(-1), token % 16] = model.randn(2 * shape.kv, shape.dim).to(shape.dtype)
         cached.append(_read(arena, table, shape, 0, total))
-    step = model.step(arena)
+    step = model.step(arena, uniform=uniform)
     chunks = [(table, a, b) for table, (a, b) in zip(tables, lengths, strict=True)]
     model.begin(step, chunks, window_start)
     step.q.copy_(model.randn(*step.q.shape))

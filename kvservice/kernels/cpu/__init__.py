@@ -3,8 +3,9 @@
 This side checks tensors and hands their addresses over; it knows nothing of models, memory or scheduling. `isa()` is
 "none" where the library isn't built or the machine is too old for it: then use torch.
 
-A row's result depends on that row alone, bit for bit: not on how many rows a step has, on their order, on how a
-sequence's tokens were split into steps, or on the number of threads. It does depend on the instruction set.
+A row's result depends on that row alone, bit for bit: not on how many rows a step has, on their order, or on the number
+of threads; and where a `Step` is uniform, not on how a sequence's tokens were split into steps either. It does depend on
+the instruction set.
 """
 
 from __future__ import annotations
@@ -316,6 +317,8 @@ class Step:
         cos: fp32 `[max_positions, rotary_dim / 2]`.
         sin: as cos. Number i of a head rotates with number `i + rotary_dim / 2`.
         scale: of the scores.
+        uniform: a row's bits don't depend on how many queries its sequence has in the step either. Slower where they
+            are few.
 
     Attributes:
         x: fp32 `[rows, hidden]`, the residual stream: put the embeddings here after `begin`.
@@ -325,7 +328,15 @@ class Step:
     """
 
     def __init__(
-        self, layers: DecoderLayers, max_rows: int, arena: Tensor, cos: Tensor, sin: Tensor, scale: float
+        self,
+        layers: DecoderLayers,
+        max_rows: int,
+        arena: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        scale: float,
+        *,
+        uniform: bool = False,
     ) -> None:
         heads = (max_rows, layers.num_heads, layers.head_dim)
         _check(arena, layers.dtype, (arena.shape[0], 16, layers.head_dim), "arena")
@@ -355,6 +366,7 @@ class Step:
             sin=sin.data_ptr(),
             scale=scale,
             rotary_dim=2 * cos.shape[1],
+            is_uniform=int(uniform),
         )
         self._set_rows(0)
 
