@@ -7,8 +7,8 @@ from kvservice.errors import NotFound
 from kvservice.types import GROUP_TOKENS, Distant
 
 
-def test_dense_exact_recall_and_clusterkv_are_served_and_recall_is_the_default() -> None:
-    assert SERVED_RECIPES == ("dense", "exact", "recall", "clusterkv")
+def test_dense_exact_and_recall_are_served_and_recall_is_the_default() -> None:
+    assert SERVED_RECIPES == ("dense", "exact", "recall")
     assert DEFAULT_RECIPE == "recall"
 
 

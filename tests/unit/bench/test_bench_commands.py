@@ -110,7 +110,7 @@ def test_bench_soak_writes_the_promised_names_and_a_picture(folder: str, tmp_pat
     assert run("soak", "--model", folder, *SOAK, "--threads", "1", *files) == 0
     written = json.loads(report.read_text())
     assert {"sessions", "minutes", "document_tokens", "recipes", "origin", "seed"} <= set(written["config"])
-    assert written["config"]["recipes"] == ["dense", "exact", "recall", "clusterkv"]
+    assert written["config"]["recipes"] == ["dense", "exact", "recall"]
     results = written["results"]
     assert set(results) == {
         *("seconds", "faults", "left", "checks", "counts", "preemptions", "drift_mib_per_min", "memory"),

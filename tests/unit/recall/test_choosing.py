@@ -122,9 +122,7 @@ def test_a_single_missing_token_is_fetched():
     assert keys[1, 15].tolist() == values[1, 15].tolist() == [100.0] * 16
 
 
-@pytest.mark.parametrize(
-    "name", ["recall", *(name for name, spec in RECIPES.items() if spec.evaluation_only), "clusterkv"]
-)
+@pytest.mark.parametrize("name", ["recall", *(name for name, spec in RECIPES.items() if spec.evaluation_only)])
 def test_kernels_choose_by_low_bit_keys_only_where_heads_choose_together_among_all(name):
     ledger = Ledger(1 << 30, 1 << 30)
     arena, host = Arena(LAYOUT, 16, 0, ledger, torch.device("cpu")), HostTier(LAYOUT, 1, ledger, pin=False)
