@@ -162,7 +162,10 @@ class SequenceState:
         columns = num_groups * GROUP_TOKENS // BLOCK_TOKENS
         table = self.table
         self._arena.free(Owner.WINDOW, table[:, 1 : 1 + columns])
-        self._set_table(torch.cat([table[:, :1], table[:, 1 + columns :]], dim=1))
+        # In place: the columns at the end are for what comes next.
+        self._num_columns -= columns
+        self._own_column = NO_COLUMN
+        self._blocks[:, 1 : self._num_columns] = table[:, 1 + columns :].clone()
         self.window_start += num_groups * GROUP_TOKENS
 
     def retreat(self, num_groups: int) -> None:

@@ -3,9 +3,9 @@
 This side checks tensors and hands their addresses over; it knows nothing of models, memory or scheduling. `isa()` is
 "none" where the library isn't built or the machine is too old for it: then use torch.
 
-A row's result depends on that row alone, bit for bit: not on how many rows a step has, on their order, or on the number
-of threads; and where a `Step` is uniform, not on how a sequence's tokens were split into steps either. It does depend on
-the instruction set.
+A row's result depends on that row alone, bit for bit: not on how many rows a step has, on their order, or on the
+number of threads; and where a `Step` is uniform, not on how a sequence's tokens were split into steps either. It does
+depend on the instruction set.
 """
 
 from __future__ import annotations
