@@ -13,7 +13,17 @@ from kvservice.cli.bench_context import context
 from kvservice.cli.bench_interference import interference
 from kvservice.cli.bench_kernels import kernels
 from kvservice.cli.bench_soak import soak
-from kvservice.cli.options import DEFAULT_MODEL, HostBytes, HostLink, JsonFile, KvBytes, Model, Recipe, parse_counts
+from kvservice.cli.options import (
+    DEFAULT_MODEL,
+    HostBytes,
+    HostLink,
+    JsonFile,
+    KvBytes,
+    Model,
+    Recipe,
+    Threads,
+    parse_counts,
+)
 from kvservice.cli.output import hint, human_bytes, progress_bar, show_table, write_json
 from kvservice.cli.settings import read_file
 from kvservice.config.recipes import DEFAULT_RECIPE, RECIPES, SERVED_RECIPES
@@ -28,8 +38,6 @@ app = typer.Typer(help="Measure speed, and what happens under load.", no_args_is
 
 BENCH_KV_BYTES = 2 << 30
 """Of `bench engine`: room for eight dense sequences of 8,000 tokens of the small model."""
-
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Unset: the cores.")]
 
 
 @app.command("engine")

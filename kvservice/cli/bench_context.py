@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvservice.cli.bench_soak import PlotFile, Threads, check_writable
-from kvservice.cli.options import DEFAULT_MODEL, JsonFile, Model, parse_counts
+from kvservice.cli.bench_soak import PlotFile, check_writable
+from kvservice.cli.options import DEFAULT_MODEL, JsonFile, Model, Threads, parse_counts, parse_names
 from kvservice.cli.output import hint, progress_bar, show_table, write_json
 from kvservice.config.recipes import RECIPES, SERVED_RECIPES
 from kvservice.config.worker import WorkerConfig
@@ -38,7 +38,7 @@ def context(
     Keys and values of the contexts are random numbers; answers mean nothing. Memory is taken as needed: a dense
     context of 65,536 tokens of the small model takes 1.5 GB.
     """
-    lengths, names = parse_counts(contexts), [name.strip() for name in recipes.split(",")]
+    lengths, names = parse_counts(contexts), parse_names(recipes)
     for name in names:
         if name not in SERVED_RECIPES:
             raise ConfigError(f"--recipes {name}: choose from {', '.join(SERVED_RECIPES)}")

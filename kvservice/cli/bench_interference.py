@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvservice.cli.bench_soak import PlotFile, Threads, check_writable
-from kvservice.cli.options import DEFAULT_MODEL, HostBytes, JsonFile, KvBytes, Model, Recipe
+from kvservice.cli.bench_soak import PlotFile, check_writable
+from kvservice.cli.options import DEFAULT_MODEL, HostBytes, JsonFile, KvBytes, Model, Recipe, Threads
 from kvservice.cli.output import hint, progress_bar, show_table, write_json
 from kvservice.cli.settings import REDIS_URL_VARIABLE, url_from
 from kvservice.config.recipes import DEFAULT_RECIPE, RECIPES, SERVED_RECIPES

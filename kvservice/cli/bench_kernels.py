@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvservice.cli.options import JsonFile, parse_counts
+from kvservice.cli.options import JsonFile, parse_counts, parse_names
 from kvservice.cli.output import hint, progress_bar, show_table, write_json
 from kvservice.errors import ConfigError
 
@@ -47,7 +47,7 @@ def kernels(
         )
     from kvservice.bench.kernels import SHAPES, KernelLoad, KernelRow, copy_bytes_per_s, measure
 
-    names = [name.strip() for name in models.split(",")]
+    names = parse_names(models)
     for name in names:
         if name not in SHAPES:
             raise typer.BadParameter(f"{name!r}: must be one of {', '.join(SHAPES)}", param_hint="--models")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvservice.cli.options import DEFAULT_MODEL, HostBytes, JsonFile, KvBytes, Model
+from kvservice.cli.options import DEFAULT_MODEL, HostBytes, JsonFile, KvBytes, Model, Threads
 from kvservice.cli.output import complain, hint, human_bytes, progress_bar, show_table, write_json
 from kvservice.config.recipes import RECIPES, SERVED_RECIPES
 from kvservice.config.worker import WorkerConfig
@@ -23,7 +23,6 @@ MIXED = "mixed"
 ANSWERS_A_SESSION = 3
 """The most answers to one question; so many may be under way at a time."""
 
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Unset: the cores.")]
 PlotFile = Annotated[
     Path | None, typer.Option("--plot", metavar="FILE.png", help="Also draw it. Needs the extra `plots`.")
 ]

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvservice.cli.bench_soak import check_writable
-from kvservice.cli.evaluate import Dtype, Threads, text_files
-from kvservice.cli.options import DEFAULT_MODEL, JsonFile, Model
+from kvservice.cli.evaluate import Dtype, text_files
+from kvservice.cli.options import DEFAULT_MODEL, JsonFile, Model, Threads
 from kvservice.cli.output import hint, progress_bar, show_table, write_json
 from kvservice.cli.settings import read_file
 from kvservice.compression.layer_groups import Linkage, Per, Similarity, group_layers

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvservice.cli.bench_soak import check_writable
-from kvservice.cli.evaluate import Dtype, Threads, load_engine, read_texts
-from kvservice.cli.options import DEFAULT_MODEL, JsonFile, Model, check_recipe
+from kvservice.cli.evaluate import Dtype, load_engine, read_texts
+from kvservice.cli.options import DEFAULT_MODEL, JsonFile, Model, Threads, check_recipe
 from kvservice.cli.output import hint, human_bytes, progress_bar, show_table, write_json
 from kvservice.errors import ConfigError
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvservice.cli.options import DEFAULT_MODEL, JsonFile, Model, Recipe
+from kvservice.cli.options import DEFAULT_MODEL, JsonFile, Model, Recipe, Threads
 from kvservice.cli.output import hint, human_bytes, progress_bar, show_table, write_json
 from kvservice.cli.settings import read_file
 from kvservice.config.recipes import DEFAULT_RECIPE, RECIPES
@@ -27,7 +27,6 @@ app = typer.Typer(help="Measure quality beside `dense`.", no_args_is_help=True)
 EVAL_KV_BYTES = 1 << 30
 """Room for the dense session and three others at 8,000 tokens of the small model."""
 
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Unset: the cores.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="bf16 or fp32, of weights and KV.")]
 
 

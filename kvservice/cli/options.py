@@ -42,6 +42,11 @@ def parse_counts(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
+def parse_names(text: str) -> list[str]:
+    """Names from words such as `dense,recall`. What names there are is for the caller to say."""
+    return [word.strip() for word in text.split(",")]
+
+
 def check_recipe(name: str | None) -> str | None:
     """Refuses a name that is no recipe."""
     if name is not None and name not in RECIPES:
@@ -72,6 +77,7 @@ HostBytes = Annotated[
     int | None,
     typer.Option("--host-bytes", parser=parse_bytes, metavar="SIZE", help="Host memory for distant KV, such as 4GiB."),
 ]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Unset: the cores.")]
 HostLink = Annotated[
     int | None,
     typer.Option(

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 from kvservice.config.engine import EngineConfig
 from kvservice.engine import Engine
 from kvservice.engine.ports import NoWriter
-from kvservice.models.tiny import tiny_model
+from kvservice.models.tiny import tiny_model, write_tiny_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +30,18 @@ def engine(model) -> Iterator[Engine]:
 def text() -> list[int]:
     generator = torch.Generator().manual_seed(5)
     return torch.randint(3, 250, (700 + 40 + 1,), generator=generator).tolist()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_tiny_checkpoint(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    letters = random.Random(5)
+    for name, length in (("a.txt", 600), ("b.txt", 700), ("short.txt", 50)):
+        (folder / name).write_text("".join(letters.choice("abcdefgh .\n") for _ in range(length)))
+    return folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import sys
 from pathlib import Path
 
@@ -15,21 +14,6 @@ from kvservice.models.tiny import write_tiny_checkpoint
 
 SIZES = ("--context", "500", "--queries", "16", "--threads", "1", "--dtype", "fp32")
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_tiny_checkpoint(tmp_path_factory.mktemp("tiny")))
-
-
-@pytest.fixture
-def texts(tmp_path: Path) -> Path:
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    letters = random.Random(5)
-    for name, length in (("a.txt", 600), ("b.txt", 700), ("short.txt", 50)):
-        (folder / name).write_text("".join(letters.choice("abcdefgh .\n") for _ in range(length)))
-    return folder
 
 
 def run(*arguments: str) -> int:

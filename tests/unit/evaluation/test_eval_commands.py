@@ -3,30 +3,13 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 
 import pytest
 
 from kvservice.cli.main import main
-from kvservice.models.tiny import write_tiny_checkpoint
 
 SIZES = ("--context", "400", "--new-tokens", "8", "--threads", "1")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_tiny_checkpoint(tmp_path_factory.mktemp("tiny")))
-
-
-@pytest.fixture
-def texts(tmp_path: Path) -> Path:
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    letters = random.Random(5)
-    for name, length in (("a.txt", 600), ("b.txt", 600), ("short.txt", 50)):
-        (folder / name).write_text("".join(letters.choice("abcdefgh .\n") for _ in range(length)))
-    return folder
 
 
 def run(*arguments: str) -> int:
