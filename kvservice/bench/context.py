@@ -51,20 +51,24 @@ class SyntheticContext:
         """Bytes of all weights on the device."""
         return self._model.weight_bytes
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attention: BatchAttention) -> Tensor:
-        """See `Model`. A step that reads draws the KV of its tokens, and gives zeros."""
-        if token_ids.shape[0] <= attention.num_sequences:
-            return self._model.forward(token_ids, positions.clamp(max=self._last_position), attention)
-        shape = self.spec.shape
-        size = (2, token_ids.shape[0], shape.num_kv_heads, shape.head_dim)
-        drawn = torch.randn(size, generator=self._generator).to(self.device, self.dtype)
-        for layer in range(shape.num_layers):
-            attention.write(layer, drawn[0], drawn[1])
-        return torch.zeros(token_ids.shape[0], shape.hidden_size, device=self.device)
-
-    def logits(self, hidden: Tensor) -> Tensor:
+    def embed(self, token_ids: Tensor) -> Tensor:
         """See `Model`."""
-        return self._model.logits(hidden)
+        return self._model.embed(token_ids)
+
+    def forward(self, x: Tensor, positions: Tensor, attention: BatchAttention, layers: range | None = None) -> Tensor:
+        """See `Model`. A step that reads draws the KV of its tokens, and gives what it got."""
+        if x.shape[0] <= attention.num_sequences:
+            return self._model.forward(x, positions.clamp(max=self._last_position), attention, layers)
+        shape = self.spec.shape
+        size = (2, x.shape[0], shape.num_kv_heads, shape.head_dim)
+        drawn = torch.randn(size, generator=self._generator).to(self.device, self.dtype)
+        for layer in range(shape.num_layers) if layers is None else layers:
+            attention.write(layer, drawn[0], drawn[1])
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """See `Model`."""
+        return self._model.logits(x)
 
 
 @dataclass(frozen=True, slots=True)

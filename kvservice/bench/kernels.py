@@ -154,14 +154,14 @@ class _Held:
         """Logits of one token of each sequence."""
         self._now = self.decoding
         tokens = torch.zeros(len(self.decoding), dtype=torch.int64, device=self.cells.device)
-        return model.logits(model.forward(tokens, torch.full_like(tokens, self.context), self))
+        return model.logits(model.forward(model.embed(tokens), torch.full_like(tokens, self.context), self))
 
     def prefill(self, model: CudaLlama, num_tokens: int) -> Tensor:
         """Reads the last tokens of the first sequence's context."""
         before = self.context - num_tokens
         self._now = [StepSequence(self.decoding[0].table, before, num_tokens, 0, SINK_TOKENS)]
         tokens = torch.zeros(num_tokens, dtype=torch.int64, device=self.cells.device)
-        return model.forward(tokens, torch.arange(before, self.context, device=self.cells.device), self)
+        return model.forward(model.embed(tokens), torch.arange(before, self.context, device=self.cells.device), self)
 
 
 def _row(model: CudaLlama, held: _Held, load: KernelLoad, copied: float, clock: Clock) -> KernelRow:

@@ -52,7 +52,7 @@ class Forward:
         attention = BatchAttention(sequences.arena, sequences.ring, list(rows), deterministic=self._deterministic)
         carried = sum(row.memory.counters.recalled_bytes for row in rows) if self._link else 0
         hidden = self._model.forward(
-            torch.tensor(tokens, device=device), torch.tensor(positions, device=device), attention
+            self._model.embed(torch.tensor(tokens, device=device)), torch.tensor(positions, device=device), attention
         )
         if self._link:
             carried = sum(row.memory.counters.recalled_bytes for row in rows) - carried

@@ -104,7 +104,7 @@ def measure_text(
     """
     recorder = _Recorder(queries, report)
     positions = torch.arange(len(token_ids), device=model.device)
-    model.forward(torch.tensor(token_ids, device=model.device), positions, recorder)
+    model.forward(model.embed(torch.tensor(token_ids, device=model.device)), positions, recorder)
     distant = distant_range(len(token_ids), queries)
     heads = []
     for kv_head in range(model.spec.shape.num_kv_heads):

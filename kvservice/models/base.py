@@ -110,18 +110,29 @@ class Model(Protocol):
         """Bytes of all weights on the device."""
         ...
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attention: BatchAttention) -> Tensor:
-        """What `logits` takes, for each new token, `[n, hidden]`; valid until the next call.
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """The residual stream before the first layer: `[n]` int64 → `[n, hidden]`, the caller's own."""
+        ...
+
+    def forward(self, x: Tensor, positions: Tensor, attention: BatchAttention, layers: range | None = None) -> Tensor:
+        """Takes new tokens through layers: all, or a span of them, after which they may go on another time.
 
         Args:
-            token_ids: [n] int64, the new tokens of all sequences one after the other.
-            positions: [n] int64, each token's place in its own sequence, below `max_positions`.
-            attention: of the step.
+            x: `[n, hidden]`, their residual stream before the first of the layers; may be overwritten.
+            positions: `[n]` int64, each token's place in its own sequence, below `max_positions`.
+            attention: of the step. The new tokens of all its sequences lie one after the other.
+            layers: a span of at least one; None: all.
+
+        Returns:
+            The residual stream after the last of the layers, `[n, hidden]`; valid until the next call.
         """
         ...
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[r, hidden] → [r, vocab] in fp32. Pass only the rows whose next token is wanted."""
+    def logits(self, x: Tensor) -> Tensor:
+        """The final norm and the head: residual stream after all layers, `[r, hidden]` → `[r, vocab]` in fp32.
+
+        Pass only the rows whose next token is wanted.
+        """
         ...
 
 

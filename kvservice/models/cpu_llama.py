@@ -45,21 +45,21 @@ class CpuLlama:
         """Bytes of all weights; the head is packed apart from the embeddings, also where they are tied."""
         return self._layers.num_bytes + self._lm_head.num_bytes + self._embed.nbytes + self._norm.nbytes
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attention: BatchAttention) -> Tensor:
-        """The residual stream of the new tokens after the last layer, fp32 `[n, hidden]`; valid until the next call.
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """See `Model`. The residual stream is fp32."""
+        return self._embed[token_ids].float()
 
-        Args:
-            token_ids: `[n]` int64, the new tokens of all sequences one after the other.
-            positions: `[n]` int64, each token's place in its own sequence, below `max_positions`.
-            attention: of the step.
-        """
-        step = self._step_for(attention.cells, token_ids.shape[0])
+    def forward(self, x: Tensor, positions: Tensor, attention: BatchAttention, layers: range | None = None) -> Tensor:
+        """See `Model`."""
+        if layers is None:
+            layers = range(self._layers.num_layers)
+        step = self._step_for(attention.cells, x.shape[0])
         step.begin(positions, attention.near())
-        step.x.copy_(self._embed[token_ids])
+        step.x.copy_(x)
         if not attention.selects_by_torch:
-            self._layers.run(step)
+            self._layers.run(step, layers)
             return step.x
-        for layer in range(self._layers.num_layers):
+        for layer in layers:
             self._layers.pre(layer, step)
             self._layers.attend(layer, step)
             self._layers.recall(layer, step)
@@ -67,10 +67,9 @@ class CpuLlama:
             self._layers.post(layer, step)
         return step.x
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """`[r, hidden]` → `[r, vocab]` in fp32. Pass only the rows whose next token is wanted."""
-        hidden = hidden.contiguous()
-        return self._lm_head.of_normed(hidden, self._norm, self.spec.norm_eps, torch.arange(hidden.shape[0]))
+    def logits(self, x: Tensor) -> Tensor:
+        """See `Model`."""
+        return self._lm_head.of_normed(x.contiguous(), self._norm, self.spec.norm_eps, torch.arange(x.shape[0]))
 
     def _step_for(self, arena: Tensor, num_rows: int) -> Step:
         """The buffers of a step: made once for the arena, and again if a step has more rows than any before."""

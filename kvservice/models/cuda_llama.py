@@ -80,9 +80,9 @@ class _Layer:
 class _Buffers:
     """What a step of n rows works in. The memory outlasts the step."""
 
-    token_ids: Tensor
     positions: Tensor
     numbers: Tensor
+    entry: Tensor
     x: Tensor
     normed: Tensor
     qkv: Tensor
@@ -95,9 +95,9 @@ class _Buffers:
         """The same for the first n rows."""
         queries = self.queries
         return _Buffers(
-            token_ids=self.token_ids[:n],
             positions=self.positions[:n],
             numbers=self.numbers[: table_numbers(n)],
+            entry=self.entry[:n],
             x=self.x[:n],
             normed=self.normed[:n],
             qkv=self.qkv[:n],
@@ -167,49 +167,52 @@ class CudaLlama:
         """Rows of the decode steps that are recorded."""
         return self._graphs.recorded
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attention: StepAttention) -> Tensor:
-        """The hidden states of the new tokens after the final norm, `[n, hidden]`; valid until the next call.
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """See `Model`. The residual stream is fp32."""
+        return F.embedding(token_ids, self._embed).float()
 
-        Args:
-            token_ids: `[n]` int64, the new tokens of all sequences one after the other.
-            positions: `[n]` int64, each token's place in its own sequence, below `max_positions`.
-            attention: of the step.
-        """
-        num_rows = token_ids.shape[0]
+    def forward(self, x: Tensor, positions: Tensor, attention: StepAttention, layers: range | None = None) -> Tensor:
+        """See `Model`."""
+        num_rows = x.shape[0]
         sequences = attention.near()
         is_plain = len(sequences) == num_rows and not _recalls(sequences, attention) and all(map(_is_near, sequences))
-        size = self._graphs.size_for(num_rows) if is_plain else None
+        size = self._graphs.size_for(num_rows) if is_plain and layers is None else None
         buffers = self._buffers_for(attention.cells, size or num_rows)
-        buffers.token_ids[:num_rows] = token_ids
+        buffers.entry[:num_rows] = x
         buffers.positions[:num_rows] = positions
-        # What the last step left in the other rows may be no token, or no position, of this model: zero is.
-        buffers.token_ids[num_rows:] = 0
+        # What the last step left in the other rows may be no position of this model: zero is.
+        buffers.entry[num_rows:] = 0
         buffers.positions[num_rows:] = 0
         buffers.numbers.copy_(step_numbers(sequences, size or num_rows))
         if size is not None:
             self._graphs.replay(size)
         else:
-            self._run(buffers, self._mixed_attention(buffers, sequences, attention))
+            span = range(len(self._layers)) if layers is None else layers
+            self._run(buffers, span, self._mixed_attention(buffers, sequences, attention))
             if self.device.type == "cuda" and not all(map(_is_near, sequences)):
                 # Once the step is over, groups in host memory may be overwritten at any time.
                 torch.cuda.current_stream(self.device).synchronize()
-        return buffers.normed[:num_rows]
+        return buffers.x[:num_rows]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """`[r, hidden]` → `[r, vocab]` in fp32. Pass only the rows whose next token is wanted."""
-        return F.linear(hidden, self._lm_head).float()
+    def logits(self, x: Tensor) -> Tensor:
+        """See `Model`."""
+        normed = torch.empty_like(x, dtype=self.dtype)
+        add_rms_norm(x, None, self._norm, self.spec.norm_eps, normed)
+        return F.linear(normed, self._lm_head).float()
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
-    def _run(self, buffers: _Buffers, attend: Callable[[int, ArenaLayer], None]) -> None:
-        """From `buffers.token_ids` to `buffers.normed`. `attend` fills `queries.out`."""
+    def _run(self, buffers: _Buffers, layers: range, attend: Callable[[int, ArenaLayer], None]) -> None:
+        """Takes `buffers.entry` through layers, to `buffers.x`. `attend` fills `queries.out`."""
         assert self._arena is not None
         b, q = buffers, buffers.queries
         tables = StepTables.over(b.numbers)
         eps, num_kv = self.spec.norm_eps, self.spec.shape.num_kv_heads
-        b.x.copy_(F.embedding(b.token_ids, self._embed))
+        # A copy: recording does the work more than once.
+        b.x.copy_(b.entry)
         added: Tensor | None = None
-        for index, layer in enumerate(self._layers):
+        for index in layers:
+            layer = self._layers[index]
             kv = ArenaLayer(self._arena, index, num_kv)
             add_rms_norm(b.x, added, layer.norm1, eps, b.normed)
             _product(b.normed, layer.qkv, layer.qkv_bias, b.qkv)
@@ -221,7 +224,7 @@ class CudaLlama:
             silu_mul(b.gate_up, b.gated)
             _product(b.gated, layer.down, None, b.added)
             added = b.added
-        add_rms_norm(b.x, added, self._norm, eps, b.normed)
+        b.x.add_(b.added)
 
     def _record(self, size: int) -> Callable[[], None]:
         """A step of `size` sequences that decode one token each from the arena."""
@@ -230,7 +233,8 @@ class CudaLlama:
         tables = StepTables.over(buffers.numbers)
 
         def work() -> None:
-            self._run(buffers, lambda _, kv: decode(buffers.queries, kv, tables, size, self._space))
+            layers = range(len(self._layers))
+            self._run(buffers, layers, lambda _, kv: decode(buffers.queries, kv, tables, size, self._space))
 
         return capture(work) if self.device.type == "cuda" else work
 
@@ -298,9 +302,9 @@ class CudaLlama:
             return torch.zeros(size, dtype=dtype, device=device)
 
         return _Buffers(
-            token_ids=zeros(n, dtype=torch.int64),
             positions=zeros(n, dtype=torch.int64),
             numbers=zeros(table_numbers(n), dtype=torch.int64),
+            entry=zeros(n, shape.hidden_size, dtype=torch.float32),
             x=zeros(n, shape.hidden_size, dtype=torch.float32),
             normed=zeros(n, shape.hidden_size),
             qkv=zeros(n, qkv),

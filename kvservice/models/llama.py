@@ -75,31 +75,28 @@ class LlamaModel:
             linears += [layer.qkv, layer.o, layer.gate_up, layer.down]
         return sum(tensor.nbytes for tensor in tensors) + sum(linear.num_bytes for linear in linears)
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """The hidden states of the new tokens after the final norm.
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """See `Model`."""
+        return self._embed[token_ids]
 
-        Args:
-            token_ids: [n] int64, the new tokens of all sequences one after the other.
-            positions: [n] int64, each token's place in its own sequence, below `max_positions`.
-            attend: called once for each layer.
-
-        Returns:
-            [n, hidden].
-        """
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend, layers: range | None = None) -> Tensor:
+        """See `Model`. `attend` is called once for each layer."""
         num_heads = self.spec.shape.num_heads
         cos, sin = self._cos[positions], self._sin[positions]
-        x = self._embed[token_ids]
-        for index, layer in enumerate(self._layers):
+        for index in range(len(self._layers)) if layers is None else layers:
+            layer = self._layers[index]
             qk, v = map_rows(partial(self._before_attention, layer), self.row_block, x, cos, sin)
             out = attend(index, qk[:, :num_heads], qk[:, num_heads:], v)
             (x,) = map_rows(partial(self._after_attention, layer), self.row_block, x, out)
-        (hidden,) = map_rows(lambda x: (self._rms_norm(x, self._norm),), self.row_block, x)
-        return hidden
+        return x
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[r, hidden] → [r, vocab] in fp32. Pass only the rows whose next token is wanted."""
-        (logits,) = map_rows(lambda rows: (F.linear(rows, self._lm_head).float(),), self.row_block, hidden)
+    def logits(self, x: Tensor) -> Tensor:
+        """See `Model`."""
+        (logits,) = map_rows(self._head, self.row_block, x)
         return logits
+
+    def _head(self, x: Tensor) -> tuple[Tensor]:
+        return (F.linear(self._rms_norm(x, self._norm), self._lm_head).float(),)
 
     def _before_attention(self, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """[n, hidden] → rotated queries and keys [n, h + kv, d], values [n, kv, d]."""

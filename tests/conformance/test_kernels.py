@@ -282,17 +282,17 @@ class TestLayers:
             if resident:
                 model.begin(step, [(table, 0, resident)])
                 step.x.copy_(model.randn(resident, shape.hidden))
-                model.kernels.run(step)
+                model.kernels.run(step, range(model.kernels.num_layers))
         x = model.randn(sum(b for _, b in lengths), shape.hidden)
         model.begin(step, chunks)
         step.x.copy_(x)
-        model.kernels.run(step)
+        model.kernels.run(step, range(model.kernels.num_layers))
         together = step.x.clone()
         row = 0
         for chunk in chunks:
             model.begin(step, [chunk])
             step.x.copy_(x[row : row + chunk[2]])
-            model.kernels.run(step)
+            model.kernels.run(step, range(model.kernels.num_layers))
             assert torch.equal(step.x, together[row : row + chunk[2]])
             row += chunk[2]
 
@@ -419,7 +419,7 @@ def _run_in_chunks(model: Model, x: Tensor, counts: list[int]) -> Tensor:
     for count in counts:
         model.begin(step, [(table, start, count)])
         step.x.copy_(x[start : start + count])
-        model.kernels.run(step)
+        model.kernels.run(step, range(model.kernels.num_layers))
         outs.append(step.x.clone())
         start += count
     return torch.cat(outs)

@@ -431,7 +431,8 @@ class Held:
             rows.append(prepare(memory, rows[-1].rows.stop if rows else 0, len(tokens), reach))
         tokens = torch.tensor([token for _, some, _ in shares for token in some], device=DEVICE)
         attention = BatchAttention(self.arena, self.ring, rows)
-        logits = model.logits(model.forward(tokens, torch.tensor(positions, device=DEVICE), attention))
+        x = model.forward(model.embed(tokens), torch.tensor(positions, device=DEVICE), attention)
+        logits = model.logits(x)
         for which, some, reach in shares:
             self.memories[which].commit(len(some), reach)
         return logits.clone()

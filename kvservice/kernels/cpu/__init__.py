@@ -536,9 +536,11 @@ class DecoderLayers:
         """From `step.attended` through the layer's rest, added to `step.x`."""
         self._layer_post(self._pointers[layer], ctypes.byref(step.record))
 
-    def run(self, step: Step) -> None:
-        """All layers of a step."""
-        self._layers(self._records, self.num_layers, ctypes.byref(step.record))
+    def run(self, step: Step, layers: range) -> None:
+        """A span of layers, one after the other."""
+        if layers.step != 1 or not 0 <= layers.start <= layers.stop <= self.num_layers:
+            raise ValueError(f"layers={layers}: must be a span of {self.num_layers}")
+        self._layers(self._records, layers.start, layers.stop, ctypes.byref(step.record))
 
     def _part_record(self, part: Part) -> KvPart:
         keys, values = part.keys, part.values

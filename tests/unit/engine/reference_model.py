@@ -41,9 +41,10 @@ class ReferenceSequence:
                     visible[0, head, SINK_TOKENS + chosen] = True
             return attend_visible(q, self.keys[layer], self.values[layer], visible)
 
-        hidden = self.model.forward(torch.tensor(token_ids), torch.arange(self.num_tokens, total), attend)
+        x = self.model.embed(torch.tensor(token_ids))
+        x = self.model.forward(x, torch.arange(self.num_tokens, total), attend)
         self.num_tokens = total
-        return self.model.logits(hidden)
+        return self.model.logits(x)
 
     def _choose(self, layer, q, window_start):
         """For each KV head, the distant tokens with the most mass by 2-bit keys (design.md §2.2)."""

@@ -66,7 +66,7 @@ def test_figures_are_those_of_the_whole_attention(model: LlamaModel, monkeypatch
     monkeypatch.setattr(calibration, "COMPARED_BYTES", compared_bytes)
     text = measure_text(model, token_ids(1), QUERIES)
     whole = WholeAttention()
-    model.forward(torch.tensor(token_ids(1)), torch.arange(CONTEXT), whole)
+    model.forward(model.embed(torch.tensor(token_ids(1))), torch.arange(CONTEXT), whole)
     # [l, kv, g, q, t]
     p = torch.stack(whole.p).unflatten(1, (2, 2))[..., -QUERIES:, :]
     far = p[..., distant_range(CONTEXT, QUERIES)]

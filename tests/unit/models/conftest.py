@@ -69,12 +69,13 @@ class Sequence:
         """Logits of every new token."""
         positions = torch.arange(self._num_tokens, self._num_tokens + len(token_ids))
         self._num_tokens += len(token_ids)
+        x = self._model.embed(torch.tensor(token_ids))
         if not isinstance(self._model, CpuLlama):
-            return self._model.logits(self._model.forward(torch.tensor(token_ids), positions, self._attend))
+            return self._model.logits(self._model.forward(x, positions, self._attend))
         self._memory.state.tokens += token_ids
         rows = prepare(self._memory, 0, len(token_ids), Reach.FULL)
         attention = BatchAttention(self._arena, self._ring, [rows])
-        logits = self._model.logits(self._model.forward(torch.tensor(token_ids), positions, attention))
+        logits = self._model.logits(self._model.forward(x, positions, attention))
         self._memory.commit(len(token_ids), Reach.FULL)
         return logits
 

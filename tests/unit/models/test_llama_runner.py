@@ -103,7 +103,7 @@ def test_attention_gets_rotated_heads_and_every_layer_once():
         seen.append((layer, *q.shape, *k.shape, *v.shape))
         return q
 
-    hidden = model.forward(torch.tensor([1, 2, 3, 4, 5]), torch.tensor([0, 1, 2, 0, 1]), attend)
+    hidden = model.forward(model.embed(torch.tensor([1, 2, 3, 4, 5])), torch.tensor([0, 1, 2, 0, 1]), attend)
     assert seen == [(layer, 5, 6, 32, 5, 2, 32, 5, 2, 32) for layer in range(3)]
     assert hidden.shape == (5, 192)
     assert model.logits(hidden[[2, 4]]).shape == (2, 256)
@@ -117,7 +117,7 @@ def test_equal_tokens_at_other_positions_have_other_keys():
         keys.append(k.clone())
         return q
 
-    model.forward(torch.tensor([9, 9, 9]), torch.tensor([4, 2047, 4]), attend)
+    model.forward(model.embed(torch.tensor([9, 9, 9])), torch.tensor([4, 2047, 4]), attend)
     assert torch.equal(keys[0][0], keys[0][2])
     assert not torch.allclose(keys[0][0], keys[0][1])
 
@@ -146,7 +146,8 @@ def test_the_tiny_model_attends_to_few_tokens_and_does_not_stand_still(sequence)
         weights.append(scores[:, -1].softmax(-1))
         return q
 
-    model.forward(torch.randint(0, 256, (512,), generator=torch.Generator().manual_seed(3)), torch.arange(512), attend)
+    token_ids = torch.randint(0, 256, (512,), generator=torch.Generator().manual_seed(3))
+    model.forward(model.embed(token_ids), torch.arange(512), attend)
     top_32 = torch.stack(weights).sort(dim=-1, descending=True).values[..., :32].sum(-1).mean()
     assert top_32 > 0.6
     assert len(set(sequence(model).greedy(list(b"Once upon a time"), 64))) > 16

@@ -87,9 +87,10 @@ def test_tied_embeddings_are_the_head_and_lie_in_memory_once(tiny_folder, sequen
     tied = LlamaModel(*read_model(tiny_folder, torch.float32), CPU)
     shape = tied.spec.shape
     assert untied.weight_bytes - tied.weight_bytes == 4 * shape.vocab_size * shape.hidden_size
-    embed = load_file(tiny_folder / "model.safetensors")["model.embed_tokens.weight"]
-    hidden = torch.randn(2, shape.hidden_size)
-    assert torch.equal(tied.logits(hidden), torch.nn.functional.linear(hidden, embed))
+    tensors = load_file(tiny_folder / "model.safetensors")
+    x = torch.randn(2, shape.hidden_size)
+    normed = torch.nn.functional.rms_norm(x, (shape.hidden_size,), tensors["model.norm.weight"], tied.spec.norm_eps)
+    assert torch.equal(tied.logits(x), torch.nn.functional.linear(normed, tensors["model.embed_tokens.weight"]))
 
 
 def test_a_config_of_transformers_4_means_the_same(tiny_folder, sequence):

@@ -36,7 +36,7 @@ def rowwise_attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def run(model: LlamaModel, token_ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    hidden = model.forward(token_ids, positions, rowwise_attend)
+    hidden = model.forward(model.embed(token_ids), positions, rowwise_attend)
     return hidden, model.logits(hidden)
 
 

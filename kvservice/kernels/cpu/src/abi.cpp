@@ -172,9 +172,9 @@ void kv_layer_post(const KvLayer* layer, const KvStep* step) {
   call([&](const Kernels& k) { k.layer_post(layer, step); });
 }
 
-void kv_layers(const KvLayer* layers, int32_t num_layers, const KvStep* step) {
+void kv_layers(const KvLayer* layers, int32_t begin, int32_t end, const KvStep* step) {
   call([&](const Kernels& k) {
-    for (int32_t i = 0; i < num_layers; ++i) {
+    for (int32_t i = begin; i < end; ++i) {
       k.layer_pre(layers + i, i, step);
       k.attend(layers + i, i, step);
       k.recall(layers + i, i, step);

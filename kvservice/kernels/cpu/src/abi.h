@@ -136,8 +136,8 @@ void kv_attend(const KvLayer* layer, int32_t layer_idx, const KvStep* step);
 void kv_recall(const KvLayer* layer, int32_t layer_idx, const KvStep* step);
 // o + residual, norm, gate/up, down + residual, from step->attended.
 void kv_layer_post(const KvLayer* layer, const KvStep* step);
-// The four above over all layers: a whole step.
-void kv_layers(const KvLayer* layers, int32_t num_layers, const KvStep* step);
+// The four above over the layers [begin, end) of a model.
+void kv_layers(const KvLayer* layers, int32_t begin, int32_t end, const KvStep* step);
 
 // Low-bit codes of `count` groups of keys, [count, 64, head_dim] to [count, 64 * head_dim * bits / 8], and what decodes
 // them, [count, 2, head_dim].
