@@ -47,16 +47,24 @@ class SequenceRows:
         memory: its KV; room for the new tokens has been made.
         rows: its rows among the step's tokens.
         reach: what its queries attend to.
+        first: position of the first new token.
     """
 
     memory: SequenceMemory
     rows: slice
     reach: Reach
+    first: int
 
     @property
     def num_queries(self) -> int:
         """New tokens of the step."""
         return int(self.rows.stop - self.rows.start)
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the next tokens are still these, and the room for them is still there."""
+        state = self.memory.state
+        return state.num_computed == self.first and state.has_room(self.num_queries)
 
     @property
     def selects(self) -> bool:
@@ -89,7 +97,7 @@ def prepare(memory: SequenceMemory, first_row: int, num_tokens: int, reach: Reac
         # Sinks, what is in the tier, and the rest of the visible positions: those are the parts.
         raise InternalError(f"{sinks} sinks and {distant} distant tokens don't end where {state.window_start} begins")
     state.extend(num_tokens)
-    return SequenceRows(memory, slice(first_row, first_row + num_tokens), reach)
+    return SequenceRows(memory, slice(first_row, first_row + num_tokens), reach, state.num_computed)
 
 
 class BatchAttention:

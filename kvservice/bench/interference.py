@@ -38,8 +38,8 @@ Clock = Callable[[], float]
 PROMPT_TOKENS = 16
 ALONE_STEPS = 128
 WARM_UP_TOKENS = 512
-LEAST_PREFILL_A_STEP = 16
-"""What the engine gives to prefill beside decoding at least: see `engine.pacing`."""
+BESIDE_STEPS = 512
+"""A turn with prefill ends after so many steps, or when the document is read."""
 
 WRITE_TIMEOUT_S = 60.0
 
@@ -177,7 +177,7 @@ class _Bench:
         """The engine learns what its steps cost, alone and with prefill."""
         self._decode(8, None)
         tokens = self._random_ids(min(WARM_UP_TOKENS, self._load.prefill_tokens))
-        self._decode(None, EngineCall(CallId("prefill"), SessionId("warm-up"), self._load.recipe, (), tokens))
+        self._decode(BESIDE_STEPS, EngineCall(CallId("prefill"), SessionId("warm-up"), self._load.recipe, (), tokens))
         self._engine.release(SessionId("warm-up"))
 
     def take_turn(self, case: Case) -> _Turn:
@@ -193,14 +193,14 @@ class _Bench:
             # Nothing of a session without a tenant is written to the tier.
             tenant_tag=_TAG if case is Case.WRITE_BEHIND else b"",
         )
-        turn = self._decode(None, call)
+        turn = self._decode(BESIDE_STEPS, call)
         # The next turn must not find the writer still at work.
         self._await_writes()
         self._engine.release(name, call.tenant_tag, purge=case is Case.WRITE_BEHIND)
         return turn
 
-    def _decode(self, num_steps: int | None, prefill: EngineCall | None) -> _Turn:
-        """Intervals of so many steps, or of those until the other session's document is read."""
+    def _decode(self, num_steps: int, prefill: EngineCall | None) -> _Turn:
+        """Intervals of so many steps, or of those until the other session's document is read, if that comes first."""
         calls = self._begin_answers()
         written = self._engine.stats().tier.written_frames
         intervals: list[float] = []
@@ -280,8 +280,8 @@ def _has_finished(call_id: CallId, events: Sequence[EngineEvent]) -> bool:
 
 
 def _new_tokens(load: InterferenceLoad) -> int:
-    """Enough for the slowest prefill."""
-    return max(ALONE_STEPS, load.prefill_tokens // LEAST_PREFILL_A_STEP) + 8 * load.decoding + 64
+    """Enough for a whole turn; the answers begin one after the other."""
+    return max(ALONE_STEPS, BESIDE_STEPS) + 8 * load.decoding + 64
 
 
 def _check_fits(engine: Engine, load: InterferenceLoad) -> None:

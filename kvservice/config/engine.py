@@ -21,6 +21,11 @@ class EngineConfig(BaseModel):
     max_decode_stretch: float = Field(
         1.25, gt=1.0, description="a step that decodes may take this many times as long with prefill in it as without"
     )
+    step_host_bytes: int = Field(
+        64 << 20,
+        gt=0,
+        description="host KV that sequences attending to all of theirs may read in a step in which others decode too",
+    )
     host_link_bytes_per_s: int | None = Field(
         None, gt=0, description="simulation: KV comes from host memory no faster than this; unset: as fast as it can"
     )

@@ -5,8 +5,8 @@ each call brings all tokens of the session, and what isn't held is computed agai
 
     admission:  submit → reserve bytes, or wait for those who give way
                                                  │
-    step:       expire → share out room → schedule → forward → commit, slide windows → sample → events
-    module:     calls    room             scheduler  forward   (here)                  output
+    step:       expire → share out room → plan → forward → commit, slide windows → sample → events
+    module:     calls    room             planning  forward   (here)                  output
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from kvservice.config.engine import EngineConfig
 from kvservice.config.recipes import DEFAULT_RECIPE, SERVED_RECIPES
 from kvservice.engine.admission import Admission
 from kvservice.engine.calls import Calls
+from kvservice.engine.chunk import Chunk
 from kvservice.engine.demand import Wish
 from kvservice.engine.forward import Forward, plan_rows
 from kvservice.engine.grammar import GrammarCompiler
 from kvservice.engine.meters import Meters, kv_telemetry
 from kvservice.engine.output import Output
-from kvservice.engine.pacing import Pace
+from kvservice.engine.planning import Planner, Work
 from kvservice.engine.ports import GroupWriter
 from kvservice.engine.room import PATIENCE_S, Room
-from kvservice.engine.scheduler import Scheduled, schedule
+from kvservice.engine.scheduler import Scheduled
 from kvservice.engine.sequences import HeldSequences
 from kvservice.engine.stopwatch import Stopwatch
 from kvservice.errors import (
@@ -109,7 +110,7 @@ class Engine:
         self._room = Room(self._calls, self._sequences)
         self._admission = Admission(self._calls, self._sequences, self._room, self._shape, config.max_batch, grammars)
         self._output = Output(self._calls, self._sequences, model.spec.eos_token_ids, clock)
-        self._pace = Pace(config.max_decode_stretch)
+        self._planner = Planner(config, self._shape.num_layers, lambda: writer.has_room(self._step_groups))
         self.stopwatch = Stopwatch()
 
     @property
@@ -216,47 +217,64 @@ class Engine:
         """Computes one batch and returns what happened since the last step."""
         self.stopwatch.start()
         self._calls.expire()
-        ready = self._room.share_out()
-        plan = schedule(ready, self._config.max_prefills, self._prefill_budget)
+        work = self._planner.plan(self._room.share_out())
         self.stopwatch.lap("schedule")
-        if plan:
-            self._run(plan)
+        if work.batch or work.spans:
+            self._run(work)
         elif self._calls.running:
             self._wait()
         return self._calls.take_events()
 
-    def _run(self, plan: list[Scheduled]) -> None:
+    def _run(self, work: Work) -> None:
         started = self._clock()
+        done: list[Scheduled] = []
+        logits: list[Tensor] = []
+        token_layers = 0
         try:
-            rows = plan_rows([(item.sequence.memory, item.num_tokens, item.reach) for item in plan])
-            self.stopwatch.lap("tables")
-            hidden = self._forward.hidden(rows)
-            self.stopwatch.lap("forward")
-            for item in plan:
-                self._commit(item)
-            self.stopwatch.lap("commit")
-            logits = self._forward.logits(hidden, [row for item, row in zip(plan, rows, strict=True) if item.samples])
-            self.stopwatch.lap("forward")
+            for chunk, span in [(Chunk(work.batch), None), *work.spans] if work.batch else work.spans:
+                layers = self._advance(chunk, span)
+                token_layers += layers * sum(item.num_tokens for item in chunk.items if not item.decodes)
+                if chunk.is_through:
+                    done += chunk.items
+                    logits.append(self._commit(chunk))
         except Exception as error:  # one bad step must not end the service: its calls fail, their sessions roll back
             logger.exception("step_failed")
-            for item in plan:
+            for item in work.items:
                 self._calls.fail(item.sequence.call.call_id, InternalError(f"a step failed: {type(error).__name__}"))
             return
-        self._note(plan, max(self._clock() - started, 1e-9))
-        asked = self._output.advance(plan)
+        seconds = max(self._clock() - started, 1e-9)
+        self._planner.note(work, token_layers, seconds)
+        self._meters.note_step(work.num_decodes, token_layers // self._shape.num_layers, seconds)
+        asked = self._output.advance(done)
         self.stopwatch.lap("output")
         if asked:
-            chosen = self._output.choose(asked, logits)
+            chosen = self._output.choose(asked, torch.cat(logits))
             self.stopwatch.lap("sample")
             self._output.take(asked, chosen)
             self.stopwatch.lap("output")
 
-    def _prefill_budget(self, num_decodes: int) -> int:
-        if not self._writer.has_room(self._step_groups):
-            return 0
-        return self._pace.prefill_tokens(num_decodes, max(0, self._config.step_tokens - num_decodes))
+    def _advance(self, chunk: Chunk, span: int | None) -> int:
+        """Takes a chunk through its next layers, and returns how many."""
+        if chunk.passing is None:
+            shares = [(item.sequence.memory, item.num_tokens, item.reach) for item in chunk.items]
+            chunk.passing = self._forward.begin(plan_rows(shares))
+            self.stopwatch.lap("tables")
+        before = chunk.passing.next_layer
+        self._forward.advance(chunk.passing, span)
+        self.stopwatch.lap("forward")
+        return chunk.passing.next_layer - before
 
-    def _commit(self, item: Scheduled) -> None:
+    def _commit(self, chunk: Chunk) -> Tensor:
+        """Counts in what has passed all layers, and returns the logits of those that sample."""
+        for item in chunk.items:
+            self._count_in(item)
+        self.stopwatch.lap("commit")
+        assert chunk.passing is not None
+        logits = self._forward.logits(chunk.passing, [i for i, item in enumerate(chunk.items) if item.samples])
+        self.stopwatch.lap("forward")
+        return logits
+
+    def _count_in(self, item: Scheduled) -> None:
         """Counts computed tokens in, slides the window, and hands what left it to the tier below."""
         sequence, memory = item.sequence, item.sequence.memory
         sequence.recomputed_tokens += min(item.num_tokens, memory.num_dropped)
@@ -267,12 +285,6 @@ class Engine:
         if groups is not None and call.retain and call.tenant_tag and sequence.index == 0:
             tokens = memory.state.tokens[: memory.state.window_start]
             self._writer.write(call.tenant_tag, call.session_id, first_group, tokens, groups)
-
-    def _note(self, plan: Sequence[Scheduled], seconds: float) -> None:
-        decodes = sum(bool(item.sequence.generated) for item in plan)
-        prefilled = sum(item.num_tokens for item in plan) - decodes
-        self._pace.note(decodes, prefilled, seconds)
-        self._meters.note_step(decodes, prefilled, seconds)
 
     def _wait(self) -> None:
         """Nothing can be computed now: waits for bytes on their way, or for the tier."""
@@ -299,8 +311,9 @@ class Engine:
         logits = []
         while state.num_computed < len(state.tokens):
             # One at a time, as decoding would: recall slots and all.
-            rows = plan_rows([(memory, 1, reach)])
-            logits.append(self._forward.logits(self._forward.hidden(rows), rows).cpu())
+            passing = self._forward.begin(plan_rows([(memory, 1, reach)]))
+            self._forward.advance(passing)
+            logits.append(self._forward.logits(passing, [0]).cpu())
             memory.commit(1, reach)
         self._sequences.settle(session_id)
         return torch.cat(logits)

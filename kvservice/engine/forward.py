@@ -1,8 +1,9 @@
-"""One pass of the model over the rows of a step. Knows no calls."""
+"""Passes of the model over rows of sequences. Knows no calls."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,6 +28,29 @@ def plan_rows(shares: Iterable[tuple[SequenceMemory, int, Reach]]) -> list[Seque
     return rows
 
 
+@dataclass(slots=True)
+class Pass:
+    """Rows on their way through the layers.
+
+    Attributes:
+        rows: of each sequence.
+        x: their residual stream before layer `next_layer`, `[n, hidden]`.
+        positions: int64 `[n]`.
+        num_layers: of the model.
+    """
+
+    rows: Sequence[SequenceRows]
+    x: Tensor
+    positions: Tensor
+    num_layers: int
+    next_layer: int = 0
+
+    @property
+    def is_through(self) -> bool:
+        """Whether all layers are behind it."""
+        return self.next_layer == self.num_layers
+
+
 class Forward:
     """The model, and the memory that it attends to."""
 
@@ -37,34 +61,47 @@ class Forward:
         self._sequences = sequences
         self._deterministic = deterministic
         self._link = link
+        self._num_layers = model.spec.shape.num_layers
 
-    def hidden(self, rows: Sequence[SequenceRows]) -> Tensor:
-        """What `logits` takes, for each row, `[n, hidden]`; valid until the next call. Writes the rows' KV."""
+    def begin(self, rows: Sequence[SequenceRows]) -> Pass:
+        """Rows before the first layer."""
         tokens: list[int] = []
         positions: list[int] = []
         for row in rows:
-            state = row.memory.state
-            first = state.num_computed
-            tokens += state.tokens[first : first + row.num_queries]
-            positions += range(first, first + row.num_queries)
+            tokens += row.memory.state.tokens[row.first : row.first + row.num_queries]
+            positions += range(row.first, row.first + row.num_queries)
         device = self._model.device
-        sequences = self._sequences
-        attention = BatchAttention(sequences.arena, sequences.ring, list(rows), deterministic=self._deterministic)
-        carried = sum(row.memory.counters.recalled_bytes for row in rows) if self._link else 0
-        hidden = self._model.forward(
-            self._model.embed(torch.tensor(tokens, device=device)), torch.tensor(positions, device=device), attention
-        )
-        if self._link:
-            carried = sum(row.memory.counters.recalled_bytes for row in rows) - carried
-            self._link.carry(carried + sum(row.whole_bytes for row in rows))
-        return hidden
+        x = self._model.embed(torch.tensor(tokens, device=device))
+        return Pass(rows, x, torch.tensor(positions, device=device), self._num_layers)
 
-    def logits(self, hidden: Tensor, rows: Sequence[SequenceRows]) -> Tensor:
-        """The logits after the last token of each of some rows' sequences, fp32 `[len(rows), vocab]`.
+    def advance(self, passing: Pass, num_layers: int | None = None) -> None:
+        """Takes rows through layers, writing their KV there.
 
         Args:
-            hidden: what `hidden` gave.
-            rows: of that step.
+            passing: what `begin` gave. Once it is through, its residual stream is valid until the next call.
+            num_layers: at most so many; None: all that are left.
         """
-        last = [row.rows.stop - 1 for row in rows]
-        return self._model.logits(hidden if len(last) == len(hidden) else hidden[last])
+        stop = self._num_layers if num_layers is None else min(self._num_layers, passing.next_layer + num_layers)
+        layers, rows = range(passing.next_layer, stop), passing.rows
+        arena, ring = self._sequences.arena, self._sequences.ring
+        attention = BatchAttention(arena, ring, list(rows), deterministic=self._deterministic)
+        carried = sum(row.memory.counters.recalled_bytes for row in rows) if self._link else 0
+        is_whole = len(layers) == self._num_layers
+        x = self._model.forward(passing.x, passing.positions, attention, None if is_whole else layers)
+        if self._link:
+            carried = sum(row.memory.counters.recalled_bytes for row in rows) - carried
+            whole = sum(row.whole_bytes for row in rows) * len(layers) // self._num_layers
+            self._link.carry(carried + whole)
+        passing.next_layer = stop
+        passing.x = x if passing.is_through else x.clone()
+
+    def logits(self, passing: Pass, which: Sequence[int]) -> Tensor:
+        """The logits after the last token of some sequences, fp32 `[len(which), vocab]`.
+
+        Args:
+            passing: is through.
+            which: places of the sequences in `passing.rows`.
+        """
+        last = [passing.rows[i].rows.stop - 1 for i in which]
+        x = passing.x
+        return self._model.logits(x if len(last) == len(x) else x[last])

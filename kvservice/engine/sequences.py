@@ -337,7 +337,11 @@ class HeldSequences:
                 raise InternalError(f"a sequence is {memory.place.value} and is not known to be so")
             if memory.place is Place.DEVICE:
                 memory.check()
-            if memory.device_bytes > reserved.device_bytes or memory.host_bytes > reserved.host_bytes:
+            # Room for tokens on their way through the layers is the workspace's.
+            if (
+                memory.device_bytes - memory.prepared_bytes > reserved.device_bytes
+                or memory.host_bytes > reserved.host_bytes
+            ):
                 raise InternalError(
                     f"a sequence holds {memory.device_bytes} and {memory.host_bytes} bytes and reserved {reserved}"
                 )

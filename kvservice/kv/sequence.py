@@ -90,6 +90,14 @@ class SequenceState:
         """Device bytes of sinks and window, shared ones included."""
         return self._held().numel() * self._arena.layout.block_bytes
 
+    @property
+    def prepared_bytes(self) -> int:
+        """Of those, what `extend` has made room in for positions that aren't computed yet."""
+        if self._ragged is not None:
+            return 0
+        columns = max(0, self._num_columns - -(-self.num_resident // BLOCK_TOKENS))
+        return columns * self._blocks.shape[0] * self._arena.layout.block_bytes
+
     def blocks(self) -> Tensor:
         """All blocks it holds, int32 `[n]`, column by column for each cell."""
         return self._held()
@@ -107,6 +115,10 @@ class SequenceState:
         if needed > self._num_columns:
             rows, missing = self._blocks.shape[0], needed - self._num_columns
             self._add_columns(self._arena.allocate(Owner.WINDOW, missing * rows).view(rows, missing))
+
+    def has_room(self, num_tokens: int) -> bool:
+        """Whether `extend` has made room for `num_tokens` more positions, and nothing has taken it away."""
+        return -(-(self.num_resident + num_tokens) // BLOCK_TOKENS) <= self._num_columns
 
     def slots(self, num_tokens: int) -> Tensor:
         """Where the KV of the next `num_tokens` positions goes: arena slots, int64 `[layers, 2, kv, num_tokens]`."""

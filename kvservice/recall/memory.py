@@ -106,6 +106,11 @@ class SequenceMemory:
         return own + self._parking.held_bytes(Owner.WINDOW)
 
     @property
+    def prepared_bytes(self) -> int:
+        """Of those, room for tokens of a step that hasn't ended."""
+        return self.state.prepared_bytes if self.place is Place.DEVICE else 0
+
+    @property
     def index_bytes(self) -> int:
         """Arena bytes of the index, shared ones included."""
         own = self.index.num_bytes if self.index and self.place is Place.DEVICE else 0

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvservice.engine.pacing import FIRST_GUESS_TOKENS, LEAST_TOKENS, Pace
-from kvservice.engine.scheduler import schedule
+from kvservice.engine.pacing import CHUNK_TOKENS, FIRST_GUESS_LAYERS, LEAST_TOKENS, PROBE_STEPS, Pace
+from kvservice.engine.scheduler import share_prefill, sort_out
 from kvservice.recall.reach import Reach
 
 
@@ -28,76 +28,111 @@ def decoding():
     return Sequence(1, generated=(7,))
 
 
-def planned(sequences, tokens=100, max_prefills=2):
-    plan = schedule(sequences, max_prefills, lambda _: tokens)
-    return [(sequences.index(item.sequence), item.num_tokens) for item in plan]
+def shared(sequences, tokens=100):
+    return sorted((sequences.index(item.sequence), item.num_tokens) for item in share_prefill(sequences, tokens))
 
 
-def test_every_decoding_sequence_gets_one_token_in_each_step():
-    assert planned([decoding(), Sequence(500), decoding()]) == [(0, 1), (2, 1), (1, 100)]
+def test_every_decoding_sequence_gets_one_token_and_the_others_have_to_read():
+    sequences = [decoding(), Sequence(500), decoding(), Sequence(0)]
+    decodes, reading = sort_out(sequences)
+    assert [(sequences.index(item.sequence), item.num_tokens, item.completes) for item in decodes] == [
+        (0, 1, True),
+        (2, 1, True),
+    ]
+    assert reading == [sequences[1]]
+
+
+def test_an_answers_first_token_is_read_with_its_prompt():
+    assert sort_out([Sequence(1)])[0] == []
 
 
 def test_prefills_share_the_tokens_in_order():
-    assert planned([Sequence(30), Sequence(500), Sequence(9)], max_prefills=3) == [(0, 30), (1, 70)]
+    assert shared([Sequence(30), Sequence(500), Sequence(40)]) == [(0, 30), (1, 70)]
 
 
-def test_only_so_many_prefill_at_a_time():
-    assert planned([Sequence(10), Sequence(20), Sequence(30)]) == [(0, 10), (1, 20)]
+def test_a_question_need_not_wait_for_the_document_before_it():
+    assert shared([Sequence(5000), Sequence(20), Sequence(10)]) == [(0, 70), (1, 20), (2, 10)]
 
 
-def test_decoding_goes_on_while_prefill_must_wait():
-    assert planned([decoding(), Sequence(10)], tokens=0) == [(0, 1)]
+def test_the_first_has_half_however_many_are_shorter():
+    assert shared([Sequence(5000), Sequence(80), Sequence(40)]) == [(0, 50), (1, 10), (2, 40)]
 
 
-def test_the_budget_is_asked_for_beside_that_many_decodes_and_only_if_something_is_to_be_read():
-    asked = []
-    for sequences in ([decoding()], [decoding(), Sequence(5), decoding()]):
-        schedule(sequences, 2, lambda decodes: asked.append(decodes) or 100)
-    assert asked == [2]
+def test_nothing_is_shared_where_nothing_is_allowed_or_asked_for():
+    assert shared([Sequence(10)], tokens=0) == []
+    assert shared([]) == []
 
 
-def test_nothing_to_do_is_an_empty_plan():
-    assert planned([]) == []
-
-
-@given(
-    st.lists(st.one_of(st.builds(decoding), st.builds(Sequence, st.integers(1, 900))), max_size=20),
-    st.integers(0, 512),
-    st.integers(1, 4),
-)
-def test_a_plan_keeps_to_its_bounds_and_wastes_nothing(sequences, tokens, max_prefills):
-    plan = schedule(sequences, max_prefills, lambda _: tokens)
-    assert sum(item.sequence.is_decoding for item in plan) == sum(each.is_decoding for each in sequences)
-    prefills = [item for item in plan if not item.sequence.is_decoding]
-    assert len(prefills) <= max_prefills
+@given(st.lists(st.builds(Sequence, st.integers(1, 900)), max_size=20), st.integers(0, 512))
+def test_a_share_keeps_to_its_bounds_and_wastes_nothing(sequences, tokens):
+    plan = share_prefill(sequences, tokens)
+    assert len({id(item.sequence) for item in plan}) == len(plan)
     assert all(0 < item.num_tokens <= item.sequence.num_pending for item in plan)
-    asked = [each.num_pending for each in sequences if not each.is_decoding][:max_prefills]
-    assert sum(item.num_tokens for item in prefills) == min(tokens, sum(asked))
+    assert all(item.completes == (item.num_tokens == item.sequence.num_pending) for item in plan)
+    assert sum(item.num_tokens for item in plan) == min(tokens, sum(each.num_pending for each in sequences))
+    if sequences:
+        first = sum(item.num_tokens for item in plan if item.sequence is sequences[0])
+        assert first >= min(sequences[0].num_pending, tokens - tokens // 2)
 
 
-def test_prefill_alone_takes_the_whole_budget():
-    assert Pace(1.25).prefill_tokens(0, 512) == 512
+LAYERS = 30
+
+
+def a_pace(decode_s, token_layer_s):
+    """One that has seen steps of some speed."""
+    pace = Pace(1.25, LAYERS)
+    for _ in range(60):
+        pace.note(4, 0, decode_s)
+        pace.note(4, 512 * LAYERS, decode_s + 512 * LAYERS * token_layer_s)
+    return pace
+
+
+def test_prefill_alone_takes_the_whole_budget_through_all_layers():
+    pace = a_pace(0.1, 1e-5)
+    assert pace.chunk_tokens(0, 512) == 512
+    assert pace.layers(0, 512) == LAYERS
 
 
 def test_before_anything_was_measured_prefill_beside_decoding_is_a_guess():
-    assert Pace(1.25).prefill_tokens(3, 512) == FIRST_GUESS_TOKENS
+    pace = Pace(1.25, LAYERS)
+    assert pace.chunk_tokens(3, 512) == CHUNK_TOKENS
+    assert pace.layers(3, CHUNK_TOKENS) == FIRST_GUESS_LAYERS
 
 
-@pytest.mark.parametrize(("token_s", "expected"), [(0.0005, 50), (0.00005, 400), (0.01, LEAST_TOKENS)])
-def test_prefill_beside_decoding_stretches_a_step_as_far_as_allowed(token_s, expected):
-    pace = Pace(1.25)
-    for _ in range(50):
-        pace.note(4, 0, 0.1)
-        pace.note(4, 40, 0.1 + 40 * token_s)
-    assert abs(pace.prefill_tokens(4, 400) - expected) <= 1
+@pytest.mark.parametrize(
+    ("token_layer_s", "tokens", "layers"),
+    [
+        (1e-6, 512, LAYERS),  # cheap: as much as there may be in a step, whole
+        (1e-5, CHUNK_TOKENS, 19),
+        (1e-4, CHUNK_TOKENS, 1),
+        (5e-4, 50, 1),  # so dear that a layer of a whole chunk is too much
+        (1e-2, LEAST_TOKENS, 1),
+    ],
+)
+def test_prefill_beside_decoding_stretches_a_step_as_far_as_allowed(token_layer_s, tokens, layers):
+    pace = a_pace(0.1, token_layer_s)
+    assert abs(pace.chunk_tokens(4, 512) - tokens) <= 1
+    assert pace.layers(4, tokens) == layers
+    if LEAST_TOKENS < tokens < 512:
+        assert tokens * layers * token_layer_s <= 0.25 * 0.1 * 1.01
+
+
+def test_now_and_then_a_step_goes_without_prefill_to_learn_what_decoding_takes():
+    pace = a_pace(0.1, 1e-5)
+    waits = 0
+    for _ in range(10 * (PROBE_STEPS + 1)):
+        layers = pace.layers(4, CHUNK_TOKENS)
+        waits += layers == 0
+        # Ever more sequences decode.
+        pace.note(4, layers * CHUNK_TOKENS, 0.3 + layers * CHUNK_TOKENS * 1e-5)
+    assert waits == 10
+    assert pace.layers(4, CHUNK_TOKENS) > 19
 
 
 def test_a_pace_follows_when_steps_become_slower():
-    pace = Pace(1.25)
-    pace.note(1, 0, 0.1)
-    for _ in range(60):
-        pace.note(1, 40, 0.1 + 40 * 0.001)
-    quick = pace.prefill_tokens(1, 512)
-    for _ in range(60):
-        pace.note(1, 40, 0.1 + 40 * 0.002)
-    assert pace.prefill_tokens(1, 512) < quick
+    pace = a_pace(0.1, 1e-5)
+    quick = pace.layers(1, CHUNK_TOKENS)
+    for _ in range(30):
+        pace.note(1, 512, 0.1 + 512 * 2e-5)
+        pace.note(1, 0, 0.1)
+    assert pace.layers(1, CHUNK_TOKENS) < quick

@@ -1,0 +1,108 @@
+"""What each step computes, and how far it goes through the layers. Knows no models.
+
+Who decodes goes through all layers in every step. What would keep those waiting goes through a few layers of each: the
+prefill of others, and decoding that reads all of a long context from host memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from kvservice.config.engine import EngineConfig
+from kvservice.engine.chunk import Chunk
+from kvservice.engine.pacing import Pace
+from kvservice.engine.running import RunningSequence
+from kvservice.engine.scheduler import Scheduled, hold_back, share_prefill, sort_out
+
+
+@dataclass(slots=True)
+class Work:
+    """One step.
+
+    Attributes:
+        batch: goes through all layers.
+        num_decodes: of the batch, those that decode; they come first.
+        spans: chunks, and how many layers further each goes.
+    """
+
+    batch: list[Scheduled]
+    num_decodes: int
+    spans: list[tuple[Chunk, int]] = field(default_factory=list)
+
+    @property
+    def items(self) -> list[Scheduled]:
+        """All that it computes something for."""
+        return self.batch + [item for chunk, _ in self.spans for item in chunk.items]
+
+
+class Planner:
+    """Plans steps, and learns from how long they take.
+
+    Args:
+        config: of the engine.
+        num_layers: of the model.
+        may_offload: whether what prefill pushes out of windows can be taken.
+    """
+
+    def __init__(self, config: EngineConfig, num_layers: int, may_offload: Callable[[], bool]) -> None:
+        self._config = config
+        self._num_layers = num_layers
+        self._may_offload = may_offload
+        self._pace = Pace(config.max_decode_stretch, num_layers)
+        self._prefill: Chunk | None = None
+        self._streaming: Chunk | None = None
+
+    def plan(self, ready: Sequence[RunningSequence]) -> Work:
+        """The next step.
+
+        Args:
+            ready: sequences on the device, those that go first before the others.
+        """
+        # A chunk that is through isn't intact either: its sequences have gone on.
+        if self._prefill is not None and not self._prefill.is_intact(ready):
+            self._prefill = None
+        if self._streaming is not None and not self._streaming.is_intact(ready):
+            self._streaming = None
+        decodes, reading = sort_out(ready)
+        work = self._plan_decodes(decodes)
+        if reading and self._may_offload():
+            self._plan_prefill(work, reading)
+        return work
+
+    def note(self, work: Work, token_layers: int, seconds: float) -> None:
+        """A step took so long, with so many tokens times layers of prefill in it."""
+        self._pace.note(work.num_decodes, token_layers, seconds)
+
+    def _plan_decodes(self, decodes: list[Scheduled]) -> Work:
+        under_way = {id(item.sequence) for item in self._streaming.items} if self._streaming else set()
+        batch, held_back = hold_back(
+            [item for item in decodes if id(item.sequence) not in under_way], self._config.step_host_bytes
+        )
+        if self._streaming is None and held_back:
+            self._streaming = Chunk(held_back)
+        work = Work(batch, len(batch))
+        if self._streaming is not None:
+            span = self._num_layers
+            if any(not item.streamed_bytes for item in batch):
+                span = max(1, self._config.step_host_bytes * span // max(1, self._streaming.streamed_bytes))
+            work.spans.append((self._streaming, span))
+        return work
+
+    def _plan_prefill(self, work: Work, reading: Sequence[RunningSequence]) -> None:
+        """Adds what can be read along with those that decode, or takes what is being read further."""
+        num_decodes = work.num_decodes or len(work.spans)
+        if self._prefill is None:
+            budget = max(0, self._config.step_tokens - num_decodes)
+            tokens = self._pace.chunk_tokens(num_decodes, budget)
+            items = share_prefill(reading[: self._config.max_prefills], tokens)
+            if not items:
+                return
+            self._prefill = Chunk(items)
+        span = self._pace.layers(num_decodes, self._prefill.num_tokens)
+        if self._prefill.passing is None and span == self._num_layers:
+            # One pass reads the weights once.
+            work.batch += self._prefill.items
+            self._prefill = None
+        elif span:
+            work.spans.append((self._prefill, span))
