@@ -148,8 +148,9 @@ def passkey(
         int, typer.Option("--needles", min=1, max=2, help="Numbers hidden in each; all are asked for.")
     ] = 1,
     talk_tokens: Annotated[
-        int, typer.Option("--talk-tokens", min=0, help="The model goes on with so many tokens before it is asked.")
+        int, typer.Option("--talk-tokens", min=0, help="The model goes on with so many tokens and is asked once more.")
     ] = 0,
+    sessions: Annotated[int, typer.Option("--sessions", min=1, help="Sessions at a time. Changes no answer.")] = 4,
     model: Model = DEFAULT_MODEL,
     dtype: Dtype = "bf16",
     threads: Threads = None,
@@ -160,7 +161,7 @@ def passkey(
         raise typer.BadParameter("--text is a haystack of prose: add --haystack prose, or leave --text out")
     from kvservice.demo.document import shipped_text
     from kvservice.evaluation.haystack import make_cases, noise_units, prose_units
-    from kvservice.evaluation.passkey import run_case, summarize
+    from kvservice.evaluation.passkey import at_first, run_cases, summarize
     from kvservice.models.fetch import resolve
     from kvservice.models.tokenizer import Tokenizer
     from kvservice.types import PromptFormat, TextRole
@@ -180,11 +181,22 @@ def passkey(
     )
     engine = load_engine(model, dtype, threads)
     with progress_bar() as bar:
-        results = [
-            run_case(engine, tokenizer, spec, case, talk_tokens) for case in bar.track(asked, description="cases")
-        ]
+        task = bar.add_task("sessions", total=2 * len(asked))
+        results = run_cases(
+            engine,
+            tokenizer,
+            spec,
+            asked,
+            talk_tokens=talk_tokens,
+            at_once=sessions,
+            report=lambda: bar.advance(task),
+        )
     figures = summarize(results)
-    _show_passkey(spec.name, tokens, haystack, figures)
+    where = f"{tokens:,} tokens of {haystack.value}"
+    if talk_tokens:
+        _show_passkey(spec.name, f"{where}, asked for at once", summarize(at_first(results)))
+        where = f"{where}, asked for after {talk_tokens:,} more"
+    _show_passkey(spec.name, where, figures)
     info = engine.info
     hint(f"Model {info.name}: {info.origin}.")
     if json_file is not None:
@@ -203,21 +215,23 @@ def passkey(
             "threads": threads,
         }
         answers = [
-            {"tokens": result.num_tokens, "answers": result.answers, "dense_answers": result.dense_answers}
+            {"tokens": result.num_tokens}
+            | {"answers": asdict(result.answers), "dense_answers": asdict(result.dense_answers)}
             | {"needles": [asdict(needle) for needle in result.case.needles]}
             for result in results
         ]
-        write_json(json_file, settings, {**asdict(figures), "answers": answers})
+        first = asdict(summarize(at_first(results))) if talk_tokens else None
+        write_json(json_file, settings, {**asdict(figures), "at_first": first, "answers": answers})
 
 
-def _show_passkey(recipe: str, tokens: int, haystack: Haystack, figures: PasskeyFigures) -> None:
+def _show_passkey(recipe: str, where: str, figures: PasskeyFigures) -> None:
     rows = [
         (f"{depth} %", str(row.correct), str(row.dense_correct), str(row.cases))
         for depth, row in figures.by_depth.items()
     ]
     columns = ("depth", recipe, "dense", "cases")
     show_table(
-        f"Pass keys found in {tokens:,} tokens of {haystack.value}",
+        f"Pass keys found in {where}",
         columns if recipe != "dense" else ("depth", "dense", "dense again", "cases"),
         [*rows, ("all", str(figures.correct), str(figures.dense_correct), str(figures.cases))],
         numeric=columns[1:],

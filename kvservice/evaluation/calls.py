@@ -1,8 +1,10 @@
-"""Calls on an engine, one at a time and to their end. Knows nothing of what is evaluated."""
+"""Calls on an engine, to their end. Knows nothing of what is evaluated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TypeVar
 
 from kvservice.engine import Engine
 from kvservice.types import (
@@ -12,9 +14,13 @@ from kvservice.types import (
     FinishedEvent,
     ProgressEvent,
     RecipeSpec,
-    SamplingParams,
     SessionId,
 )
+
+T = TypeVar("T")
+
+Conversation = Generator[EngineCall, FinishedEvent, T]
+"""Calls one after the other, each made in the light of how the last one ended, and what comes of them."""
 
 Report = Callable[[int], None]
 """Told how many more tokens were read."""
@@ -40,30 +46,48 @@ def read_document(
     _finish(engine, call, report)
 
 
-def go_on(
-    engine: Engine,
-    session_id: SessionId,
-    recipe: RecipeSpec,
-    token_ids: Sequence[int],
-    prompt: Sequence[int],
-    max_new_tokens: int,
-    *,
-    ignore_eos: bool = False,
-) -> list[int]:
-    """What a session of `token_ids` says greedily after a prompt. The session then has that as well.
+def converse(engine: Engine, conversations: Iterable[Conversation[T]], at_once: int) -> Iterator[T]:
+    """Lets some conversations go on side by side: many that answer take little longer than one.
+
+    All that are under way make their next call together, so that none reads while others answer.
+
+    Args:
+        engine: idle.
+        conversations: each yields calls, of ids that no other uses, and is sent how each ended.
+        at_once: so many at a time.
+
+    Yields:
+        Their results, in order.
 
     Raises:
-        KVServiceError: as `read_document`.
+        KVServiceError: a call failed.
     """
-    call = EngineCall(
-        CallId("go on"),
-        session_id,
-        recipe,
-        base_tokens=tuple(token_ids),
-        prompt_tokens=tuple(prompt),
-        sampling=SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=ignore_eos),
-    )
-    return list(_finish(engine, call, ignore_progress).appended_tokens[len(prompt) :])
+    waiting = iter(conversations)
+    while some := list(islice(waiting, at_once)):
+        results: dict[int, T] = {}
+        ends: dict[int, FinishedEvent | None] = dict.fromkeys(range(len(some)))
+        while ends:
+            calls: dict[CallId, int] = {}
+            for number, end in ends.items():
+                try:
+                    call = some[number].send(end) if end else next(some[number])
+                except StopIteration as stop:
+                    results[number] = stop.value
+                else:
+                    engine.submit(call)
+                    calls[call.call_id] = number
+            ends = {calls[end.call_id]: end for end in _until_finished(engine, set(calls))}
+        yield from (results[number] for number in range(len(some)))
+
+
+def _until_finished(engine: Engine, call_ids: set[CallId]) -> Iterator[FinishedEvent]:
+    while call_ids:
+        for event in engine.step():
+            if isinstance(event, FailedEvent):
+                raise event.error
+            if isinstance(event, FinishedEvent):
+                call_ids.discard(event.call_id)
+                yield event
 
 
 def _finish(engine: Engine, call: EngineCall, report: Report) -> FinishedEvent:

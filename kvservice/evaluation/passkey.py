@@ -2,81 +2,150 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from math import comb
 
 from kvservice.config.recipes import DENSE
 from kvservice.engine import Engine
-from kvservice.evaluation.calls import go_on, read_document
+from kvservice.evaluation.calls import Conversation, converse
 from kvservice.evaluation.haystack import PasskeyCase, is_answered
 from kvservice.models.tokenizer import Tokenizer
-from kvservice.types import PromptFormat, RecipeSpec, SessionId, TextRole
+from kvservice.types import CallId, EngineCall, PromptFormat, RecipeSpec, SamplingParams, SessionId, TextRole
 
 ANSWER_TOKENS = 10
 """Enough for a space, five digits and a full stop, whatever the tokenizer makes of digits."""
 
 
 @dataclass(frozen=True, slots=True)
+class Answers:
+    """What was answered, for each needle.
+
+    Attributes:
+        first: asked for at once.
+        later: asked for after the model has gone on for a while; empty if it wasn't to.
+    """
+
+    first: tuple[str, ...]
+    later: tuple[str, ...] = ()
+
+    @property
+    def last(self) -> tuple[str, ...]:
+        """Those that count."""
+        return self.later or self.first
+
+
+@dataclass(frozen=True, slots=True)
 class CaseResult:
-    """What was answered, for each needle."""
+    """One case."""
 
     case: PasskeyCase
     num_tokens: int
-    answers: tuple[str, ...]
-    dense_answers: tuple[str, ...]
+    answers: Answers
+    dense_answers: Answers
 
     @property
     def is_correct(self) -> bool:
         """Whether the recipe found all that is hidden."""
-        return _all_found(self.answers, self.case)
+        return _all_found(self.answers.last, self.case)
 
     @property
     def is_dense_correct(self) -> bool:
         """Whether `dense` did."""
-        return _all_found(self.dense_answers, self.case)
+        return _all_found(self.dense_answers.last, self.case)
 
 
 def _all_found(answers: Sequence[str], case: PasskeyCase) -> bool:
     return all(is_answered(answer, needle.number) for answer, needle in zip(answers, case.needles, strict=True))
 
 
-def run_case(
-    engine: Engine, tokenizer: Tokenizer, recipe: RecipeSpec, case: PasskeyCase, talk_tokens: int = 0
-) -> CaseResult:
-    """Asks for what is hidden, under the recipe and under `dense`. Blocks for seconds.
+def run_cases(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    recipe: RecipeSpec,
+    cases: Sequence[PasskeyCase],
+    *,
+    talk_tokens: int = 0,
+    at_once: int = 1,
+    report: Callable[[], None] = lambda: None,
+) -> list[CaseResult]:
+    """Asks for what is hidden, under the recipe and under `dense`. Blocks for seconds a case.
 
     Args:
         engine: without sessions.
         tokenizer: of its model.
         recipe: beside `dense`.
-        case: the text, and what is hidden in it.
-        talk_tokens: that the model goes on with before it is asked, whatever it then says.
+        cases: the texts, and what is hidden in them.
+        talk_tokens: that the model goes on with, whatever it then says, before it is asked once more.
+        at_once: sessions at a time.
+        report: told of each session that has ended.
 
     Raises:
         KVServiceError: it doesn't fit in the engine's budget, or has more tokens than the model has positions.
     """
-    document = tokenizer.encode(case.document, TextRole.DOCUMENT, PromptFormat.RAW, first=True)
-    questions = [
-        tokenizer.encode(needle.question, TextRole.QUESTION, PromptFormat.RAW, first=False) for needle in case.needles
+    prompts = [_Prompt.of(case, tokenizer) for case in cases]
+    specs = [recipe, DENSE]
+    conversations = [
+        _ask(engine, SessionId(f"{spec.name}-{number}-{turn}"), spec, prompt, talk_tokens)
+        for number, prompt in enumerate(prompts)
+        for turn, spec in enumerate(specs)
     ]
-    answers: dict[str, tuple[str, ...]] = {}
-    for spec in {DENSE.name: DENSE, recipe.name: recipe}.values():
-        session = SessionId(spec.name)
-        try:
-            read_document(engine, session, spec, document)
-            tokens = list(document)
-            if talk_tokens:
-                tokens += go_on(engine, session, spec, tokens, (), talk_tokens, ignore_eos=True)
-            # Each question is put to the same text: what the session has beyond it is given up.
-            answers[spec.name] = tuple(
-                tokenizer.decode(go_on(engine, session, spec, tokens, question, ANSWER_TOKENS))
-                for question in questions
-            )
-        finally:
-            engine.release(session)
-    num_tokens = len(document) + talk_tokens + max(len(question) for question in questions)
-    return CaseResult(case, num_tokens, answers[recipe.name], answers[DENSE.name])
+    answers: list[Answers] = []
+    for first, later in converse(engine, conversations, at_once):
+        answers.append(Answers(*(tuple(tokenizer.decode(one) for one in some) for some in (first, later))))
+        report()
+    return [
+        CaseResult(case, prompt.num_tokens + talk_tokens, *told)
+        for case, prompt, told in zip(cases, prompts, zip(answers[::2], answers[1::2], strict=True), strict=True)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    document: tuple[int, ...]
+    questions: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, case: PasskeyCase, tokenizer: Tokenizer) -> _Prompt:
+        raw = PromptFormat.RAW
+        return cls(
+            tuple(tokenizer.encode(case.document, TextRole.DOCUMENT, raw, first=True)),
+            tuple(
+                tuple(tokenizer.encode(needle.question, TextRole.QUESTION, raw, first=False)) for needle in case.needles
+            ),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.document) + max(len(question) for question in self.questions)
+
+
+_Told = list[tuple[int, ...]]
+
+
+def _ask(
+    engine: Engine, session: SessionId, spec: RecipeSpec, prompt: _Prompt, talk_tokens: int
+) -> Conversation[tuple[_Told, _Told]]:
+    call_id, sampling = CallId(session), SamplingParams(max_new_tokens=ANSWER_TOKENS)
+
+    def ask(base: tuple[int, ...]) -> Conversation[_Told]:
+        told = []
+        # Each question is put to the same text: what the session has beyond it is given up.
+        for question in prompt.questions:
+            end = yield EngineCall(call_id, session, spec, base, prompt_tokens=question, sampling=sampling)
+            told.append(end.appended_tokens[len(question) :])
+        return told
+
+    try:
+        yield EngineCall(call_id, session, spec, base_tokens=(), document_tokens=prompt.document)
+        first, later = (yield from ask(prompt.document)), []
+        if talk_tokens:
+            talking = SamplingParams(max_new_tokens=talk_tokens, ignore_eos=True)
+            end = yield EngineCall(call_id, session, spec, prompt.document, sampling=talking)
+            later = yield from ask((*prompt.document, *end.appended_tokens))
+        return first, later
+    finally:
+        engine.release(session)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +162,7 @@ class PasskeyFigures:
     """What `eval passkey --json` promises.
 
     Attributes:
-        correct: answered under the recipe.
+        correct: answered under the recipe; with `--talk-tokens`, after that many.
         cases: asked.
         by_depth: by the first needle's depth in percent.
         dense_correct: answered under `dense`.
@@ -117,6 +186,14 @@ def mcnemar_p(lost: int, gained: int) -> float:
     n = lost + gained
     tail: float = sum(comb(n, k) for k in range(min(lost, gained) + 1)) / 2**n
     return min(1.0, 2 * tail)
+
+
+def at_first(results: Sequence[CaseResult]) -> list[CaseResult]:
+    """The same cases, asked for at once only."""
+    return [
+        replace(one, answers=Answers(one.answers.first), dense_answers=Answers(one.dense_answers.first))
+        for one in results
+    ]
 
 
 def summarize(results: Sequence[CaseResult]) -> PasskeyFigures:

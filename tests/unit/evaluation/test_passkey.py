@@ -6,7 +6,7 @@ import pytest
 
 from kvservice.config.recipes import DENSE, RECALL
 from kvservice.evaluation.haystack import Needle, PasskeyCase, make_cases, noise_units
-from kvservice.evaluation.passkey import CaseResult, mcnemar_p, run_case, summarize
+from kvservice.evaluation.passkey import Answers, CaseResult, at_first, mcnemar_p, run_cases, summarize
 from kvservice.models.tiny import write_tiny_checkpoint
 from kvservice.models.tokenizer import Tokenizer
 from kvservice.types import PromptFormat, TextRole
@@ -19,13 +19,14 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def result(depth: int, answer: str, dense_answer: str) -> CaseResult:
-    return CaseResult(PasskeyCase("", (Needle("pass key", "12345", depth),)), 100, (answer,), (dense_answer,))
+    case = PasskeyCase("", (Needle("pass key", "12345", depth),))
+    return CaseResult(case, 100, Answers((answer,)), Answers((dense_answer,)))
 
 
 def test_of_two_needles_both_must_be_found() -> None:
     case = PasskeyCase("", (Needle("pass key", "12345", 5), Needle("door code", "67890", 50)))
-    assert CaseResult(case, 1, ("12345", "67890"), ("12345", "12345")).is_correct
-    assert not CaseResult(case, 1, ("12345", "67890"), ("12345", "12345")).is_dense_correct
+    assert CaseResult(case, 1, Answers(("12345", "67890")), Answers(("12345", "12345"))).is_correct
+    assert not CaseResult(case, 1, Answers(("12345", "67890")), Answers(("12345", "12345"))).is_dense_correct
 
 
 @pytest.mark.parametrize(
@@ -53,21 +54,39 @@ def count_with(tokenizer: Tokenizer):
     return lambda text: len(tokenizer.encode(text, TextRole.DOCUMENT, PromptFormat.RAW, first=True))
 
 
-def test_both_recipes_read_the_same_prompt_and_nothing_is_kept(engine, tokenizer) -> None:
+def some_cases(tokenizer: Tokenizer, num_cases: int = 1, **more) -> list[PasskeyCase]:
     count = count_with(tokenizer)
-    case = make_cases(noise_units(), is_prose=False, num_tokens=600, num_cases=1, seed=1, count=count)[0]
-    answered = run_case(engine, tokenizer, RECALL, case)
+    return make_cases(noise_units(), is_prose=False, num_tokens=600, num_cases=num_cases, seed=1, count=count, **more)
+
+
+def test_both_recipes_read_the_same_prompt_and_nothing_is_kept(engine, tokenizer) -> None:
+    cases = some_cases(tokenizer)
+    (answered,) = run_cases(engine, tokenizer, RECALL, cases)
     assert answered.num_tokens <= 600
-    assert answered.answers
-    assert answered.dense_answers == run_case(engine, tokenizer, DENSE, case).answers
+    assert answered.answers.first
+    assert answered.answers.later == ()
+    assert answered.dense_answers == run_cases(engine, tokenizer, DENSE, cases)[0].answers
     assert engine.headroom().resident_sessions == 0
 
 
-def test_what_is_said_before_the_question_and_a_second_question_change_the_answer_to_neither(engine, tokenizer) -> None:
-    count = count_with(tokenizer)
-    case = make_cases(noise_units(), is_prose=False, num_tokens=600, num_cases=1, seed=1, count=count, num_needles=2)[0]
-    both = run_case(engine, tokenizer, RECALL, case, talk_tokens=70)
+def test_a_second_question_and_the_talk_change_the_first_answers_to_neither(engine, tokenizer) -> None:
+    (case,) = some_cases(tokenizer, num_needles=2)
+    (both,) = run_cases(engine, tokenizer, RECALL, [case], talk_tokens=70)
     assert both.num_tokens <= 600 + 70
-    second = run_case(engine, tokenizer, RECALL, PasskeyCase(case.document, case.needles[1:]), talk_tokens=70)
-    assert both.answers[1:] == second.answers
-    assert both.dense_answers[1:] == second.dense_answers
+    (second,) = run_cases(engine, tokenizer, RECALL, [PasskeyCase(case.document, case.needles[1:])], talk_tokens=70)
+    assert both.answers.first[1:] == second.answers.first
+    assert both.answers.later[1:] == second.answers.later
+    assert both.dense_answers.later[1:] == second.dense_answers.later
+    (early,) = run_cases(engine, tokenizer, RECALL, [case])
+    assert at_first([both])[0].answers == early.answers
+
+
+def test_answers_dont_depend_on_how_many_sessions_there_are_at_a_time(engine, tokenizer) -> None:
+    cases = some_cases(tokenizer, num_cases=3)
+    seen = []
+    together = run_cases(
+        engine, tokenizer, RECALL, cases, talk_tokens=8, at_once=4, report=lambda: seen.append(len(seen))
+    )
+    assert together == run_cases(engine, tokenizer, RECALL, cases, talk_tokens=8)
+    assert len(seen) == 6
+    assert engine.headroom().resident_sessions == 0
