@@ -9,6 +9,7 @@
 // A row is a query in one query head; the rows of a KV head's group run together: row = query * group + head in group.
 #pragma once
 
+
 #include <immintrin.h>
 
 #include <cmath>
@@ -30,6 +31,9 @@ constexpr int kRowsPerItem = 96;
 // Below any score, so that the first tile's rescaling gives 0, and above what hides a token.
 constexpr float kLowestPeak = -1e20f;
 constexpr float kHidden = -1e30f;
+// Sums shrink only when a score rises above the state's peak by more: rarely, then. Powers of two of it are far from
+// where fp32 and bf16 end.
+constexpr float kSlack = 8.0f;
 
 // Keys and values of a tile: whole blocks of 16 tokens, of which those from `count` on hold zeros.
 template <class T>
@@ -115,12 +119,6 @@ struct State {
     }
   }
 
-  void copy(const State& other, int rows) {
-    std::memcpy(sums, other.sums, rows * stride * sizeof(float));
-    std::memcpy(peak, other.peak, rows * sizeof(float));
-    std::memcpy(mass, other.mass, rows * sizeof(float));
-  }
-
   // Adds another state of the same rows, over later tokens.
   void merge(const State& other, int rows) {
     for (int r = 0; r < rows; ++r) {
@@ -184,19 +182,18 @@ class PagedTokens {
   static int num_tiles(int tokens) {
     return tokens <= kSinkTokens ? (tokens > 0) : 1 + (tokens - kSinkTokens + kTileTokens - 1) / kTileTokens;
   }
-  // Splits lie at fixed positions, however much of the window has left the arena.
-  int split_of(int tile) const {
-    const int gone = (sequence_.window_start - kSinkTokens) / kTileTokens;
-    return tile == 0 ? 0 : (gone - sequence_.num_groups + tile) / kTilesPerSplit;
-  }
+  // Splits lie at fixed positions, however much of the window has left the arena; the first always holds the sinks.
+  int split_of(int tile) const { return tile == 0 ? 0 : (tiles_gone() + tile) / kTilesPerSplit; }
+  int first_tile(int split) const { return split == 0 ? 0 : larger(1, split * kTilesPerSplit - tiles_gone()); }
+  // The next that holds anything.
+  int split_after(int split) const { return larger(split + 1, split_of(1)); }
 
   Tile<T> tile(int index, int kv_head, int tokens, T* spare) const {
-    if (index >= 1 && index <= sequence_.num_groups) return group_tile(index - 1, kv_head);
-    const int first = first_token(index);
+    if (is_group(index)) return group_tile(index - 1, kv_head);
     Tile<T> tile;
     tile.stride = layer_.head_dim;
-    tile.count = smaller(tokens, first_token(index + 1)) - first;
-    const int column = (index == 0 ? first : first - grouped_tokens()) / kBlockTokens;
+    tile.count = smaller(tokens, first_token(index + 1)) - first_token(index);
+    const int column = first_column(index);
     const int32_t* keys = row(0, kv_head) + column;
     const int32_t* values = row(1, kv_head) + column;
     const int64_t block_elements = kBlockTokens * static_cast<int64_t>(layer_.head_dim);
@@ -208,21 +205,30 @@ class PagedTokens {
     return tile;
   }
 
-  // What of a tile is worth fetching ahead.
+  // What of a tile is worth fetching ahead. Not a group: there the processor itself runs ahead.
   Ahead ahead(int index, int kv_head, int tokens) const {
-    Ahead ahead(kBlockTokens * layer_.head_dim * static_cast<int64_t>(sizeof(T)));
-    const int first = first_token(index) / kBlockTokens;
-    const int last = static_cast<int>(divide_up(smaller(tokens, first_token(index + 1)), kBlockTokens));
+    if (is_group(index)) return Ahead();
+    const int64_t block_elements = kBlockTokens * static_cast<int64_t>(layer_.head_dim);
+    Ahead ahead(block_elements * static_cast<int64_t>(sizeof(T)));
+    const int column = first_column(index);
+    const int count = smaller(tokens, first_token(index + 1)) - first_token(index);
     for (int kind = 1; kind >= 0; --kind) {
-      for (int b = first; b < last; ++b) {
-        ahead.add(arena_ + row(kind, kv_head)[b] * static_cast<int64_t>(kBlockTokens) * layer_.head_dim);
-      }
+      const int32_t* blocks = row(kind, kv_head) + column;
+      for (int b = 0; b * kBlockTokens < count; ++b) ahead.add(arena_ + blocks[b] * block_elements);
     }
     return ahead;
   }
 
  private:
   int grouped_tokens() const { return sequence_.num_groups * kTileTokens; }
+  bool is_group(int tile) const { return tile >= 1 && tile <= sequence_.num_groups; }
+  // Of a tile that is in the arena.
+  int first_column(int tile) const {
+    return (tile == 0 ? 0 : first_token(tile) - grouped_tokens()) / kBlockTokens;
+  }
+  int tiles_gone() const {
+    return (sequence_.window_start - kSinkTokens) / kTileTokens - static_cast<int>(sequence_.num_groups);
+  }
 
   Tile<T> group_tile(int group, int kv_head) const {
     const int64_t head = static_cast<int64_t>(layer_idx_) * layer_.num_kv + kv_head;
@@ -258,7 +264,9 @@ class PartTokens {
   int visible(int) const { return part_.num_tokens; }
   static int first_token(int tile) { return tile * kTileTokens; }
   static int num_tiles(int tokens) { return (tokens + kTileTokens - 1) / kTileTokens; }
-  int split_of(int tile) const { return tile / kTilesPerSplit; }
+  static int split_of(int tile) { return tile / kTilesPerSplit; }
+  static int first_tile(int split) { return split * kTilesPerSplit; }
+  static int split_after(int split) { return split + 1; }
 
   Tile<T> tile(int index, int kv_head, int tokens, T* spare) const {
     const int64_t start = kv_head * part_.head_stride + first_token(index) * part_.token_stride;
@@ -307,28 +315,39 @@ class Plan {
     }
   }
 
-  int num_splits(const Tokens& tokens) const {
-    const int tiles = Tokens::num_tiles(tokens.visible(tokens.num_queries() - 1));
-    return tiles == 0 ? 1 : tokens.split_of(tiles - 1) + 1;
-  }
-  bool is_cut_by_split(const Tokens& tokens) const {
-    return tokens.num_queries() > 0 && tokens.num_queries() <= queries_per_item_ && num_splits(tokens) > 1;
+  // How many items a thread takes at a time. Of a decode step several, if there are enough: then what a thread fetches
+  // ahead at the end of a split is for itself.
+  int items_per_run(int num_threads) const {
+    constexpr int kMost = 4, kRunsPerThread = 8;
+    if (num_states < num_planned) return 1;
+    return larger(1, smaller(kMost, num_planned / (kRunsPerThread * num_threads)));
   }
 
   Item* items;
   int num_planned = 0;
   int num_states = 0;
+  int most_queries_kept = 0;  // of an item that leaves a state
 
  private:
+  static int last_split(const Tokens& tokens) {
+    const int tiles = Tokens::num_tiles(tokens.visible(tokens.num_queries() - 1));
+    return tiles == 0 ? 0 : tokens.split_of(tiles - 1);
+  }
+  bool is_cut_by_split(const Tokens& tokens) const {
+    return tokens.num_queries() > 0 && tokens.num_queries() <= queries_per_item_ && last_split(tokens) > 0;
+  }
+
   int num_items(const Tokens& tokens) const {
-    if (is_cut_by_split(tokens)) return num_splits(tokens);
+    // Splits that hold nothing get no item.
+    if (is_cut_by_split(tokens)) return last_split(tokens) - tokens.split_after(0) + 2;
     return static_cast<int>(divide_up(tokens.num_queries(), queries_per_item_));
   }
 
   void add(int s, int kv_head) {
     const Tokens& tokens = tokens_[s];
     if (is_cut_by_split(tokens)) {
-      for (int split = 0; split < num_splits(tokens); ++split) {
+      most_queries_kept = larger(most_queries_kept, tokens.num_queries());
+      for (int split = 0; split <= last_split(tokens); split = tokens.split_after(split)) {
         items[num_planned++] = {s, kv_head, 0, tokens.num_queries(), split, num_states++};
       }
       return;
@@ -367,8 +386,10 @@ class Attender {
         spare_(reinterpret_cast<T*>(memory + states_bytes(layer.head_dim, rows) + visible_bytes(rows))),
         fold_(layer.head_dim, padded(rows), step.scale, reinterpret_cast<char*>(spare_) + spare_bytes(stride)) {}
 
-  // Attends and writes the result, or, for a single split, leaves its state in `kept`.
-  void work(const Tokens& tokens, const Item& item, float* kept) {
+  // Attends and writes the result, or, for a single split, leaves its state in `kept`. Fetches the start of the next
+  // item, if there is one.
+  void work(const Tokens* all_tokens, const Item& item, const Item* next, float* kept) {
+    const Tokens& tokens = all_tokens[item.sequence];
     const int group = layer_.num_heads / layer_.num_kv;
     const int rows = item.num_queries * group;
     const HeadRows<T> heads{layer_, step_, item.kv_head, tokens.first_row() + item.first_query};
@@ -379,25 +400,21 @@ class Attender {
     }
     const int seen = visible_[rows - 1];
     const int num_tiles = Tokens::num_tiles(seen);
+    const Ahead after = next ? first_ahead(all_tokens[next->sequence], *next) : Ahead();
+    if (item.split != kAllSplits) {
+      State state(kept, padded(rows), layer_.head_dim);
+      const int end = smaller(num_tiles, tokens.first_tile(tokens.split_after(item.split)));
+      fold_tiles(tokens, item, tokens.first_tile(item.split), end, seen, after, state);
+      return;
+    }
     total_.clear(padded(rows));
-    int tile = 0;
-    while (tile < num_tiles) {
-      const int split = tokens.split_of(tile);
-      part_.clear(padded(rows));
-      const bool is_wanted = item.split == kAllSplits || item.split == split;
-      for (; tile < num_tiles && tokens.split_of(tile) == split; ++tile) {
-        if (is_wanted) fold_tile(tokens, item, tile, seen);
-      }
-      if (is_wanted) {
-        fold_.settle(part_);
-        total_.merge(part_, rows);
-      }
+    for (int tile = 0; tile < num_tiles;) {
+      const int end = smaller(num_tiles, tokens.first_tile(tokens.split_after(tokens.split_of(tile))));
+      fold_tiles(tokens, item, tile, end, seen, end < num_tiles ? tokens.ahead(end, item.kv_head, seen) : after, part_);
+      total_.merge(part_, rows);
+      tile = end;
     }
-    if (item.split == kAllSplits) {
-      heads.finish(total_, rows);
-    } else {
-      State(kept, padded(rows), layer_.head_dim).copy(total_, rows);
-    }
+    heads.finish(total_, rows);
   }
 
  private:
@@ -407,11 +424,22 @@ class Attender {
   static int64_t visible_bytes(int rows) { return padded(rows) * sizeof(int32_t); }
   static int64_t spare_bytes(int64_t stride) { return round_up(2 * kBlockTokens * stride * sizeof(T), 64); }
 
-  void fold_tile(const Tokens& tokens, const Item& item, int index, int seen) {
-    const Tile<T> tile = tokens.tile(index, item.kv_head, seen, spare_);
-    Ahead ahead;
-    if (index + 1 < Tokens::num_tiles(seen)) ahead = tokens.ahead(index + 1, item.kv_head, seen);
-    fold_.fold(tile, Tokens::first_token(index), visible_, ahead, part_);
+  // Folds tiles of one split; `after` is what follows them.
+  void fold_tiles(const Tokens& tokens, const Item& item, int begin, int end, int seen, const Ahead& after,
+                  State& state) {
+    state.clear(padded(item.num_queries * layer_.num_heads / layer_.num_kv));
+    for (int index = begin; index < end; ++index) {
+      const Tile<T> tile = tokens.tile(index, item.kv_head, seen, spare_);
+      Ahead ahead = index + 1 < end ? tokens.ahead(index + 1, item.kv_head, seen) : after;
+      fold_.fold(tile, Tokens::first_token(index), visible_, ahead, state);
+    }
+    fold_.settle(state);
+  }
+
+  static Ahead first_ahead(const Tokens& tokens, const Item& item) {
+    const int seen = tokens.visible(item.first_query + item.num_queries - 1);
+    const int tile = item.split == kAllSplits ? 0 : tokens.first_tile(item.split);
+    return tokens.ahead(tile, item.kv_head, seen);
   }
 
   const KvLayer& layer_;
@@ -429,16 +457,21 @@ void attend_all(const KvLayer& layer, const KvStep& step, const Tokens* tokens, 
   const int group = layer.num_heads / layer.num_kv;
   const Plan<Tokens> plan(tokens, num_sequences, layer.num_kv, group);
   const int most_rows = group * larger(1, kRowsPerItem / group);
-  const int64_t state_floats = Attender<Fold, Tokens>::padded(most_rows) * State::row_floats(layer.head_dim);
-  auto* states = static_cast<float*>(shared_buffer(Buffer::kStates, plan.num_states * state_floats * 4));
+  const int kept_rows = Attender<Fold, Tokens>::padded(plan.most_queries_kept * group);
+  const int64_t state_floats = kept_rows * State::row_floats(layer.head_dim);
+  auto* states = static_cast<float*>(shared_buffer(Buffer::kStates, plan.num_states * state_floats * sizeof(float)));
   parallel([&](Team& team, int thread) {
     {
       const int64_t bytes = Attender<Fold, Tokens>::bytes(layer.head_dim, most_rows, stride);
       Attender<Fold, Tokens> attender(layer, step, most_rows, stride,
                                       static_cast<char*>(thread_buffer(thread, bytes)));
-      for (int i = team.next(); i < plan.num_planned; i = team.next()) {
-        const Item& item = plan.items[i];
-        attender.work(tokens[item.sequence], item, states + item.state_idx * state_floats);
+      const int per_run = plan.items_per_run(team.size());
+      for (int run = team.next(); run * per_run < plan.num_planned; run = team.next()) {
+        const int end = smaller((run + 1) * per_run, plan.num_planned);
+        for (int i = run * per_run; i < end; ++i) {
+          const Item& item = plan.items[i];
+          attender.work(tokens, item, i + 1 < end ? &item + 1 : nullptr, states + item.state_idx * state_floats);
+        }
       }
     }
     if (plan.num_states == 0) return;
@@ -450,9 +483,8 @@ void attend_all(const KvLayer& layer, const KvStep& step, const Tokens* tokens, 
       const int rows = item.num_queries * group;
       const int padded = Attender<Fold, Tokens>::padded(rows);
       State total(states + item.state_idx * state_floats, padded, layer.head_dim);
-      const int num_splits = plan.num_splits(tokens[item.sequence]);
-      for (int split = 1; split < num_splits; ++split) {
-        total.merge(State(states + (item.state_idx + split) * state_floats, padded, layer.head_dim), rows);
+      for (int j = i + 1; j < plan.num_planned && plan.items[j].split > 0; ++j) {
+        total.merge(State(states + plan.items[j].state_idx * state_floats, padded, layer.head_dim), rows);
       }
       HeadRows<T>{layer, step, item.kv_head, tokens[item.sequence].first_row()}.finish(total, rows);
     }

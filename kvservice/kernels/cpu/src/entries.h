@@ -4,6 +4,7 @@
 
 #include <new>
 
+#include "fold_decode.h"
 #include "fold_row.h"
 #include "fold_vec.h"
 #include "kernels.h"
@@ -12,6 +13,7 @@
 #include "recall.h"
 #ifdef __AMX_BF16__
 #include "fold_amx.h"
+#include "fold_few_amx.h"
 #include "product_amx.h"
 #endif
 
@@ -82,23 +84,24 @@ Tokens* token_array(int count, Make&& make) {
   return tokens;
 }
 
-// Calls `attend` with the fastest fold for many rows of the type and head_dim.
+// Calls `attend` with the fastest folds of the type and head_dim: for many rows, and for few.
 template <class T, class Attend>
 void with_fold([[maybe_unused]] int head_dim, Attend&& attend) {
 #ifdef __AMX_BF16__
   if constexpr (sizeof(T) == sizeof(bf16)) {
-    if (head_dim % 32 == 0) return attend(static_cast<AmxFold*>(nullptr));
+    if (head_dim % 32 == 0) return attend(static_cast<AmxFold*>(nullptr), static_cast<FewRowsFold*>(nullptr));
   }
 #endif
-  attend(static_cast<VecFold<T>*>(nullptr));
+  attend(static_cast<VecFold<T>*>(nullptr), static_cast<RowFold*>(nullptr));
 }
 
 template <class T, class Tokens>
 void attend_tokens(const KvLayer& layer, const KvStep& step, const Tokens* tokens, int count, int64_t stride) {
-  with_fold<T>(layer.head_dim, [&](auto* many) {
+  with_fold<T>(layer.head_dim, [&](auto* many, [[maybe_unused]] auto* few) {
     using Many = std::remove_pointer_t<decltype(many)>;
     if constexpr (sizeof(T) == sizeof(bf16)) {
-      if (!step.is_uniform) return attend_all<DecodeFold<Many>>(layer, step, tokens, count, stride);
+      using Few = std::remove_pointer_t<decltype(few)>;
+      if (!step.is_uniform) return attend_all<DecodeFold<Many, Few>>(layer, step, tokens, count, stride);
     }
     attend_all<Many>(layer, step, tokens, count, stride);
   });

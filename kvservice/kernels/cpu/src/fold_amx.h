@@ -81,6 +81,8 @@ struct Lanes<16> {
   static void to_operand(Weight&& weight, bf16* operand) {
     const __m512i interleave = half_word_order([](int i) { return i / 2 + i % 2 * 16; });
     __m512i words[16];
+    // Unrolled, so that `weight` knows at compile time where its token stands.
+#pragma GCC unroll 16
     for (int pair = 0; pair < 16; ++pair) {
       const Vec even = weight(2 * pair), odd = weight(2 * pair + 1);
       const auto both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd.v, even.v));
@@ -133,7 +135,7 @@ class AmxFold {
   using Element = bf16;
 
   static int64_t bytes(int head_dim, int padded_rows) {
-    return padded_rows * head_dim * 2 + kTileTokens * head_dim * 2 + kTileTokens * 16 * 4 + kTileTokens * 16 * 2;
+    return padded_rows * head_dim * 2 + kTileTokens * head_dim * 2 + 2 * kTileTokens * 16 * (4 + 2);
   }
 
   AmxFold(int head_dim, int padded_rows, float scale, char* memory)
@@ -141,14 +143,14 @@ class AmxFold {
     queries_ = reinterpret_cast<bf16*>(memory);
     values_ = queries_ + padded_rows * head_dim;
     scores_ = reinterpret_cast<float*>(values_ + kTileTokens * head_dim);
-    weights_ = reinterpret_cast<bf16*>(scores_ + kTileTokens * 16);
+    weights_ = reinterpret_cast<bf16*>(scores_ + 2 * kTileTokens * 16);
   }
 
   // Q^T of each 16 rows as right operands: [row tile][d / 32][16 pairs of d][16 rows][2].
   template <class QueryOf>
   void set_queries(int rows, QueryOf&& query_of) {
     rows_ = rows;
-    session_.use(shapes_for(rows <= 4 ? 4 : 16));
+    session_.set(shapes_for(rows <= 4 ? 4 : 16));
     for (int row_tile = 0; row_tile * 16 < rows; ++row_tile) {
       for (int d = 0; d < head_dim_; d += 32) {
         __m512i words[16];
@@ -166,11 +168,9 @@ class AmxFold {
   void fold(const Tile<bf16>& tile, int first, const int32_t* visible, Ahead& ahead, State& state) {
     interleave_values(tile, ahead);
     if (rows_ <= 4) {
-      fold_rows<4>(tile, first, visible, 0, ahead, state);
-      return;
-    }
-    for (int row_tile = 0; row_tile * 16 < rows_; ++row_tile) {
-      if (visible[row_tile * 16 + 15] > first) fold_rows<16>(tile, first, visible, row_tile, ahead, state);
+      fold_rows<4>(tile, first, visible, ahead, state);
+    } else {
+      fold_rows<16>(tile, first, visible, ahead, state);
     }
   }
 
@@ -191,6 +191,9 @@ class AmxFold {
   bf16* query_tile(int row_tile, int d) const {
     return queries_ + (row_tile * (head_dim_ / 32) + d / 32) * kTileElements;
   }
+  // Of two row tiles that are under way.
+  float* scores_of(int row_tile) const { return scores_ + row_tile % 2 * kTileTokens * 16; }
+  bf16* weights_of(int row_tile) const { return weights_ + row_tile % 2 * kTileTokens * 16; }
   // Right operand of 32 tokens and 16 numbers of d: [16 pairs of tokens][16][2].
   bf16* value_tile(int half, int d) const { return values_ + (half * (head_dim_ / 16) + d / 16) * kTileElements; }
 
@@ -216,19 +219,30 @@ class AmxFold {
     }
   }
 
+  // Row tiles pass through scores, weights and sums one behind the other: while the matrix unit is at one's products,
+  // the vectors are at another's weights. And a tile load, which can't take from a store under way, finds it done.
   template <int Rows>
-  void fold_rows(const Tile<bf16>& tile, int first, const int32_t* visible, int row_tile, Ahead& ahead,
-                 State& state) const {
+  void fold_rows(const Tile<bf16>& tile, int first, const int32_t* visible, Ahead& ahead, State& state) const {
     const int num_tokens = tile.num_blocks() * kBlockTokens;
-    for (int b = 0; b < tile.num_blocks(); b += 2) {
-      ahead.fetch(4 * lines_at_once_);
-      score<Rows>(tile, b, row_tile);
-    }
-    weigh<Rows>(num_tokens, first, visible + row_tile * 16, row_tile, ahead, state);
-    float* sums = state.sums + row_tile * 16 * state.stride;
-    for (int d = 0; d < head_dim_; d += 32) {
-      ahead.fetch(16);
-      add_values(num_tokens > 32, d, sums + d, state.stride * 4);
+    const int end = (rows_ + 15) / 16;
+    int begin = 0;
+    while (begin < end && visible[begin * 16 + 15] <= first) ++begin;
+    for (int row_tile = begin; row_tile < end + 2; ++row_tile) {
+      if (row_tile < end) {
+        for (int b = 0; b < tile.num_blocks(); b += 2) {
+          ahead.fetch(4 * lines_at_once_);
+          score<Rows>(tile, b, row_tile);
+        }
+      }
+      if (begin <= row_tile - 1 && row_tile - 1 < end) {
+        weigh<Rows>(num_tokens, first, visible, row_tile - 1, ahead, state);
+      }
+      if (begin <= row_tile - 2) {
+        for (int d = 0; d < head_dim_; d += 32) {
+          ahead.fetch(16);
+          add_values(num_tokens > 32, d, row_tile - 2, state);
+        }
+      }
     }
   }
 
@@ -248,50 +262,54 @@ class AmxFold {
       tile::load<3>(second + d, stride);
       tile::multiply<1, 3, 4>();
     }
-    tile::store<0>(scores_ + block * kBlockTokens * Rows, Rows * 4);
-    tile::store<1>(scores_ + (block + 1) * kBlockTokens * Rows, Rows * 4);
+    float* scores = scores_of(row_tile) + block * kBlockTokens * Rows;
+    tile::store<0>(scores, Rows * 4);
+    tile::store<1>(scores + kBlockTokens * Rows, Rows * 4);
   }
 
   // Scores to weights, as left operands [half][Rows][32 tokens]; shrinks the rows' earlier sums.
   template <int Rows>
   void weigh(int num_tokens, int first, const int32_t* visible, int row_tile, Ahead& ahead, State& state) const {
     using In = Lanes<Rows>;
+    float* scores = scores_of(row_tile);
+    visible += row_tile * 16;
     constexpr int kAtOnce = 16;  // tokens, a block's
     constexpr int kVectors = kAtOnce / In::tokens;
     const Vec scale = broadcast(scale_), hidden = broadcast(kHidden);
     // Rows are in the order of queries, so the first sees least.
-    if (visible[0] - first < num_tokens) hide<Rows>(num_tokens, first, visible);
+    if (visible[0] - first < num_tokens) hide<Rows>(num_tokens, first, visible, scores);
     Vec highest[4] = {hidden, hidden, hidden, hidden};
     for (int t = 0; t < num_tokens; t += kAtOnce) {
-      for (int v = 0; v < kVectors; ++v) highest[v % 4] = max(highest[v % 4], load(scores_ + t * Rows + v * 16));
+      for (int v = 0; v < kVectors; ++v) highest[v % 4] = max(highest[v % 4], load(scores + t * Rows + v * 16));
     }
     float* peaks = state.peak + row_tile * 16;
     float* masses = state.mass + row_tile * 16;
     const Vec before = In::of_rows(peaks);
-    const Vec peak = max(before, In::max_over_tokens(highest) * scale);
+    const Vec found = In::max_over_tokens(highest) * scale;
+    const __mmask16 rises = _mm512_cmp_ps_mask(found.v, (before + broadcast(kSlack)).v, _CMP_GT_OQ);
+    const Vec peak{_mm512_mask_mov_ps(before.v, rises, found.v)};
     const Vec factor = rough_exp2(before - peak);
     In::keep(peaks, peak);
 
     const Vec below = zero() - peak;
     Vec mass[4] = {zero(), zero(), zero(), zero()};
     for (int half = 0; half * 32 < num_tokens; ++half) {
-      const float* scores = scores_ + half * 32 * Rows;
+      const float* of_half = scores + half * 32 * Rows;
       const int num_vectors = smaller(32, num_tokens - half * 32) / In::tokens;
       In::to_operand(
           [&](int v) {
             if (v >= num_vectors) return zero();
             if (In::tokens > 1) ahead.fetch(lines_at_once_);
-            const Vec weight = rough_exp2(fma(load(scores + v * 16), scale, below));
+            const Vec weight = rough_exp2(fma(load(of_half + v * 16), scale, below));
             Vec& sum = mass[In::tokens == 1 ? v % 4 : 0];
             sum = sum + weight;
             return weight;
           },
-          weights_ + half * kTileElements);
+          weights_of(row_tile) + half * kTileElements);
     }
     In::keep(masses, fma(In::of_rows(masses), factor, In::sum_over_tokens(mass)));
 
-    const __mmask16 shrinks = _mm512_cmp_ps_mask(factor.v, _mm512_set1_ps(1.0f), _CMP_NEQ_UQ);
-    if (shrinks == 0) return;
+    if (rises == 0) return;
     alignas(64) float factors[16];
     store(factors, factor);
     for (int r = 0; r < Rows; ++r) {
@@ -302,25 +320,28 @@ class AmxFold {
 
   // Scores of tokens that a row doesn't see become ones whose weight is exactly 0.
   template <int Rows>
-  void hide(int num_tokens, int first, const int32_t* visible) const {
+  void hide(int num_tokens, int first, const int32_t* visible, float* scores) const {
     using In = Lanes<Rows>;
     const __m512i limit = _mm512_sub_epi32(In::of_rows(visible), _mm512_set1_epi32(first));
     // Far enough down, whatever the scale.
     const __m512 hidden = _mm512_set1_ps(kHidden / scale_);
     for (int t = 0; t < num_tokens; t += In::tokens) {
       const __m512i token = _mm512_add_epi32(In::token_of_lane(), _mm512_set1_epi32(t));
-      float* scores = scores_ + t * Rows;
+      float* at = scores + t * Rows;
       const __mmask16 is_seen = _mm512_cmplt_epi32_mask(token, limit);
-      _mm512_storeu_ps(scores, _mm512_mask_mov_ps(hidden, is_seen, _mm512_loadu_ps(scores)));
+      _mm512_storeu_ps(at, _mm512_mask_mov_ps(hidden, is_seen, _mm512_loadu_ps(at)));
     }
   }
 
   // 32 numbers of d of the sums.
-  void add_values(bool has_both, int d, float* sums, ptrdiff_t stride_bytes) const {
+  void add_values(bool has_both, int d, int row_tile, State& state) const {
+    const bf16* weights = weights_of(row_tile);
+    float* sums = state.sums + row_tile * 16 * state.stride + d;
+    const ptrdiff_t stride_bytes = state.stride * 4;
     tile::load<5>(sums, stride_bytes);
     tile::load<6>(sums + 16, stride_bytes);
     for (int half = 0; half < (has_both ? 2 : 1); ++half) {
-      tile::load<7>(weights_ + half * kTileElements, 64);
+      tile::load<7>(weights + half * kTileElements, 64);
       tile::load<2>(value_tile(half, d), 64);
       tile::multiply<5, 7, 2>();
       tile::load<3>(value_tile(half, d + 16), 64);

@@ -61,7 +61,11 @@ class TileSession {
 
   // Changes the shapes; clears all tiles if that changes any.
   void use(const TileShapes& shapes) {
-    if (std::memcmp(&shapes, &shapes_, sizeof(shapes)) == 0) return;
+    if (std::memcmp(&shapes, &shapes_, sizeof(shapes)) != 0) set(shapes);
+  }
+
+  // The same where another object may have changed them meanwhile; always clears.
+  void set(const TileShapes& shapes) {
     shapes_ = shapes;
     configure();
   }
