@@ -376,11 +376,14 @@ def test_a_row_that_saw_nothing_has_no_mass() -> None:
     assert lse.eq(-math.inf).all()
 
 
+@pytest.mark.parametrize("tiles_gone", [0, 5, 20])
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
-def test_few_queries_attend_as_many_do(shape: Shape) -> None:
+def test_few_queries_attend_as_many_do(shape: Shape, tiles_gone: int) -> None:
     model = Model(shape)
     lengths = [(0, 1), (15, 1), (16, 1), (47, 1), (700, 1), (333, 4), (90, 2)]
-    step, cached = _with_random_kv(model, lengths, window_start=16, uniform=False)
+    if tiles_gone:
+        lengths = lengths[2:]  # a window that has moved leaves all sinks behind
+    step, cached = _with_random_kv(model, lengths, window_start=16 + 64 * tiles_gone, uniform=False)
     model.kernels.attend(0, step)
     _assert_attends(model, step, cached, lengths)
     first = step.attended.clone()
@@ -388,11 +391,12 @@ def test_few_queries_attend_as_many_do(shape: Shape) -> None:
     assert torch.equal(step.attended, first)
 
 
+@pytest.mark.parametrize("factor", [4, 100])
 @pytest.mark.parametrize("uniform", [False, True])
-def test_large_scores_stay_finite(uniform: bool) -> None:
+def test_large_scores_stay_finite_and_right(uniform: bool, factor: int) -> None:
     model = Model(SHAPES[1])
     step, cached = _with_random_kv(model, [(600, 40), (600, 1)], window_start=16, uniform=uniform)
-    step.q.mul_(100)
+    step.q.mul_(factor)
     model.kernels.attend(0, step)
     _assert_attends(model, step, cached, [(600, 40), (600, 1)])
 

@@ -6,8 +6,8 @@
 //
 // A right operand holds pairs of numbers, which neighbouring numbers of the left one are multiplied by and added up.
 // Values have pairs of d there, not pairs of tokens. So the left operand has each row's weights twice, each time with
-// a zero beside it: the first half of its rows takes the even numbers of d, the other half the odd ones. The matrix unit
-// has rows to spare, and nothing has to be put in order. `settle` puts the sums in order.
+// a zero beside it: the first half of its rows takes the even numbers of d, the other half the odd ones. The matrix
+// unit has rows to spare, and values stay where they are. `settle` puts the sums in order.
 #pragma once
 
 #include <immintrin.h>

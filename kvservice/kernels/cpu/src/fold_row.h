@@ -1,5 +1,5 @@
-// Folds a tile of bf16 KV into the states of a few rows, straight from where it lies: for decoding, where the tile is
-// read once and little is computed with it. Sums are fp32 throughout.
+// Folds a tile of bf16 KV into the states of a few rows with vectors, straight from where it lies: for decoding, where
+// the tile is read once and little is computed with it. Sums are fp32 throughout.
 //
 // A vector of 32 bf16 becomes two of fp32 without moving any: the even numbers and the odd ones. Sums are kept likewise,
 // until `settle` puts them in order.
