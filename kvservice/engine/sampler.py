@@ -17,7 +17,9 @@ The stages, in order. Each is one pass of tensor operations over the rows that a
                              order of token ids
 
 A row's token and log-probabilities are the same bits alone, in any batch, in any order, with any number of threads:
-sums over the vocabulary are either exact (the weights are whole numbers) or softmax's own, which go along one row.
+sums over the vocabulary are either exact (the weights are whole numbers) or softmax's own, which go along one row. On a
+CPU, what is below the line is done by a kernel, a row by one thread; its weights are rounded elsewhere, so that now and
+then, by either way, a token at a border of what is kept stays or doesn't.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from torch.nn import functional
 from kvservice.engine.grammar import TokenMatcher
 from kvservice.engine.truncation import keep_min_p, keep_top_k, keep_top_p, keep_typical, weights_of
 from kvservice.errors import InternalError, KVServiceError
+from kvservice.kernels import cpu
 from kvservice.types import SamplingParams, TokenLogprob
 
 _DRAW_BITS = 53
@@ -128,12 +131,12 @@ def sample(logits: Tensor, rows: Sequence[SamplerRow], positions: Sequence[int])
     vocab_size = logits.shape[1]
     if vocab_size % _ROW_ALIGNMENT:
         logits = functional.pad(logits, (0, -vocab_size % _ROW_ALIGNMENT), value=-torch.inf)
-    highest, tokens = logits.max(-1)
+    highest, tokens = _highest(logits)
     is_sound = highest.isfinite()
     faults: dict[int, KVServiceError] = {}
     adjusted = _adjusted(logits, rows, faults)
     if adjusted is not logits:
-        highest, tokens = adjusted.max(-1)
+        highest, tokens = _highest(adjusted)
         is_sound &= highest.isfinite()
     for i, sound in enumerate(is_sound.tolist()):
         if not sound:
@@ -141,10 +144,22 @@ def sample(logits: Tensor, rows: Sequence[SamplerRow], positions: Sequence[int])
     hot = [i for i, row in enumerate(rows) if row.params.temperature > 0.0 and i not in faults]
     if hot:
         at = torch.tensor(hot, device=logits.device)
-        tokens[at] = _drawn(adjusted[at], [rows[i] for i in hot], [positions[i] for i in hot])
+        drawn = _drawn_by_kernel if _has_kernels(logits) else _drawn
+        tokens[at] = drawn(adjusted[at], [rows[i] for i in hot], [positions[i] for i in hot])
     chosen = tokens.tolist()
     logprobs = _logprobs(adjusted, rows, tokens)
     return [faults.get(i) or Sampled(token, logprobs.get(i, ())) for i, token in enumerate(chosen)]
+
+
+def _has_kernels(logits: Tensor) -> bool:
+    return logits.device.type == "cpu" and cpu.isa() != "none"
+
+
+def _highest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    if _has_kernels(logits):
+        return cpu.highest(logits)
+    values, tokens = logits.max(-1)
+    return values, tokens
 
 
 # -- what changes logits -----------------------------------------------------------------------------------------------
@@ -254,6 +269,24 @@ def _likeliest(logprobs: Tensor, count: int) -> Tensor:
 
 
 # -- the draw ----------------------------------------------------------------------------------------------------------
+
+
+def _drawn_by_kernel(logits: Tensor, rows: Sequence[SamplerRow], positions: Sequence[int]) -> Tensor:
+    """As `_drawn`."""
+    draws = []
+    for row, position in zip(rows, positions, strict=True):
+        params = row.params
+        draws.append(
+            cpu.Draw(
+                draw=_hash(row.seed, position, _DRAW_BITS),
+                temperature=max(params.temperature, _LEAST_TEMPERATURE),
+                top_k=params.top_k,
+                typical_p=params.typical_p,
+                top_p=params.top_p,
+                min_p=params.min_p,
+            )
+        )
+    return cpu.draw_tokens(logits, draws)
 
 
 def _drawn(logits: Tensor, rows: Sequence[SamplerRow], positions: Sequence[int]) -> Tensor:

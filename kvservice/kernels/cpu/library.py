@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
 LIBRARY_FILE = Path(__file__).with_name("libkvservice_cpu.so")
@@ -116,6 +116,19 @@ class KvStep(Structure):
     )
 
 
+class KvDraw(Structure):
+    """How a row's token is drawn."""
+
+    _fields_ = (
+        ("draw", c_uint64),
+        ("typical_p", c_double),
+        ("top_p", c_double),
+        ("min_p", c_double),
+        ("temperature", c_float),
+        ("top_k", c_int32),
+    )
+
+
 _PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "kv_isa": (ctypes.c_char_p, ()),
     "kv_limit_isa": (None, (ctypes.c_char_p,)),
@@ -135,6 +148,8 @@ _PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "kv_layers": (None, (POINTER(KvLayer), c_int32, c_int32, POINTER(KvStep))),
     "kv_attend_parts": (None, (POINTER(KvLayer), POINTER(KvPart), c_int32, POINTER(KvStep))),
     "kv_encode_keys": (None, (c_void_p, c_int64, c_int32, c_int32, c_int32, c_void_p, c_void_p)),
+    "kv_highest": (None, (c_void_p, c_int64, c_int32, c_int32, c_void_p, c_void_p)),
+    "kv_draw": (None, (c_void_p, c_int64, POINTER(KvDraw), c_int32, c_int32, c_void_p)),
     "kv_merge": (None, (POINTER(c_void_p), POINTER(c_void_p), c_int32, c_int64, c_int32, c_int32)),
 }
 

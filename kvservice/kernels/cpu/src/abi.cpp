@@ -188,6 +188,14 @@ void kv_encode_keys(const void* keys, int64_t count, int32_t head_dim, int32_t b
   call([&](const Kernels& k) { k.encode_keys(keys, count, head_dim, bits, dtype, codes, params); });
 }
 
+void kv_highest(const float* logits, int64_t stride, int32_t rows, int32_t vocab, float* values, int64_t* tokens) {
+  call([&](const Kernels& k) { k.highest(logits, stride, rows, vocab, values, tokens); });
+}
+
+void kv_draw(const float* logits, int64_t stride, const KvDraw* how, int32_t rows, int32_t vocab, int64_t* tokens) {
+  call([&](const Kernels& k) { k.draw(logits, stride, how, rows, vocab, tokens); });
+}
+
 void kv_attend_parts(const KvLayer* layer, const KvPart* parts, int32_t num_parts, const KvStep* step) {
   call([&](const Kernels& k) { k.attend_parts(layer, parts, num_parts, step); });
 }

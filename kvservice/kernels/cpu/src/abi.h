@@ -144,6 +144,22 @@ void kv_layers(const KvLayer* layers, int32_t begin, int32_t end, const KvStep* 
 void kv_encode_keys(const void* keys, int64_t count, int32_t head_dim, int32_t bits, int32_t dtype, uint8_t* codes,
                     void* params);
 
+// How a row's token is drawn. See sampling.h.
+struct KvDraw {
+  uint64_t draw;      // below 2^53: how far into the weights, in the order of token ids
+  double typical_p;   // from 1 on: not used
+  double top_p;       // from 1 on: not used
+  double min_p;       // 0: not used
+  float temperature;  // above 0
+  int32_t top_k;      // 0: not used
+};
+
+// The highest logit of each row, [rows, vocab], and the first token that has it. A row with a NaN gives NaN.
+void kv_highest(const float* logits, int64_t stride, int32_t rows, int32_t vocab, float* values, int64_t* tokens);
+// A token drawn for each row. A logit of minus infinity is never drawn; each row has a finite one, and no NaN.
+void kv_draw(const float* logits, int64_t stride, const struct KvDraw* how, int32_t rows, int32_t vocab,
+             int64_t* tokens);
+
 // Attention of step->q over one part of each of some sequences into step->attended and step->lse.
 void kv_attend_parts(const KvLayer* layer, const KvPart* parts, int32_t num_parts, const KvStep* step);
 // Merges (out, lse) of disjoint parts by log-sum-exp into the first. heads = rows * num_heads; a part that a row saw

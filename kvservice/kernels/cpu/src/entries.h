@@ -11,6 +11,7 @@
 #include "layer.h"
 #include "product_vec.h"
 #include "recall.h"
+#include "sampling.h"
 #ifdef __AMX_BF16__
 #include "fold_amx.h"
 #include "fold_few_amx.h"
@@ -166,7 +167,7 @@ void encode_keys(const void* keys, int64_t count, int32_t head_dim, int32_t bits
 }
 
 constexpr Kernels kKernels = {linear, norm_linear, rms_norm_rows, pre, attend, recall, post, attend_parts, merge,
-                              encode_keys};
+                              encode_keys, highest_rows, draw_rows};
 
 }  // namespace
 }  // namespace kv

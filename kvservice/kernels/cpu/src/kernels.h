@@ -16,6 +16,8 @@ struct Kernels {
   decltype(&::kv_attend_parts) attend_parts;
   decltype(&::kv_merge) merge;
   decltype(&::kv_encode_keys) encode_keys;
+  decltype(&::kv_highest) highest;
+  decltype(&::kv_draw) draw;
 };
 
 extern const Kernels kAvx2Kernels;
