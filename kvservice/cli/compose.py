@@ -110,7 +110,7 @@ def make_engine(
     from kvservice.engine.ports import NoWriter
     from kvservice.kernels.memory import give_back_big_blocks
     from kvservice.kv.layout import KVLayout
-    from kvservice.tier.groups import GroupFrames, kv_fingerprint
+    from kvservice.tier.groups import FrameSet, GroupFrames, kv_fingerprint
 
     give_back_big_blocks()
     model = open_model(config, folder)
@@ -126,7 +126,8 @@ def make_engine(
         keys_rotated=layout.keys_rotated,
         tokenizer=hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
     )
-    return Engine(model, engine_config(config), GroupFrames(frames, fingerprint, layout.group_bytes), grammars)
+    frame_set = FrameSet(fingerprint, layout.group_shape, layout.dtype)
+    return Engine(model, engine_config(config), GroupFrames(frames, frame_set), grammars)
 
 
 def engine_config(config: WorkerConfig) -> EngineConfig:

@@ -168,6 +168,8 @@ class Calls:
         if not call.retain or memory.num_computed == 0:
             self._sequences.drop(call.session_id)
             return
+        if call.tenant_tag:
+            self._writer.checkpoint(call.tenant_tag, call.session_id)
         self._sequences.settle(call.session_id)
         self._sequences.publish(call.session_id, call.tenant_tag)
 

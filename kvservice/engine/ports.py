@@ -35,6 +35,10 @@ class GroupWriter(Protocol):
         """
         ...
 
+    def checkpoint(self, tenant_tag: bytes, session_id: SessionId) -> None:
+        """Writes what of a session's groups still waits for more of them."""
+        ...
+
     def delete(self, tenant_tag: bytes, session_id: SessionId) -> None:
         """Deletes all blobs of a session."""
         ...
@@ -62,6 +66,9 @@ class NoWriter:
         self, tenant_tag: bytes, session_id: SessionId, first_group: int, token_ids: Sequence[int], groups: Tensor
     ) -> None:
         """Forgets."""
+
+    def checkpoint(self, tenant_tag: bytes, session_id: SessionId) -> None:
+        """Nothing waits."""
 
     def delete(self, tenant_tag: bytes, session_id: SessionId) -> None:
         """Nothing to delete."""

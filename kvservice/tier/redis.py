@@ -29,7 +29,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from kvservice.errors import ConfigError, Unavailable
 from kvservice.tier.base import TIERS, Buffer, TierUsage
-from kvservice.tier.wire import session_tag
+from kvservice.tier.header import session_tag
 from kvservice.types import SessionId
 
 TIMEOUT_S = 5.0

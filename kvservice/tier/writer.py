@@ -19,15 +19,17 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import xxhash
 
 from kvservice.errors import InternalError, Unavailable
+from kvservice.tier import codecs
 from kvservice.tier.base import Buffer, TierBackend
-from kvservice.tier.wire import FrameHeader, encode_frame
+from kvservice.tier.header import FrameHeader
+from kvservice.tier.wire import encode_frame
 from kvservice.types import SessionId
 
 logger = logging.getLogger(__name__)
@@ -75,7 +77,8 @@ class WriterStats:
 @dataclass(frozen=True, slots=True)
 class _Put:
     header: FrameHeader
-    payload: memoryview
+    payload: tuple[memoryview, ...]
+    num_bytes: int
     on_done: Done | None
 
     def done(self, written: bool) -> None:
@@ -131,6 +134,11 @@ class WriteBehind:
         self._close_now = asyncio.Event()
         self._thread: threading.Thread | None = None
 
+    @property
+    def ttl_s(self) -> float:
+        """How long a frame is kept."""
+        return self._ttl_s
+
     def start(self) -> None:
         """Starts the mover thread and waits until the tier has answered once.
 
@@ -161,24 +169,25 @@ class WriteBehind:
         with self._changed:
             self._changed.wait_for(lambda: self._has_room(num_bytes), timeout_s)
 
-    def submit(self, header: FrameHeader, payload: Buffer, on_done: Done | None = None) -> bool:
+    def submit(self, header: FrameHeader, payload: Sequence[Buffer], on_done: Done | None = None) -> bool:
         """Takes a frame to be written; False if there is no room for it now, and then nothing has happened.
 
-        The payload is lent: it must not change until `on_done` was called. `on_done(written)` is called exactly once
-        for each frame taken, from the mover thread or, when the frame is given up at once, from within this call. It
-        must neither block nor raise.
+        The raw payload, in pieces, is encoded by the header's codec when its turn comes. It is lent: it must not change
+        until `on_done` was called. `on_done(written)` is called exactly once for each frame taken, from the mover
+        thread or, when the frame is given up at once, from within this call. It must neither block nor raise.
         """
-        put = _Put(header, memoryview(payload).cast("B"), on_done)
+        views = tuple(memoryview(piece).cast("B") for piece in payload)
+        put = _Put(header, views, sum(map(len, views)), on_done)
         with self._lock:
             if self._closing or self._circuit is not _Circuit.CLOSED:
                 self._counts.failures["closed" if self._closing else "breaker"] += 1
                 taken = False
-            elif not self._has_room(len(put.payload)):
+            elif not self._has_room(put.num_bytes):
                 return False
             else:
                 self._jobs.append(put)
                 self._counts.pending_frames += 1
-                self._counts.pending_bytes += len(put.payload)
+                self._counts.pending_bytes += put.num_bytes
                 taken = True
         if taken:
             self._call_mover(self._wake)
@@ -329,7 +338,7 @@ class WriteBehind:
         encoded: list[_Put] = []
         for put in puts:
             try:
-                frames.append((put.header.key, encode_frame(put.header, put.payload)))
+                frames.append((put.header.key, encode_frame(put.header, codecs.encode(put.header, put.payload))))
                 encoded.append(put)
             except InternalError:
                 logger.exception("frame_not_encoded")
@@ -404,10 +413,10 @@ class WriteBehind:
             puts: list[_Put] = []
             batch_bytes = 0
             while self._jobs and isinstance(put := self._jobs[0], _Put):
-                if puts and batch_bytes + len(put.payload) > BATCH_BYTES:
+                if puts and batch_bytes + put.num_bytes > BATCH_BYTES:
                     break
                 puts.append(put)
-                batch_bytes += len(put.payload)
+                batch_bytes += put.num_bytes
                 self._jobs.popleft()
             return puts or None
 
@@ -434,7 +443,7 @@ class WriteBehind:
         finally:
             with self._lock:
                 self._counts.pending_frames -= len(puts)
-                self._counts.pending_bytes -= sum(len(put.payload) for put in puts)
+                self._counts.pending_bytes -= sum(put.num_bytes for put in puts)
                 if reason is not None and puts:
                     self._counts.failures[reason] += len(puts)
                 self._changed.notify_all()
