@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from socket import socket as Socket
+from typing import Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from kvservice.errors import ConfigError
 from kvservice.registry import Registry
 from kvservice.types import SessionId
+
+T = TypeVar("T")
 
 Buffer = bytes | bytearray | memoryview
 """Contiguous bytes."""
@@ -59,6 +62,45 @@ class TierBackend(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class OpenSocket:
+    """A connection that is logged in and on which nothing is under way."""
+
+    socket: Socket
+    close: Callable[[], None]
+
+
+class ValueSource(Protocol):
+    """Connections to where a tier's values are, for `reader.FrameReader`. They speak RESP. For several threads."""
+
+    def place_of(self, key: bytes) -> str:
+        """Which of the store's servers has a key. Never blocks.
+
+        Raises:
+            Unavailable: that isn't known.
+        """
+        ...
+
+    def connect(self, place: str, timeout_s: float) -> OpenSocket:
+        """A new connection to a server. Blocks.
+
+        Raises:
+            Unavailable: with a reason, as a `TierBackend`'s.
+        """
+        ...
+
+    def refresh(self) -> None:
+        """Looks again which server has what. Blocks.
+
+        Raises:
+            Unavailable: nobody can say.
+        """
+        ...
+
+
+SOURCES: Registry[Callable[[str], ValueSource]] = Registry("value source")
+"""URL scheme to a function that makes the value source of such a URL, without connecting."""
+
 TIERS: Registry[Callable[[str], TierBackend]] = Registry("tier")
 """URL scheme to a function that makes the backend of such a URL, without connecting."""
 
@@ -69,8 +111,22 @@ def open_tier(url: str) -> TierBackend:
     Raises:
         ConfigError: no such scheme, or the URL is malformed.
     """
-    TIERS.discover("kvservice.tier")
+    return _maker(TIERS, url)(url)
+
+
+def open_source(url: str) -> ValueSource:
+    """Where to read the values of the tier at `url`. It connects when it is asked to.
+
+    Raises:
+        ConfigError: no such scheme, or the URL is malformed.
+    """
+    return _maker(SOURCES, url)(url)
+
+
+def _maker(registry: Registry[T], url: str) -> T:
+    registry.discover("kvservice.tier")
     scheme = urlsplit(url).scheme
-    if scheme not in TIERS.names():
-        raise ConfigError(f"tier URL with scheme {scheme!r}: known are {', '.join(TIERS.names())}", reason="tier_url")
-    return TIERS.get(scheme)(url)
+    if scheme not in registry.names():
+        known = ", ".join(registry.names())
+        raise ConfigError(f"tier URL with scheme {scheme!r}: known are {known}", reason="tier_url")
+    return registry.get(scheme)

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+from redis import ConnectionPool
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -26,9 +27,10 @@ from redis.exceptions import (
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.retry import Retry as SyncRetry
 
 from kvservice.errors import ConfigError, Unavailable
-from kvservice.tier.base import TIERS, Buffer, TierUsage
+from kvservice.tier.base import SOURCES, TIERS, Buffer, OpenSocket, TierUsage
 from kvservice.tier.header import session_tag
 from kvservice.types import SessionId
 
@@ -240,3 +242,43 @@ def _batches(items: Iterable[tuple[Any, int]]) -> Iterator[list[Any]]:
         batch_bytes += num_bytes
     if batch:
         yield batch
+
+
+@SOURCES.register("redis", "rediss", "unix")
+class RedisValues:
+    """`ValueSource` of one Redis. The library connects, secures and logs in; what then comes is read without it."""
+
+    def __init__(self, url: str) -> None:
+        self._where = redacted(url)
+        try:
+            self._pool = ConnectionPool.from_url(url, retry=SyncRetry(NoBackoff(), 0), protocol=2, driver_info=None)
+        except ValueError as error:
+            raise ConfigError(f"Redis URL {self._where}: {error}", reason="redis_url") from error
+
+    def place_of(self, key: bytes) -> str:  # noqa: ARG002 -- part of the protocol
+        """All are in one place."""
+        return self._where
+
+    def connect(self, place: str, timeout_s: float) -> OpenSocket:  # noqa: ARG002 -- part of the protocol
+        """See `ValueSource.connect`."""
+        return open_socket(self._pool, self._where, timeout_s)
+
+    def refresh(self) -> None:
+        """There is nothing to look up."""
+
+
+def open_socket(pool: ConnectionPool, where: str, timeout_s: float) -> OpenSocket:
+    """A new connection of the pool's kind, taken out of the library's hands once it is logged in.
+
+    Raises:
+        Unavailable: it can't be made.
+    """
+    settings = {**pool.connection_kwargs, "socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
+    connection = pool.connection_class(**settings)
+    try:
+        connection.connect()
+    except FAULTS as error:
+        connection.disconnect()
+        raise unavailable(error, where) from error
+    # The one private name of the library that is used; a test fails if it goes.
+    return OpenSocket(connection._sock, connection.disconnect)
