@@ -105,9 +105,7 @@ def measure_tier(
     payload = hashlib.shake_128(b"kvservice").digest(headers[0].raw_bytes)
     repeats = -(-read_bytes // (value_bytes * len(headers)))
     memory = [bytearray(len(payload)) for _ in headers]
-    wants = [
-        FrameWant(header, _pieces(each)) for header, each in zip(headers, memory, strict=True)
-    ] * repeats
+    wants = [FrameWant(header, _pieces(each)) for header, each in zip(headers, memory, strict=True)] * repeats
     reads: list[float] = []
     writes: list[float] = []
     theirs: list[tuple[float, float]] = []

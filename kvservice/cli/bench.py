@@ -13,6 +13,7 @@ from kvservice.cli.bench_context import context
 from kvservice.cli.bench_interference import interference
 from kvservice.cli.bench_kernels import kernels
 from kvservice.cli.bench_soak import soak
+from kvservice.cli.bench_tier import tier
 from kvservice.cli.options import (
     DEFAULT_MODEL,
     HostBytes,
@@ -273,3 +274,4 @@ app.command("context")(context)
 app.command("soak")(soak)
 app.command("interference")(interference)
 app.command("kernels")(kernels)
+app.command("tier")(tier)

@@ -108,8 +108,8 @@ def _unpack(stored: memoryview, into: Sequence[memoryview], item_bytes: int) -> 
     rest = num_items * (item_bytes - 1)
     unpacker = zstd.ZstdDecompressor()
     # Bounded: what a damaged or hostile payload unpacks to is never made whole.
-    last = unpacker.decompress(stored[rest:], max_length=num_items)
-    if len(last) != num_items or unpacker.unused_data:
+    last = unpacker.decompress(stored[rest:], max_length=num_items + 1)
+    if len(last) != num_items or not unpacker.eof or unpacker.unused_data:
         raise ValueError(f"{len(last)} of {num_items} last bytes")
     first = np.frombuffer(stored[:rest], np.uint8).reshape(num_items, item_bytes - 1)
     start = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Sequence
@@ -92,6 +93,7 @@ class FrameHeader:
         return prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
+@functools.lru_cache(maxsize=1024)
 def session_tag(tenant_tag: bytes, session_id: SessionId) -> bytes:
     """The part of a key that all frames of a session share: a hash tag, so they share a slot of a Redis cluster.
 
@@ -117,7 +119,7 @@ def frame_key(
     tag = session_tag(tenant_tag, session_id)
     return b"kv1:%b:%b:%d:%b:%b" % (
         tag,
-        fingerprint.hex()[:12].encode(),
+        fingerprint[:6].hex().encode(),
         layer_group,
         role.value.encode(),
         chunk_hash.hex().encode(),
@@ -163,8 +165,8 @@ def key_parts(key: bytes) -> tuple[bytes, SessionId, int, bytes]:
     )
 
 
-def check_header(header: FrameHeader, stored_bytes: int) -> None:
-    """What is true of every frame, written or read.
+def check_header(header: FrameHeader, raw_bytes: int, stored_bytes: int) -> None:
+    """What is true of every frame, written or read. `raw_bytes` are the header's own.
 
     Raises:
         ValueError: it isn't.
@@ -180,7 +182,7 @@ def check_header(header: FrameHeader, stored_bytes: int) -> None:
         or len(header.chunk_hash) != CHUNK_HASH_BYTES
     ):
         raise ValueError(f"fingerprint of {len(header.fingerprint)}, chunk hash of {len(header.chunk_hash)} bytes")
-    if max(header.raw_bytes, stored_bytes) > MAX_PAYLOAD_BYTES:
-        raise ValueError(f"payload of {stored_bytes} bytes, {header.raw_bytes} raw: the most are {MAX_PAYLOAD_BYTES}")
-    if header.codec == "raw" and header.raw_bytes != stored_bytes:
+    if max(raw_bytes, stored_bytes) > MAX_PAYLOAD_BYTES:
+        raise ValueError(f"payload of {stored_bytes} bytes, {raw_bytes} raw: the most are {MAX_PAYLOAD_BYTES}")
+    if header.codec == "raw" and raw_bytes != stored_bytes:
         raise ValueError(f"payload of {stored_bytes} bytes, shape {header.shape} of {header.dtype}")

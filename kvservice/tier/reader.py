@@ -176,7 +176,8 @@ class FrameFetch:
         with self._arrived:
             self._results[result.index] = result
             is_next = result.index == self._next
-            self._arrived.notify_all()
+            if is_next:
+                self._arrived.notify_all()
         if is_next and self._on_ready is not None:
             self._on_ready()
 
@@ -186,8 +187,7 @@ class _Job:
     fetch: FrameFetch
     index: int
     want: FrameWant
-    head: bytes
-    """All of the frame before its payload, if it is as expected."""
+    key: bytes = b""
     place: str = ""
     tries: int = 0
     asked_at: float = 0.0
@@ -256,12 +256,9 @@ class FrameReader:
             wants: in the order in which they are needed. Their memory must stay, untouched, until each has its result.
             deadline: what hasn't arrived by then is missed.
             on_ready: called from a reader's thread when there may be something `ready`; must neither block nor raise.
-
-        Raises:
-            InternalError: a header contradicts itself.
         """
         fetch = FrameFetch(self, len(wants), deadline, on_ready)
-        jobs = [_Job(fetch, index, want, _expected_head(want.header)) for index, want in enumerate(wants)]
+        jobs = [_Job(fetch, index, want) for index, want in enumerate(wants)]
         with self._changed:
             if self._circuit is _Circuit.OPEN and self._clock() >= self._open_until:
                 self._circuit = _Circuit.HALF_OPEN
@@ -361,6 +358,9 @@ class FrameReader:
     def _take_jobs(self, num_under_way: int, late: list[_Job]) -> list[_Job]:
         # While it isn't known whether the store is back, one frame finds out.
         limit = self._pipeline if self._circuit is _Circuit.CLOSED else int(self._inflight_bytes == 0)
+        if num_under_way > limit // 2:
+            # A few at a time: each time costs a system call, and may cost a switch to the store and back.
+            return []
         now = self._clock()
         jobs: list[_Job] = []
         while self._queue and num_under_way + len(jobs) < limit:
@@ -447,8 +447,9 @@ class FrameReader:
         self._inflight_bytes -= job.num_bytes
         if not self._inflight_bytes:
             self._busy_s += now - self._busy_since
-        # Others may wait for room.
-        self._changed.notify_all()
+        if self._queue or self._closing:
+            # Others may wait for room.
+            self._changed.notify_all()
 
     def _miss(self, jobs: Sequence[_Job], miss: Miss) -> None:
         """Ends frames that aren't under way."""
@@ -480,7 +481,8 @@ class _Connection:
     def ask(self, jobs: Sequence[_Job]) -> None:
         self._last = None
         for job in jobs:
-            job.place = self._source.place_of(job.want.header.key)
+            job.key = job.want.header.key
+            job.place = self._source.place_of(job.key)
         for place in dict.fromkeys(job.place for job in jobs):
             here = [job for job in jobs if job.place == place]
             if place not in self._streams:
@@ -488,7 +490,7 @@ class _Connection:
                 self._streams[place] = ValueStream(self._source.connect(place, timeout_s), self._clock)
             self._last = self._streams[place]
             self._received_before = self._last.num_received
-            self._last.ask([job.want.header.key for job in here], _deadline_of(here[0]))
+            self._last.ask([job.key for job in here], _deadline_of(here[0]))
 
     def read(self, job: _Job) -> Miss | None:
         """Reads a frame's answer into its memory: of those asked for and not read, the first of its place.
@@ -507,13 +509,13 @@ class _Connection:
             stream.skip(length, deadline)
             stream.end(deadline)
             return Miss.CHECKSUM
-        head = _head_of(job, length)
+        head = _head_of(job.want.header, job.key, length)
         found = stream.take(min(length, len(head)), deadline)
         if found == head and length >= len(head) + CHECKSUM.size:
             return self._read_payload(job, head, length - len(head) - CHECKSUM.size, deadline)
         whole = bytearray(length)
         whole[: len(found)] = found
-        stream.fill(memoryview(whole)[len(found) :], deadline)
+        stream.fill([memoryview(whole)[len(found) :]], deadline)
         stream.end(deadline)
         return _decode(job.want, whole)
 
@@ -526,10 +528,9 @@ class _Connection:
             stream.skip(stored_bytes + CHECKSUM.size, deadline)
             stream.end(deadline)
             return Miss.CHECKSUM
+        stream.fill(pieces, deadline)
         digest = xxhash.xxh3_64(head)
         for piece in pieces:
-            stream.fill(piece, deadline)
-            # While it is in the processor's cache.
             digest.update(piece)
         (expected,) = CHECKSUM.unpack(stream.take(CHECKSUM.size, deadline))
         stream.end(deadline)
@@ -551,19 +552,16 @@ def _deadline_of(job: _Job) -> Callable[[], float]:
     return lambda: job.fetch.deadline
 
 
-def _expected_head(header: FrameHeader) -> bytes:
-    """What a frame begins with if it is as wanted; of zstd, whose size nobody can know, only as long as that."""
-    if header.codec == "zstd":
-        return pack_head(header, 1)
-    return pack_head(header, int(codecs.expected_bytes(header.codec, header.role, header.shape, header.dtype)))
-
-
-def _head_of(job: _Job, length: int) -> bytes:
+def _head_of(header: FrameHeader, key: bytes, length: int) -> bytes:
     """What a value of `length` bytes begins with if it is the frame as wanted."""
-    stored = length - len(job.head) - CHECKSUM.size
-    if job.want.header.codec == "zstd" and 0 < stored <= MAX_PAYLOAD_BYTES:
-        return pack_head(job.want.header, stored)
-    return job.head
+    if header.codec == "raw":
+        return pack_head(header, header.raw_bytes, key)
+    if header.codec != "zstd":
+        stored = codecs.expected_bytes(header.codec, header.role, header.shape, header.dtype)
+        return pack_head(header, int(stored), key)
+    # Nobody knows its size, but all heads are as long.
+    stored = length - len(pack_head(header, 1, key)) - CHECKSUM.size
+    return pack_head(header, min(max(stored, 1), MAX_PAYLOAD_BYTES), key)
 
 
 def _decode(want: FrameWant, value: bytearray) -> Miss | None:

@@ -7,6 +7,8 @@ which costs more than the value's way through the kernel: measured in docs/decis
 from __future__ import annotations
 
 import socket
+import ssl
+import struct
 import time
 from collections.abc import Callable, Sequence
 
@@ -20,6 +22,10 @@ PATIENCE_S = 0.05
 """How soon a deadline is seen that was moved while a read waits."""
 STALL_S = 5.0
 """A server that says nothing for so long is lost, whatever the deadline."""
+MAX_PIECES = 512
+"""That one read fills: the kernel takes 1,024."""
+LATE = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+"""What a read or write raises when the kernel's time limit has passed."""
 
 
 class ValueStream:
@@ -34,10 +40,16 @@ class ValueStream:
 
     def __init__(self, connected: OpenSocket, clock: Callable[[], float] = time.monotonic) -> None:
         self._connected = connected
-        self._socket: socket.socket = connected.socket
-        self._socket.settimeout(PATIENCE_S)
+        self._socket = connected.socket
+        # The kernel's time limits instead of Python's: those cost a poll before each read.
+        self._socket.settimeout(None)
+        limit = struct.pack("ll", 0, round(PATIENCE_S * 1e6))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        self._is_plain = not isinstance(self._socket, ssl.SSLSocket)
         self._clock = clock
-        self._head = memoryview(bytearray(HEAD_BYTES))
+        self._buffer = bytearray(HEAD_BYTES)
+        self._head = memoryview(self._buffer)
         self._start = self._stop = 0
         self.num_received = 0
         """Bytes since the stream was opened."""
@@ -54,7 +66,7 @@ class ValueStream:
         while request:
             try:
                 request = request[self._socket.send(request) :]
-            except TimeoutError:
+            except LATE:
                 self._check(deadline, started)
 
     def length(self, deadline: Callable[[], float]) -> int | None:
@@ -74,19 +86,21 @@ class ValueStream:
             raise ConnectionError(f"{line[:40]!r} is no answer to GET")
         return int(line[1:])
 
-    def fill(self, view: memoryview, deadline: Callable[[], float]) -> None:
-        """Reads as many bytes of the value as `view` has. Raises as `length` does."""
-        buffered = min(len(view), self._stop - self._start)
-        view[:buffered] = self._head[self._start : self._start + buffered]
-        self._start += buffered
-        view = view[buffered:]
-        while view:
-            view = view[self._receive(view, deadline) :]
+    def fill(self, pieces: Sequence[memoryview], deadline: Callable[[], float]) -> None:
+        """Reads as many bytes of the value as the pieces have, into one after another. Raises as `length` does."""
+        left = list(pieces)
+        while left and self._start < self._stop:
+            part = min(len(left[0]), self._stop - self._start)
+            left[0][:part] = self._head[self._start : self._start + part]
+            self._start += part
+            _pass(left, part)
+        while left:
+            _pass(left, self._receive(left, deadline))
 
     def take(self, num_bytes: int, deadline: Callable[[], float]) -> bytes:
         """The next bytes of the value. Raises as `length` does."""
         taken = bytearray(num_bytes)
-        self.fill(memoryview(taken), deadline)
+        self.fill([memoryview(taken)], deadline)
         return bytes(taken)
 
     def skip(self, num_bytes: int, deadline: Callable[[], float]) -> None:
@@ -94,7 +108,7 @@ class ValueStream:
         scratch = memoryview(bytearray(min(num_bytes, 1 << 16)))
         while num_bytes:
             part = min(num_bytes, len(scratch))
-            self.fill(scratch[:part], deadline)
+            self.fill([scratch[:part]], deadline)
             num_bytes -= part
 
     def end(self, deadline: Callable[[], float]) -> None:
@@ -107,24 +121,28 @@ class ValueStream:
         self._connected.close()
 
     def _line(self, deadline: Callable[[], float]) -> bytes:
-        line = bytearray()
+        line = b""
         while not line.endswith(b"\r\n"):
             if self._start == self._stop:
-                self._start, self._stop = 0, self._receive(self._head, deadline)
-            found = bytes(self._head[self._start : self._stop]).find(b"\n") + 1
-            stop = self._start + found if found else self._stop
-            line += self._head[self._start : stop]
+                self._start, self._stop = 0, self._receive([self._head], deadline, flags=0)
+            stop = self._buffer.find(b"\n", self._start, self._stop) + 1 or self._stop
+            line += self._buffer[self._start : stop]
             self._start = stop
             if len(line) > MAX_LINE_BYTES:
                 raise ConnectionError(f"a line of more than {MAX_LINE_BYTES} bytes is no answer to GET")
-        return bytes(line[:-2])
+        return line[:-2]
 
-    def _receive(self, view: memoryview, deadline: Callable[[], float]) -> int:
+    def _receive(
+        self, pieces: Sequence[memoryview], deadline: Callable[[], float], flags: int = socket.MSG_WAITALL
+    ) -> int:
         started = self._clock()
         while True:
             try:
-                received = self._socket.recv_into(view)
-            except TimeoutError:
+                if self._is_plain:
+                    received = self._socket.recvmsg_into(pieces[:MAX_PIECES], 0, flags)[0]
+                else:
+                    received = self._socket.recv_into(pieces[0])
+            except LATE:
                 self._check(deadline, started)
                 continue
             if received == 0:
@@ -138,3 +156,11 @@ class ValueStream:
             raise TimeoutError("the deadline passed")
         if now - waits_since >= STALL_S:
             raise TimeoutError(f"nothing came for {STALL_S:g} s")
+
+
+def _pass(pieces: list[memoryview], num_bytes: int) -> None:
+    """Takes bytes that were filled off the front of the pieces, and pieces that are full."""
+    while pieces and num_bytes >= len(pieces[0]):
+        num_bytes -= len(pieces.pop(0))
+    if num_bytes:
+        pieces[0] = pieces[0][num_bytes:]

@@ -60,16 +60,16 @@ def encode_frame(header: FrameHeader, payload: Buffer | Sequence[Buffer]) -> byt
     return frame
 
 
-def pack_head(header: FrameHeader, stored_bytes: int) -> bytes:
-    """All of a frame before its payload.
+def pack_head(header: FrameHeader, stored_bytes: int, key: bytes | None = None) -> bytes:
+    """All of a frame before its payload. `key` is the header's, where the caller has it.
 
     Raises:
         InternalError: the header contradicts itself or the payload's size, or a size is over its limit.
     """
-    key, codec = header.key, header.codec.encode()
+    key, codec, raw_bytes = key or header.key, header.codec.encode(), header.raw_bytes
     try:
         # The reader's own checks, so that nothing is written that can't be read.
-        check_header(header, stored_bytes)
+        check_header(header, raw_bytes, stored_bytes)
         packed = b"".join(
             (
                 _FIXED.pack(
@@ -84,7 +84,7 @@ def pack_head(header: FrameHeader, stored_bytes: int) -> bytes:
                     header.tag_key_id,
                     header.start,
                     header.stop,
-                    header.raw_bytes,
+                    raw_bytes,
                     stored_bytes,
                     header.tenant_tag,
                 ),
@@ -157,7 +157,7 @@ def _parse_header(key: bytes, packed: bytes, stored_bytes: int) -> FrameHeader:
             codec_params=numbers[dims:],
             tag_key_id=key_id,
         )
-        check_header(header, stored_bytes)
+        check_header(header, header.raw_bytes, stored_bytes)
     except (struct.error, ValueError, IndexError) as error:
         raise corrupt("header", str(error)) from None
     if (stored, raw_bytes) != (stored_bytes, header.raw_bytes):

@@ -169,14 +169,15 @@ class WriteBehind:
         with self._changed:
             self._changed.wait_for(lambda: self._has_room(num_bytes), timeout_s)
 
-    def submit(self, header: FrameHeader, payload: Sequence[Buffer], on_done: Done | None = None) -> bool:
+    def submit(self, header: FrameHeader, payload: Buffer | Sequence[Buffer], on_done: Done | None = None) -> bool:
         """Takes a frame to be written; False if there is no room for it now, and then nothing has happened.
 
-        The raw payload, in pieces, is encoded by the header's codec when its turn comes. It is lent: it must not change
+        The raw payload, whole or in pieces, is encoded by the header's codec when its turn comes. It is lent: it must not change
         until `on_done` was called. `on_done(written)` is called exactly once for each frame taken, from the mover
         thread or, when the frame is given up at once, from within this call. It must neither block nor raise.
         """
-        views = tuple(memoryview(piece).cast("B") for piece in payload)
+        pieces = [payload] if isinstance(payload, Buffer) else payload
+        views = tuple(memoryview(piece).cast("B") for piece in pieces)
         put = _Put(header, views, sum(map(len, views)), on_done)
         with self._lock:
             if self._closing or self._circuit is not _Circuit.CLOSED:

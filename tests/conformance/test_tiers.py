@@ -9,7 +9,7 @@ import pytest
 
 from kvservice.errors import Unavailable
 from kvservice.tier.base import TierBackend, open_tier
-from kvservice.tier.wire import FrameRole, chunk_hash, frame_key
+from kvservice.tier.header import FrameRole, chunk_hash, frame_key
 from kvservice.types import SessionId
 
 TAG = bytes(range(16))

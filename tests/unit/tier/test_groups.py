@@ -4,19 +4,24 @@ import threading
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from redis import Redis
 
+from kvservice.errors import ConfigError
+from kvservice.tier import chunks
 from kvservice.tier.base import open_tier
-from kvservice.tier.groups import GroupFrames, kv_fingerprint
+from kvservice.tier.chunks import MAX_FRAME_BYTES, MIN_FRAME_BYTES, OVERHEAD_BYTES, groups_per_chunk, size_class
+from kvservice.tier.groups import Chunk, FrameSet, GroupFrames, kv_fingerprint, layer_memory
 from kvservice.tier.wire import decode_frame
 from kvservice.tier.writer import WriteBehind
 from kvservice.types import GROUP_TOKENS, SINK_TOKENS, SessionId
 
 TAG = bytes(range(16))
 SESSION = SessionId("session-1")
-FINGERPRINT = kv_fingerprint(weights="abc")
-SHAPE = (2, 1, GROUP_TOKENS, 2, 8)
-GROUP_BYTES = 2 * GROUP_TOKENS * 2 * 8 * 2
+LAYERS = 2
+# 48 KiB a layer, as of the small model: a chunk has 5 groups.
+FRAMES = FrameSet(kv_fingerprint(weights="abc"), (LAYERS, 3, GROUP_TOKENS, 2, 64), torch.bfloat16)
 FLUSH_S = 10.0
 
 
@@ -25,7 +30,8 @@ def tokens_of(num_groups: int) -> list[int]:
 
 
 def groups_of(num_groups: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(num_groups, *SHAPE, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_groups, *FRAMES.group_shape, generator=generator).to(torch.bfloat16)
 
 
 @pytest.fixture
@@ -36,73 +42,159 @@ def behind(kv_url: str):
     writer.close(FLUSH_S)
 
 
-def stored(kv_url: str) -> dict[tuple[int, int], bytes]:
-    """Payloads by token span."""
+@pytest.fixture
+def writer(behind: WriteBehind) -> GroupFrames:
+    return GroupFrames(behind, FRAMES)
+
+
+def stored(kv_url: str) -> dict[tuple[int, int, int], bytes]:
+    """Payloads by first and last group, and layer."""
     client = Redis.from_url(kv_url)
     frames = [decode_frame(key, client.get(key)) for key in client.scan_iter("kv1:*") if client.type(key) == b"string"]
     client.close()
-    return {(header.start, header.stop): bytes(payload) for header, payload in frames}
-
-
-def test_each_group_becomes_one_frame_with_its_bytes_and_its_span(behind: WriteBehind, kv_url: str) -> None:
-    writer = GroupFrames(behind, FINGERPRINT, GROUP_BYTES)
-    groups = groups_of(3)
-    writer.write(TAG, SESSION, 0, tokens_of(3), groups)
-    assert behind.flush(FLUSH_S)
-    assert stored(kv_url) == {
-        (16 + 64 * i, 80 + 64 * i): bytes(groups[i].view(torch.uint8).numpy().tobytes()) for i in range(3)
+    return {
+        ((header.start - 16) // 64, (header.stop - 16) // 64, header.layer_group): bytes(payload)
+        for header, payload in frames
     }
-    assert writer.bytes_of(TAG, SESSION) == writer.stats().stored_bytes > 3 * GROUP_BYTES
 
 
-def test_a_group_has_the_same_key_whenever_it_is_written(behind: WriteBehind, kv_url: str) -> None:
-    writer = GroupFrames(behind, FINGERPRINT, GROUP_BYTES)
-    writer.write(TAG, SESSION, 0, tokens_of(3), groups_of(3))
-    writer.write(TAG, SESSION, 2, tokens_of(3), groups_of(3)[2:])
+def bytes_of(groups: torch.Tensor, layer: int) -> bytes:
+    return groups[:, layer].contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def test_full_chunk_becomes_a_frame_for_each_layer(writer, behind, kv_url) -> None:
+    groups = groups_of(5)
+    writer.write(TAG, SESSION, 0, tokens_of(5), groups)
     assert behind.flush(FLUSH_S)
-    assert len(stored(kv_url)) == 3
+    assert stored(kv_url) == {(0, 5, layer): bytes_of(groups, layer) for layer in range(LAYERS)}
+    assert writer.bytes_of(TAG, SESSION) == writer.stats().stored_bytes > 5 * FRAMES.group_bytes
 
 
-def test_a_group_after_other_tokens_has_another_key(behind: WriteBehind, kv_url: str) -> None:
-    writer = GroupFrames(behind, FINGERPRINT, GROUP_BYTES)
-    others = [9, *tokens_of(1)[1:]]
-    writer.write(TAG, SESSION, 0, tokens_of(1), groups_of(1))
-    writer.write(TAG, SESSION, 0, others, groups_of(1))
+def test_chunks_are_the_same_however_groups_come(writer, behind, kv_url) -> None:
+    groups = groups_of(12)
+    start = 0
+    for count in (1, 3, 2, 5, 1):
+        writer.write(TAG, SESSION, start, tokens_of(start + count), groups[start : start + count])
+        start += count
     assert behind.flush(FLUSH_S)
-    client = Redis.from_url(kv_url)
-    assert len([key for key in client.scan_iter("kv1:*") if client.type(key) == b"string"]) == 2
-    client.close()
+    one_by_one = set(Redis.from_url(kv_url).keys("kv1:*"))
+    writer.write(TAG, SESSION, 0, tokens_of(12), groups)
+    assert behind.flush(FLUSH_S)
+    assert set(Redis.from_url(kv_url).keys("kv1:*")) == one_by_one
+    assert stored(kv_url).keys() == {(a, a + 5, layer) for a in (0, 5) for layer in range(LAYERS)}
 
 
-def test_a_deleted_session_leaves_nothing(behind: WriteBehind, kv_url: str) -> None:
-    writer = GroupFrames(behind, FINGERPRINT, GROUP_BYTES)
+def test_checkpoint_writes_what_there_is_and_the_full_chunk_takes_its_place(writer, behind, kv_url) -> None:
+    groups = groups_of(5)
+    writer.write(TAG, SESSION, 0, tokens_of(2), groups[:2])
+    writer.checkpoint(TAG, SESSION)
+    assert behind.flush(FLUSH_S)
+    assert [(chunk.first_group, chunk.stop_group) for chunk in writer.chunks_of(TAG, SESSION)] == [(0, 2)]
+    writer.checkpoint(TAG, SESSION)
+    assert behind.stats().written_frames == LAYERS
+    writer.write(TAG, SESSION, 2, tokens_of(5), groups[2:])
+    assert behind.flush(FLUSH_S)
+    assert [(chunk.first_group, chunk.stop_group) for chunk in writer.chunks_of(TAG, SESSION)] == [(0, 5)]
+    assert stored(kv_url)[0, 5, 1] == bytes_of(groups, 1)
+
+
+def test_checkpoint_of_a_session_without_groups_is_nothing(writer, behind) -> None:
+    writer.checkpoint(TAG, SESSION)
+    assert behind.stats().written_frames == 0
+    assert writer.chunks_of(TAG, SESSION) == []
+
+
+def test_what_follows_other_tokens_has_other_names_and_leaves_a_gap(writer, behind) -> None:
+    writer.write(TAG, SESSION, 0, tokens_of(7), groups_of(7))
+    writer.checkpoint(TAG, SESSION)
+    assert behind.flush(FLUSH_S)
+    before = writer.chunks_of(TAG, SESSION)
+    others = [*tokens_of(5), *([9] * 3 * GROUP_TOKENS)]
+    writer.write(TAG, SESSION, 5, others, groups_of(3))
+    writer.checkpoint(TAG, SESSION)
+    assert behind.flush(FLUSH_S)
+    after = writer.chunks_of(TAG, SESSION)
+    assert after[0] == before[0]
+    assert (after[1].first_group, after[1].stop_group) == (5, 8)
+    assert after[1].name != before[1].name
+    # Group 6 is of the text of group 5 no more: nothing leads up to it.
+    writer.write(TAG, SESSION, 7, tokens_of(9), groups_of(2))
+    writer.checkpoint(TAG, SESSION)
+    assert behind.flush(FLUSH_S)
+    assert writer.chunks_of(TAG, SESSION) == after[:1]
+
+
+def test_tail_that_is_cut_goes_on_from_there(writer, behind) -> None:
+    writer.write(TAG, SESSION, 0, tokens_of(4), groups_of(4))
+    writer.write(TAG, SESSION, 2, tokens_of(5), groups_of(3, seed=1))
+    assert behind.flush(FLUSH_S)
+    assert [(chunk.first_group, chunk.stop_group) for chunk in writer.chunks_of(TAG, SESSION)] == [(0, 5)]
+
+
+def test_session_longest_without_a_group_gives_up_its_tail_when_there_are_too_many(behind) -> None:
+    writer = GroupFrames(behind, FRAMES, max_tail_bytes=3 * FRAMES.group_bytes)
+    other = SessionId("other")
     writer.write(TAG, SESSION, 0, tokens_of(2), groups_of(2))
+    writer.write(TAG, other, 0, tokens_of(2), groups_of(2))
+    assert behind.flush(FLUSH_S)
+    assert [(chunk.first_group, chunk.stop_group) for chunk in writer.chunks_of(TAG, SESSION)] == [(0, 2)]
+    assert writer.chunks_of(TAG, other) == []
+    writer.write(TAG, SESSION, 2, tokens_of(5), groups_of(3))
+    assert behind.flush(FLUSH_S)
+    spans = [(chunk.first_group, chunk.stop_group) for chunk in writer.chunks_of(TAG, SESSION)]
+    assert spans == [(0, 2), (2, 5)]
+
+
+def test_chunk_that_was_given_up_is_no_part_of_the_session(kv_url) -> None:
+    behind = WriteBehind(open_tier(kv_url))
+    behind.start()
+    behind.close(FLUSH_S)
+    writer = GroupFrames(behind, FRAMES)
+    writer.write(TAG, SESSION, 0, tokens_of(5), groups_of(5))
+    assert writer.chunks_of(TAG, SESSION) == []
+    assert behind.stats().failures == {"closed": LAYERS}
+
+
+def test_deleted_session_leaves_nothing(writer, behind, kv_url) -> None:
+    writer.write(TAG, SESSION, 0, tokens_of(7), groups_of(7))
     writer.delete(TAG, SESSION)
+    writer.checkpoint(TAG, SESSION)
     assert behind.flush(FLUSH_S)
     assert stored(kv_url) == {}
     assert writer.bytes_of(TAG, SESSION) == 0
+    assert writer.chunks_of(TAG, SESSION) == []
 
 
-def test_a_full_queue_holds_the_engine_up_and_drops_nothing(kv_url: str) -> None:
-    behind = WriteBehind(open_tier(kv_url), max_pending_bytes=GROUP_BYTES)
+def test_what_has_expired_is_forgotten(behind) -> None:
+    now = 0.0
+    writer = GroupFrames(behind, FRAMES, clock=lambda: now)
+    writer.write(TAG, SESSION, 0, tokens_of(5), groups_of(5))
+    assert behind.flush(FLUSH_S)
+    now = behind.ttl_s + 1
+    writer.write(TAG, SessionId("other"), 0, tokens_of(5), groups_of(5))
+    assert writer.chunks_of(TAG, SESSION) == []
+
+
+def test_full_queue_holds_the_engine_up_and_drops_nothing(kv_url) -> None:
+    behind = WriteBehind(open_tier(kv_url), max_pending_bytes=FRAMES.group_bytes)
     behind.start()
     try:
-        writer = GroupFrames(behind, FINGERPRINT, GROUP_BYTES)
-        writer.write(TAG, SESSION, 0, tokens_of(8), groups_of(8))
+        writer = GroupFrames(behind, FRAMES)
+        writer.write(TAG, SESSION, 0, tokens_of(10), groups_of(10))
         assert behind.flush(FLUSH_S)
-        assert behind.stats().written_frames == 8
+        assert behind.stats().written_frames == 2 * LAYERS
         assert not behind.stats().failures
     finally:
         behind.close(FLUSH_S)
 
 
-def test_waiting_for_room_ends_as_soon_as_there_is_some(kv_url: str) -> None:
-    behind = WriteBehind(open_tier(kv_url), max_pending_bytes=GROUP_BYTES)
+def test_waiting_for_room_ends_as_soon_as_there_is_some(kv_url) -> None:
+    behind = WriteBehind(open_tier(kv_url), max_pending_bytes=FRAMES.group_bytes)
     behind.start()
     try:
-        writer = GroupFrames(behind, FINGERPRINT, GROUP_BYTES)
+        writer = GroupFrames(behind, FRAMES)
         waiter = threading.Thread(target=writer.wait_for_room, args=(1, FLUSH_S))
-        writer.write(TAG, SESSION, 0, tokens_of(1), groups_of(1))
+        writer.write(TAG, SESSION, 0, tokens_of(5), groups_of(5))
         waiter.start()
         waiter.join(FLUSH_S / 2)
         assert not waiter.is_alive()
@@ -112,6 +204,64 @@ def test_waiting_for_room_ends_as_soon_as_there_is_some(kv_url: str) -> None:
         behind.close(FLUSH_S)
 
 
+def test_unknown_codec_is_refused(behind) -> None:
+    with pytest.raises(ConfigError, match="choose one of raw, zstd, values8, values4"):
+        GroupFrames(behind, FrameSet(FRAMES.fingerprint, FRAMES.group_shape, torch.bfloat16, "gzip"))
+
+
+def test_layers_of_a_group_are_its_memory() -> None:
+    group = torch.zeros(FRAMES.group_shape, dtype=torch.bfloat16)
+    layer_memory(group)[1][:2] = b"\x80\x3f"
+    assert group[1, 0, 0, 0, 0] == 1
+
+
 def test_what_shapes_stored_kv_changes_the_fingerprint() -> None:
     assert kv_fingerprint(weights="a", rope_theta=1.0) == kv_fingerprint(rope_theta=1.0, weights="a")
     assert kv_fingerprint(weights="a") != kv_fingerprint(weights="b")
+
+
+def test_headers_of_a_chunk_name_its_layers_and_its_span() -> None:
+    headers = FRAMES.headers(TAG, SESSION, Chunk(5, 10, bytes(16)))
+    assert [header.layer_group for header in headers] == [0, 1]
+    assert {(header.start, header.stop, header.shape) for header in headers} == {(336, 656, (5, 3, 64, 2, 64))}
+
+
+@given(st.integers(64, 4 << 20))
+def test_frames_are_neither_too_small_nor_too_large_nor_wasteful(group_bytes) -> None:
+    count = groups_per_chunk(group_bytes)
+    frame = count * group_bytes + OVERHEAD_BYTES
+    assert frame <= MAX_FRAME_BYTES or count == 1
+    assert frame >= MIN_FRAME_BYTES or frame + group_bytes > MAX_FRAME_BYTES
+    assert frame <= size_class(frame) < frame * 1.26
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "expected"),
+    [
+        (1, 4 << 10),
+        (100 << 10, 112 << 10),
+        (224 << 10, 224 << 10),
+        ((224 << 10) + 1, 256 << 10),
+        (1_600_000, 1792 << 10),
+    ],
+)
+def test_size_classes_are_jemallocs(num_bytes, expected) -> None:
+    assert size_class(num_bytes) == expected
+
+
+@pytest.mark.parametrize(
+    ("group_bytes", "expected"), [(49_152, 5), (262_144, 3), (131_072, 3), (2_048, 98), (2 << 20, 1)]
+)
+def test_spans_of_known_models(group_bytes, expected) -> None:
+    assert groups_per_chunk(group_bytes) == expected
+
+
+def test_chunks_of_other_starts_or_codecs_have_other_names() -> None:
+    names = [
+        chunks.chunk_name(TAG, b"e" * 16, 16, "raw"),
+        chunks.chunk_name(TAG, b"e" * 16, 80, "raw"),
+        chunks.chunk_name(TAG, b"e" * 16, 16, "zstd"),
+        chunks.chunk_name(TAG, b"f" * 16, 16, "raw"),
+        chunks.chunk_name(bytes(16), b"e" * 16, 16, "raw"),
+    ]
+    assert len(set(names)) == 5

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvservice.errors import CorruptFrame, InternalError
+from kvservice.tier import header as header_module
 from kvservice.tier import wire
-from kvservice.tier.wire import FrameHeader, FrameRole, chunk_hash, decode_frame, encode_frame, frame_key
+from kvservice.tier.header import FrameHeader, FrameRole, chunk_hash, frame_key
+from kvservice.tier.wire import decode_frame, encode_frame
 from kvservice.types import SessionId
 
 TAG = bytes(range(16))
@@ -30,7 +32,22 @@ HEADER = FrameHeader(
     dtype="bfloat16",
 )
 PAYLOAD = bytes(range(48))
-GOLDEN_FRAME = "78592a7c1511d99f"
+FIELDS_1 = {
+    "version": 1,
+    "key": HEADER.key.decode(),
+    "tenant": TAG.hex(),
+    "fingerprint": FINGERPRINT.hex(),
+    "group": 0,
+    "role": "kv",
+    "span": [16, 80],
+    "shape": [2, 3, 4],
+    "dtype": "bfloat16",
+    "codec": "raw",
+    "raw": 48,
+    "stored": 48,
+}
+GOLDEN_FRAME = "e1344daec90cd9bd"
+GOLDEN_FRAME_1 = "78592a7c1511d99f"
 
 
 def reason_of(key: bytes, data: bytes) -> str:
@@ -39,13 +56,22 @@ def reason_of(key: bytes, data: bytes) -> str:
     return caught.value.reason
 
 
-def reframed(**changes: object) -> bytes:
-    """A frame whose checksum is right and whose header says something else."""
-    frame = bytes(encode_frame(HEADER, PAYLOAD))
-    length = int.from_bytes(frame[4:8], "little")
-    fields = json.loads(frame[8 : 8 + length]) | changes
-    packed = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
-    body = b"KVC1" + len(packed).to_bytes(4, "little") + packed + PAYLOAD
+def reframed(of_version: int = 2, /, **changes: object) -> bytes:
+    """A frame whose checksum is right and whose header says something else; of version 1, a field of its JSON."""
+    if of_version == 1:
+        fields = FIELDS_1 | changes
+        packed, magic = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode(), b"KVC1"
+    else:
+        names = "role dtype dims params codec_len fp_len key_len group key_id start stop raw stored tag".split()
+        old = bytes(encode_frame(HEADER, PAYLOAD))
+        packed = old[8 : 8 + int.from_bytes(old[4:8], "little")]
+        fields = dict(zip(names, wire._FIXED.unpack_from(packed), strict=True))
+        rest = changes.pop("rest", packed[wire._FIXED.size :])
+        packed, magic = wire._FIXED.pack(*(fields | changes).values()) + rest, b"KVC2"
+    return sealed(magic + len(packed).to_bytes(4, "little") + packed + PAYLOAD)
+
+
+def sealed(body: bytes) -> bytes:
     return body + xxhash.xxh3_64_intdigest(body).to_bytes(8, "little")
 
 
@@ -95,20 +121,36 @@ def test_frame_under_another_key_is_refused():
     ("data", "reason"),
     [
         (b"", "truncated"),
-        (b"KVC2" + bytes(100), "version"),
+        (b"KVC3" + bytes(100), "version"),
         (b"PNG!" + bytes(100), "magic"),
+        (b"KVC2\xff\xff\xff\xff" + bytes(100), "header"),
+        (b"KVC2\xff\x00\x00\x00" + bytes(100), "truncated"),
+        (reframed(stored=47), "header"),
+        (reframed(raw=47), "header"),
+        (reframed(dims=2), "header"),
+        (reframed(dims=255, params=255), "header"),
+        (reframed(start=80, stop=16), "header"),
+        (reframed(stop=2**63), "header"),
+        (reframed(role=200), "header"),
+        (reframed(dtype=200), "header"),
+        (reframed(fp_len=3), "header"),
+        (reframed(tag=b"\xff" * 16), "key"),
+        (reframed(group=7), "key"),
+        (reframed(rest=b""), "header"),
+        (sealed(b"KVC2" + bytes(4)), "header"),
         (b"KVC1\xff\xff\xff\xff" + bytes(100), "header"),
         (b"KVC1\xff\x00\x00\x00" + bytes(100), "truncated"),
-        (reframed(version=2), "version"),
-        (reframed(stored=47), "header"),
-        (reframed(shape=[2, 3, 5]), "header"),
-        (reframed(shape=[2**40, 2**40]), "header"),
-        (reframed(span=[80, 16]), "header"),
-        (reframed(role="secret"), "header"),
-        (reframed(dtype="complex64"), "header"),
-        (reframed(tenant="ff" * 16), "header"),
-        (reframed(fingerprint="ff" * 32), "key"),
-        (reframed(more=1), "header"),
+        (reframed(1, version=2), "version"),
+        (reframed(1, stored=47), "header"),
+        (reframed(1, shape=[2, 3, 5]), "header"),
+        (reframed(1, shape=[2**40, 2**40]), "header"),
+        (reframed(1, span=[80, 16]), "header"),
+        (reframed(1, role="secret"), "header"),
+        (reframed(1, dtype="complex64"), "header"),
+        (reframed(1, codec="zstd"), "header"),
+        (reframed(1, tenant="ff" * 16), "header"),
+        (reframed(1, fingerprint="ff" * 32), "key"),
+        (reframed(1, more=1), "header"),
     ],
 )
 def test_damaged_frame_is_refused_with_its_reason(data, reason):
@@ -128,13 +170,48 @@ def test_payload_that_does_not_fit_its_shape_cannot_be_written():
 
 
 def test_payload_over_the_limit_cannot_be_written(monkeypatch):
-    monkeypatch.setattr(wire, "MAX_PAYLOAD_BYTES", 47)
+    monkeypatch.setattr(header_module, "MAX_PAYLOAD_BYTES", 47)
     with pytest.raises(InternalError):
         encode_frame(HEADER, PAYLOAD)
 
 
 def test_wire_format_of_a_known_frame_has_not_changed():
     assert xxhash.xxh3_64_hexdigest(bytes(encode_frame(HEADER, PAYLOAD))) == GOLDEN_FRAME
+
+
+def test_frame_of_version_1_is_still_read():
+    frame = reframed(1)
+    assert xxhash.xxh3_64_hexdigest(frame) == GOLDEN_FRAME_1
+    header, payload = decode_frame(HEADER.key, frame)
+    assert header == HEADER
+    assert bytes(payload) == PAYLOAD
+
+
+@given(position=st.integers(0, 10**6), patch=st.binary(min_size=1, max_size=40), resealed=st.booleans())
+def test_damage_anywhere_is_refused_or_changes_nothing_but_the_payload(position, patch, resealed):
+    frame = bytearray(encode_frame(HEADER, PAYLOAD))
+    start = position % (len(frame) - 8)
+    frame[start : start + len(patch)] = patch[: len(frame) - 8 - start]
+    data = sealed(bytes(frame[:-8])) if resealed else bytes(frame)
+    try:
+        header, payload = decode_frame(HEADER.key, data)
+    except CorruptFrame as error:
+        assert error.reason in ("truncated", "magic", "version", "checksum", "key", "header")
+    else:
+        assert (header.key, len(payload)) == (HEADER.key, header.raw_bytes if header.codec == "raw" else 48)
+
+
+@given(data=st.binary(max_size=400), magic=st.sampled_from([b"KVC1", b"KVC2", b""]))
+def test_any_bytes_are_refused_with_a_reason(data, magic):
+    with pytest.raises(CorruptFrame):
+        decode_frame(HEADER.key, sealed(magic + data))
+
+
+def test_codec_its_params_and_the_key_id_are_kept():
+    header = replace(HEADER, codec="values8", codec_params=(64, 7), tag_key_id=3)
+    decoded, stored = decode_frame(header.key, encode_frame(header, [b"ab", b"c"]))
+    assert decoded == header
+    assert bytes(stored) == b"abc"
 
 
 def test_key_has_the_form_that_the_design_gives():

@@ -18,12 +18,13 @@ from kvservice.store.embedded import EmbeddedRedis, RedisRole
 from kvservice.tier import writer as writer_module
 from kvservice.tier.base import TierUsage
 from kvservice.tier.redis import RedisTier
-from kvservice.tier.wire import FrameHeader, FrameRole, chunk_hash, decode_frame
+from kvservice.tier.header import FrameHeader, FrameRole, chunk_hash
+from kvservice.tier.wire import decode_frame
 from kvservice.tier.writer import WriteBehind
 from kvservice.types import SessionId
 
 TAG = bytes(range(16))
-ONE, OTHER = SessionId("one"), SessionId("other")
+ONE, OTHER = SessionId("one"), SessionId("two")
 PAYLOAD = bytes(range(256)) * 400
 WAIT_S = 20.0
 
