@@ -11,8 +11,8 @@ from redis import Redis
 
 from kvservice.errors import ConfigError, Unavailable
 from kvservice.tier.base import open_tier
-from kvservice.tier.redis import RedisTier, redacted
 from kvservice.tier.header import FrameRole, chunk_hash, frame_key
+from kvservice.tier.redis import RedisTier, redacted
 from kvservice.types import SessionId
 
 TAG = bytes(range(16))

@@ -17,8 +17,8 @@ from kvservice.errors import Unavailable
 from kvservice.store.embedded import EmbeddedRedis, RedisRole
 from kvservice.tier import writer as writer_module
 from kvservice.tier.base import TierUsage
-from kvservice.tier.redis import RedisTier
 from kvservice.tier.header import FrameHeader, FrameRole, chunk_hash
+from kvservice.tier.redis import RedisTier
 from kvservice.tier.wire import decode_frame
 from kvservice.tier.writer import WriteBehind
 from kvservice.types import SessionId
