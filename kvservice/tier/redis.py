@@ -9,13 +9,16 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
-from redis import ConnectionPool
+from redis import Connection, ConnectionPool, SSLConnection
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
+from redis.connection import AbstractConnection
 from redis.exceptions import (
     AuthenticationError,
     BusyLoadingError,
@@ -28,6 +31,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry as SyncRetry
+from redis.sentinel import Sentinel as SyncSentinel
 
 from kvservice.errors import ConfigError, Unavailable
 from kvservice.tier.base import SOURCES, TIERS, Buffer, OpenSocket, TierUsage
@@ -42,6 +46,10 @@ BATCH_KEYS = 512
 FAULTS = (RedisError, OSError)
 """What a Redis call may fail with; a time limit that has passed is an OSError."""
 
+SENTINEL = "redis+sentinel"
+SENTINEL_PORT = 26379
+_SYNC: dict[str, Any] = {"retry": SyncRetry(NoBackoff(), 0), "protocol": 2, "driver_info": None}
+
 _SENTENCES = {
     "timeout": "didn't answer in time",
     "connection": "can't be reached",
@@ -55,7 +63,7 @@ _SENTENCES = {
 
 
 def connect(url: str, *, timeout_s: float, max_connections: int) -> Redis:
-    """A client of the Redis at `url` (redis, rediss or unix). It connects when it is first used.
+    """A client of the Redis at `url` (redis, rediss, unix or redis+sentinel). It connects when it is first used.
 
     Nothing is retried, since a write whose answer was lost may have been made. A connection that broke while it was
     idle is made anew without a fault.
@@ -63,6 +71,8 @@ def connect(url: str, *, timeout_s: float, max_connections: int) -> Redis:
     Raises:
         ConfigError: the URL is malformed.
     """
+    if urlsplit(url).scheme == SENTINEL:
+        return _sentinel_client(url, timeout_s, max_connections)
     try:
         pool = BlockingConnectionPool.from_url(
             url,
@@ -77,6 +87,77 @@ def connect(url: str, *, timeout_s: float, max_connections: int) -> Redis:
     except ValueError as error:
         raise ConfigError(f"Redis URL {redacted(url)}: {error}", reason="redis_url") from error
     return Redis.from_pool(pool)
+
+
+def _sentinel_client(url: str, timeout_s: float, max_connections: int) -> Redis:
+    named = sentinel_url(url)
+    limits: dict[str, Any] = {
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": timeout_s,
+        "retry": Retry(NoBackoff(), 0),
+        "protocol": 2,
+        "driver_info": None,
+    }
+    sentinel = Sentinel(named.sentinels, sentinel_kwargs={**limits, **named.of_sentinels})  # type: ignore[no-untyped-call]
+    return sentinel.master_for(named.name, _SentinelRedis, max_connections=max_connections, **limits, **named.of_redis)
+
+
+class _SentinelRedis(Redis):
+    """A client that closes its sentinels' connections with its own: the library leaves them open."""
+
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        pool = self.connection_pool
+        await super().aclose(close_connection_pool)
+        for sentinel in pool.sentinel_manager.sentinels:
+            await sentinel.aclose()
+
+
+@dataclass(frozen=True, slots=True)
+class SentinelUrl:
+    """What a redis+sentinel URL says: where to ask, for what, and how to log in there and here."""
+
+    sentinels: list[tuple[str, int]]
+    name: str
+    of_redis: dict[str, Any]
+    of_sentinels: dict[str, Any]
+
+
+def sentinel_url(url: str) -> SentinelUrl:
+    """The parts of `redis+sentinel://[user:password@]host[:port],host[:port]/name[?options]`.
+
+    Options: `db`; `tls=true`, of servers and sentinels alike, and `ssl_...` as of rediss; `sentinel_username` and
+    `sentinel_password`, where they need one.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        parts = urlsplit(url)
+        login, _, hosts = parts.netloc.rpartition("@")
+        user, _, password = login.partition(":")
+        sentinels = []
+        for host in hosts.split(","):
+            name, _, port = host.rpartition(":") if ":" in host else (host, "", str(SENTINEL_PORT))
+            sentinels.append((name, int(port)))
+        options = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
+        of_sentinels = {
+            key.removeprefix("sentinel_"): options.pop(key)
+            for key in ("sentinel_username", "sentinel_password")
+            if key in options
+        }
+        shared: dict[str, Any] = {key: options.pop(key) for key in list(options) if key.startswith("ssl_")}
+        if options.pop("tls", "false") == "true":
+            shared["ssl"] = True
+        of_redis = {"db": int(options.pop("db", "0")), "username": unquote(user), "password": unquote(password)}
+        if options or not parts.path.strip("/") or not all(host for host, _ in sentinels):
+            raise ValueError(f"options {sorted(options)}" if options else "it needs hosts and a name")
+    except ValueError as error:
+        raise ConfigError(
+            f"Redis URL {redacted(url)}: {error}; the form is redis+sentinel://host:port,host:port/name",
+            reason="redis_url",
+        ) from error
+    kept = {key: value for key, value in of_redis.items() if value != ""}
+    return SentinelUrl(sentinels, parts.path.strip("/"), {**kept, **shared}, {**of_sentinels, **shared})
 
 
 def redacted(url: str) -> str:
@@ -115,7 +196,7 @@ def unavailable(error: Exception, where: str, prefix: str = "") -> Unavailable:
     return Unavailable(f"Redis at {where} {_SENTENCES[reason]}: {str(error) or reason}", reason=prefix + reason)
 
 
-@TIERS.register("redis", "rediss", "unix")
+@TIERS.register("redis", "rediss", "unix", SENTINEL)
 class RedisTier:
     """`TierBackend` in one Redis. Every round trip has a time limit.
 
@@ -244,14 +325,15 @@ def _batches(items: Iterable[tuple[Any, int]]) -> Iterator[list[Any]]:
         yield batch
 
 
-@SOURCES.register("redis", "rediss", "unix")
+@SOURCES.register("redis", "rediss", "unix", SENTINEL)
 class RedisValues:
     """`ValueSource` of one Redis. The library connects, secures and logs in; what then comes is read without it."""
 
     def __init__(self, url: str) -> None:
         self._where = redacted(url)
+        self._sentinel = sentinel_url(url) if urlsplit(url).scheme == SENTINEL else None
         try:
-            self._pool = ConnectionPool.from_url(url, retry=SyncRetry(NoBackoff(), 0), protocol=2, driver_info=None)
+            self._pool = None if self._sentinel else ConnectionPool.from_url(url, **_SYNC)
         except ValueError as error:
             raise ConfigError(f"Redis URL {self._where}: {error}", reason="redis_url") from error
 
@@ -260,25 +342,31 @@ class RedisValues:
         return self._where
 
     def connect(self, place: str, timeout_s: float) -> OpenSocket:  # noqa: ARG002 -- part of the protocol
-        """See `ValueSource.connect`."""
-        return open_socket(self._pool, self._where, timeout_s)
+        """See `ValueSource.connect`. Sentinels are asked each time: the primary may be another one by now."""
+        limits = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
+        connection: AbstractConnection | None = None
+        try:
+            pool = self._pool or _pool_of_primary(self._sentinel, limits)
+            connection = pool.connection_class(**{**pool.connection_kwargs, **limits})
+            connection.connect()
+        except FAULTS as error:
+            if connection is not None:
+                connection.disconnect()  # type: ignore[no-untyped-call]
+            raise unavailable(error, self._where) from error
+        # The one private name of the library that is used; tests fail if it goes.
+        connected = connection._sock
+        assert connected is not None
+        return OpenSocket(connected, connection.disconnect)
 
     def refresh(self) -> None:
-        """There is nothing to look up."""
+        """There is nothing to look up that `connect` doesn't."""
 
 
-def open_socket(pool: ConnectionPool, where: str, timeout_s: float) -> OpenSocket:
-    """A new connection of the pool's kind, taken out of the library's hands once it is logged in.
-
-    Raises:
-        Unavailable: it can't be made.
-    """
-    settings = {**pool.connection_kwargs, "socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
-    connection = pool.connection_class(**settings)
-    try:
-        connection.connect()
-    except FAULTS as error:
-        connection.disconnect()
-        raise unavailable(error, where) from error
-    # The one private name of the library that is used; a test fails if it goes.
-    return OpenSocket(connection._sock, connection.disconnect)
+def _pool_of_primary(named: SentinelUrl | None, limits: dict[str, Any]) -> ConnectionPool:
+    assert named is not None
+    settings = {**_SYNC, **limits, **named.of_sentinels}
+    sentinel = SyncSentinel(named.sentinels, sentinel_kwargs=settings)  # type: ignore[no-untyped-call]
+    host, port = sentinel.discover_master(named.name)  # type: ignore[no-untyped-call]
+    of_redis = dict(named.of_redis)
+    connection_class = SSLConnection if of_redis.pop("ssl", False) else Connection
+    return ConnectionPool(connection_class, host=host, port=port, **_SYNC, **of_redis)

@@ -172,9 +172,9 @@ class WriteBehind:
     def submit(self, header: FrameHeader, payload: Buffer | Sequence[Buffer], on_done: Done | None = None) -> bool:
         """Takes a frame to be written; False if there is no room for it now, and then nothing has happened.
 
-        The raw payload, whole or in pieces, is encoded by the header's codec when its turn comes. It is lent: it must not change
-        until `on_done` was called. `on_done(written)` is called exactly once for each frame taken, from the mover
-        thread or, when the frame is given up at once, from within this call. It must neither block nor raise.
+        The raw payload, whole or in pieces, is encoded by the header's codec when its turn comes. It is lent: it must
+        not change until `on_done` was called. `on_done(written)` is called exactly once for each frame taken, from the
+        mover thread or, when the frame is given up at once, from within this call. It must neither block nor raise.
         """
         pieces = [payload] if isinstance(payload, Buffer) else payload
         views = tuple(memoryview(piece).cast("B") for piece in pieces)

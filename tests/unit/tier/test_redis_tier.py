@@ -121,10 +121,24 @@ def test_redacted_url_has_neither_user_nor_password_nor_options():
 
 @pytest.mark.parametrize("url", ["ftp://127.0.0.1", "127.0.0.1:6379", ""])
 def test_url_with_an_unknown_scheme_is_refused_with_those_known(url):
-    with pytest.raises(ConfigError, match="known are redis, rediss, unix"):
+    with pytest.raises(ConfigError, match=r"known are redis, redis[+]sentinel, rediss, unix"):
         open_tier(url)
 
 
 def test_malformed_url_is_refused():
     with pytest.raises(ConfigError, match="Redis URL"):
         open_tier("redis://127.0.0.1:port/0")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis+sentinel://127.0.0.1:1",
+        "redis+sentinel:///main",
+        "redis+sentinel://h:port/main",
+        "redis+sentinel://h/main?what=1",
+    ],
+)
+def test_malformed_sentinel_url_is_refused(url):
+    with pytest.raises(ConfigError, match="the form is redis"):
+        open_tier(url)

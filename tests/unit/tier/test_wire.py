@@ -63,22 +63,8 @@ def reframed(of_version: int = 2, /, **changes: object) -> bytes:
         fields = FIELDS_1 | changes
         packed, magic = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode(), b"KVC1"
     else:
-        names = [
-            "role",
-            "dtype",
-            "dims",
-            "params",
-            "codec_len",
-            "fp_len",
-            "key_len",
-            "group",
-            "key_id",
-            "start",
-            "stop",
-            "raw",
-            "stored",
-            "tag",
-        ]
+        names = ("role", "dtype", "dims", "params", "codec_len", "fp_len", "key_len", "group", "key_id")
+        names += ("start", "stop", "raw", "stored", "tag")
         old = bytes(encode_frame(HEADER, PAYLOAD))
         packed = old[8 : 8 + int.from_bytes(old[4:8], "little")]
         fields = dict(zip(names, wire._FIXED.unpack_from(packed), strict=True))
