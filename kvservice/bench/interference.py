@@ -95,7 +95,7 @@ class CaseFigures:
         to_alone: median over the rounds of the ratio to the round's ALONE; None for that itself.
         to_control: as well, to the round's CONTROL; None for ALONE and CONTROL.
         prefill_tokens_per_s: what the other session got; None if there was none.
-        written_frames: groups that reached Redis.
+        written_frames: frames that reached Redis, or were on their way at the end of a turn.
         intervals_s: all of them.
     """
 
@@ -202,7 +202,7 @@ class _Bench:
     def _decode(self, num_steps: int, prefill: EngineCall | None) -> _Turn:
         """Intervals of so many steps, or of those until the other session's document is read, if that comes first."""
         calls = self._begin_answers()
-        written = self._engine.stats().tier.written_frames
+        written = self._num_frames()
         intervals: list[float] = []
         done_tokens, started, steps = 0, self._clock(), 0
         if prefill is not None:
@@ -228,7 +228,11 @@ class _Bench:
         for call_id in [*calls, *([prefill.call_id] if prefill else ())]:
             self._engine.cancel(call_id)
         self._step_until_idle()
-        return _Turn(tuple(intervals), done_tokens, seconds, self._engine.stats().tier.written_frames - written)
+        return _Turn(tuple(intervals), done_tokens, seconds, self._num_frames() - written)
+
+    def _num_frames(self) -> int:
+        tier = self._engine.stats().tier
+        return tier.written_frames + tier.pending_frames
 
     def _begin_answers(self) -> set[CallId]:
         """All sessions decode from where they are after their documents; what an earlier turn generated is dropped."""

@@ -10,13 +10,13 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from redis import Connection, ConnectionPool, SSLConnection
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel
+from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.connection import AbstractConnection
 from redis.exceptions import (
@@ -106,9 +106,9 @@ class _SentinelRedis(Redis):
     """A client that closes its sentinels' connections with its own: the library leaves them open."""
 
     async def aclose(self, close_connection_pool: bool | None = None) -> None:
-        pool = self.connection_pool
         await super().aclose(close_connection_pool)
-        for sentinel in pool.sentinel_manager.sentinels:
+        assert isinstance(self.connection_pool, SentinelConnectionPool)
+        for sentinel in self.connection_pool.sentinel_manager.sentinels:
             await sentinel.aclose()
 
 
