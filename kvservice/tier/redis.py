@@ -99,7 +99,8 @@ def _sentinel_client(url: str, timeout_s: float, max_connections: int) -> Redis:
         "driver_info": None,
     }
     sentinel = Sentinel(named.sentinels, sentinel_kwargs={**limits, **named.of_sentinels})  # type: ignore[no-untyped-call]
-    return sentinel.master_for(named.name, _SentinelRedis, max_connections=max_connections, **limits, **named.of_redis)
+    settings = {"max_connections": max_connections, **limits, **named.of_redis}
+    return cast(Redis, sentinel.master_for(named.name, _SentinelRedis, **settings))
 
 
 class _SentinelRedis(Redis):
