@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from redis import Redis
 
 from kvservice.errors import ConfigError
 from kvservice.tier import chunks
-from kvservice.tier.base import open_tier
+from kvservice.tier.base import open_source, open_tier
 from kvservice.tier.chunks import MAX_FRAME_BYTES, MIN_FRAME_BYTES, OVERHEAD_BYTES, groups_per_chunk, size_class
 from kvservice.tier.groups import Chunk, FrameSet, GroupFrames, kv_fingerprint, layer_memory
+from kvservice.tier.reader import FrameReader, FrameWant
 from kvservice.tier.wire import decode_frame
 from kvservice.tier.writer import WriteBehind
 from kvservice.types import GROUP_TOKENS, SINK_TOKENS, SessionId
@@ -265,3 +267,22 @@ def test_chunks_of_other_starts_or_codecs_have_other_names() -> None:
         chunks.chunk_name(bytes(16), b"e" * 16, 16, "raw"),
     ]
     assert len(set(names)) == 5
+
+
+@pytest.mark.parametrize("codec", ["raw", "zstd"])
+def test_what_chunks_of_names_is_read_back_bit_for_bit(behind, kv_url, codec) -> None:
+    frame_set = FrameSet(FRAMES.fingerprint, FRAMES.group_shape, torch.bfloat16, codec)
+    writer = GroupFrames(behind, frame_set)
+    groups, out = groups_of(7), torch.zeros_like(groups_of(7))
+    writer.write(TAG, SESSION, 0, tokens_of(7), groups)
+    writer.checkpoint(TAG, SESSION)
+    assert behind.flush(FLUSH_S)
+    reader = FrameReader(open_source(kv_url))
+    wants = []
+    for chunk in writer.chunks_of(TAG, SESSION):
+        pieces = [layer_memory(group) for group in out[chunk.first_group : chunk.stop_group]]
+        headers = frame_set.headers(TAG, SESSION, chunk)
+        wants += [FrameWant(header, into) for header, into in zip(headers, zip(*pieces, strict=True), strict=True)]
+    assert [read.miss for read in reader.fetch(wants, time.monotonic() + FLUSH_S)] == [None] * len(wants)
+    reader.close()
+    assert torch.equal(out, groups)
