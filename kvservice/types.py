@@ -128,6 +128,8 @@ class ModelShape:
     vocab_size: int
     max_positions: int
     dtype_bytes: int = 2
+    num_followers: int = 0
+    """(layer, KV head)s that store no distant keys under recipes that share them: of the worker's map."""
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -175,6 +177,8 @@ class RecipeSpec:
     """The index is clusters of about so many tokens instead; 0: it isn't."""
     recalled_tokens: int = 0
     """Distant tokens that a query recalls for each KV head."""
+    shares_keys: bool = False
+    """Distant keys are stored once for each group of similar layers: the worker must have a map of them."""
     per_query_head: bool = False
     """Each query head of a KV head has its own choice in turn, until there are `recalled_tokens`; else they choose
     together, by their summed attention mass."""
@@ -201,6 +205,24 @@ class RecipeSpec:
 
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+KEPT_GROUPS = 5
+"""The most groups that a window holds: so many may have to come back into it when a call is rolled back."""
+
+
+def key_cells(shape: ModelShape, recipe: RecipeSpec) -> int:
+    """(layer, KV head)s that store distant keys."""
+    return shape.num_layers * shape.num_kv_heads - (shape.num_followers if recipe.shares_keys else 0)
+
+
+def group_bytes(shape: ModelShape, recipe: RecipeSpec) -> int:
+    """Bytes of a group of 64 tokens in host memory.
+
+    Keys and values lie side by side there, and so do the values of two cells that store no keys: whole rows of two.
+    """
+    keys, values = key_cells(shape, recipe), shape.num_layers * shape.num_kv_heads
+    return _ceil_div(keys + values, 2) * 2 * GROUP_TOKENS * shape.head_dim * shape.dtype_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +256,7 @@ def index_blocks(shape: ModelShape, recipe: RecipeSpec, num_groups: int) -> int:
         codes_bytes = num_groups * GROUP_TOKENS * shape.head_dim * recipe.index_bits // 8
         params_bytes = num_groups * recipe.index_params * row_bytes
     per_cell = _ceil_div(codes_bytes, shape.block_bytes) + _ceil_div(params_bytes, shape.block_bytes)
-    return shape.num_layers * shape.num_kv_heads * per_cell
+    return key_cells(shape, recipe) * per_cell
 
 
 def most_clusters(num_groups: int, tokens_per_cluster: int) -> int:
@@ -249,7 +271,7 @@ def lasting_index_blocks(shape: ModelShape, recipe: RecipeSpec, num_groups: int)
     """
     if recipe.tokens_per_cluster:
         return 0
-    return max(0, index_blocks(shape, recipe, num_groups) - shape.num_cells)
+    return max(0, index_blocks(shape, recipe, num_groups) - 2 * key_cells(shape, recipe))
 
 
 def footprint(shape: ModelShape, recipe: RecipeSpec, num_tokens: int) -> Footprint:
@@ -265,11 +287,14 @@ def footprint(shape: ModelShape, recipe: RecipeSpec, num_tokens: int) -> Footpri
         widest = min(num_tokens, SINK_TOKENS + recipe.window_tokens + GROUP_TOKENS)
     groups = recipe.distant_groups(num_tokens)
     slots = recipe.recalled_tokens if groups else 0
+    cells = key_cells(shape, recipe) + shape.num_layers * shape.num_kv_heads
+    # Keys that a call pushed out of the window are dropped once it has ended, for it may be rolled back.
+    kept_keys = min(groups, KEPT_GROUPS) * GROUP_TOKENS * (shape.num_cells - cells)
     return Footprint(
         window_bytes=_ceil_div(widest, BLOCK_TOKENS) * shape.num_cells * shape.block_bytes,
         index_bytes=index_blocks(shape, recipe, groups) * shape.block_bytes,
-        slot_bytes=_ceil_div(slots, BLOCK_TOKENS) * shape.num_cells * shape.block_bytes,
-        host_bytes=groups * GROUP_TOKENS * shape.kv_bytes_per_token,
+        slot_bytes=_ceil_div(slots, BLOCK_TOKENS) * cells * shape.block_bytes,
+        host_bytes=groups * group_bytes(shape, recipe) + kept_keys * shape.head_dim * shape.dtype_bytes,
     )
 
 

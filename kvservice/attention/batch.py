@@ -6,6 +6,9 @@ For each sequence and layer, the parts of the queries of a step:
     distant                                     FULL: every token, streamed tile by tile through the staging ring
                                                 SELECT: the recalled ones, for each query and KV head
 
+Where layers share distant keys, it matters to a query which tokens are distant: to each those before its own window, so
+of a FULL step's own tokens and window too. They are attended to apart, by the anchors' keys: see `attention.sharing`.
+
 A step's queries all see the same window: the engine never lets a SELECT step cross a slide of the window, so a query's
 parts don't depend on how its tokens were split into steps.
 
@@ -16,12 +19,13 @@ query at a time: then no bit of a query's result depends on the tokens that are 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from kvservice.attention.sharing import StepAnchors, visible_masks
 from kvservice.errors import InternalError
 from kvservice.kernels.base import PartAttention
 from kvservice.kernels.cpu import StepRecall, StepSequence
@@ -48,12 +52,14 @@ class SequenceRows:
         rows: its rows among the step's tokens.
         reach: what its queries attend to.
         first: position of the first new token.
+        anchors: of a sequence that shares distant keys, and has queries that see some.
     """
 
     memory: SequenceMemory
     rows: slice
     reach: Reach
     first: int
+    anchors: StepAnchors | None = None
 
     @property
     def num_queries(self) -> int:
@@ -77,9 +83,20 @@ class SequenceRows:
         return 0 if self.reach is Reach.SELECT else self.memory.distant.num_bytes
 
     @property
+    def crosses_slide(self) -> bool:
+        """Whether its queries would see different windows if they came one by one."""
+        state = self.memory.state
+        return self.memory.recipe.window_start(state.num_computed + self.num_queries - 1) > state.window_start
+
+    @property
     def recalls_by_keys(self) -> bool:
         """Whether it selects by low-bit keys, as kernels can."""
         return self.memory.key_index is not None
+
+    @property
+    def is_far_by_torch(self) -> bool:
+        """Whether kernels leave its distant tokens to torch."""
+        return self.anchors is not None or (self.selects and not self.recalls_by_keys)
 
 
 def prepare(memory: SequenceMemory, first_row: int, num_tokens: int, reach: Reach) -> SequenceRows:
@@ -97,7 +114,10 @@ def prepare(memory: SequenceMemory, first_row: int, num_tokens: int, reach: Reac
         # Sinks, what is in the tier, and the rest of the visible positions: those are the parts.
         raise InternalError(f"{sinks} sinks and {distant} distant tokens don't end where {state.window_start} begins")
     state.extend(num_tokens)
-    return SequenceRows(memory, slice(first_row, first_row + num_tokens), reach, state.num_computed)
+    rows = SequenceRows(memory, slice(first_row, first_row + num_tokens), reach, state.num_computed)
+    if memory.shared is None or not (state.num_distant or rows.crosses_slide):
+        return rows
+    return replace(rows, anchors=StepAnchors(memory, memory.shared, rows.rows))
 
 
 class BatchAttention:
@@ -113,6 +133,7 @@ class BatchAttention:
         self._deterministic = deterministic
         self._slots: list[Tensor] = []
         self._masks: dict[int, Tensor] = {}
+        self._pairs_of_masks: dict[int, tuple[Tensor, Tensor]] = {}
         self._kernel: type[PartAttention] = FixedOrderAttention if deterministic else FlashAttention
 
     @property
@@ -129,8 +150,8 @@ class BatchAttention:
 
     @property
     def selects_by_torch(self) -> bool:
-        """Whether `add_recalled` has anything to add: sequences that recall by what `near` doesn't describe."""
-        return any(sequence.selects and not sequence.recalls_by_keys for sequence in self._sequences)
+        """Whether `add_recalled` has anything to add: sequences with distant tokens that `near` doesn't describe."""
+        return any(sequence.is_far_by_torch for sequence in self._sequences)
 
     def near(self) -> list[StepSequence]:
         """What each sequence attends to: all of it but for what `add_recalled` adds."""
@@ -141,14 +162,14 @@ class BatchAttention:
                 num_queries=sequence.num_queries,
                 first_row=sequence.rows.start,
                 window_start=sequence.memory.state.window_start,
-                groups=None if sequence.selects else sequence.memory.distant.addresses,
+                groups=None if sequence.selects or sequence.anchors else sequence.memory.distant.addresses,
                 recall=_recall_by_keys(sequence) if sequence.selects and sequence.recalls_by_keys else None,
             )
             for sequence in self._sequences
         ]
 
     def add_recalled(self, layer: int, q: Tensor, out: Tensor, lse: Tensor, *, by_keys: bool = False) -> None:
-        """Merges what sequences recall into their attention over what is near.
+        """Merges what sequences recall into their attention over what is near, and what they share with other layers.
 
         Args:
             layer: the layer.
@@ -159,11 +180,16 @@ class BatchAttention:
         """
         num_kv = self._arena.layout.num_kv_heads
         for sequence in self._sequences:
-            if not sequence.selects or (sequence.recalls_by_keys and not by_keys):
+            if not (sequence.is_far_by_torch or (by_keys and sequence.selects)):
                 continue
             rows = sequence.rows
-            proximal = AttnPartial(_by_kv_head(out[rows], num_kv), _by_kv_head(lse[rows].unsqueeze(-1), num_kv)[..., 0])
-            merged = self._with_recalled(sequence, layer, _by_kv_head(q[rows], num_kv), proximal)
+            queries = _by_kv_head(q[rows], num_kv)
+            if sequence.anchors and (self._deterministic or sequence.crosses_slide):
+                # What is near was attended to in another order, or isn't near to all queries.
+                merged = self._attend(sequence, layer, queries)
+            else:
+                lses = _by_kv_head(lse[rows].unsqueeze(-1), num_kv)[..., 0]
+                merged = self._with_distant(sequence, layer, queries, AttnPartial(_by_kv_head(out[rows], num_kv), lses))
             out[rows] = _by_query(merged, sequence.num_queries)
 
     # -- for those that don't ----------------------------------------------------------------------------------------
@@ -209,15 +235,39 @@ class BatchAttention:
             )
         return self._masks[first]
 
+    def _split_masks(self, sequence: SequenceRows, group_size: int) -> tuple[Tensor, Tensor]:
+        """See `visible_masks`; the same in all layers."""
+        first = sequence.rows.start
+        if first not in self._pairs_of_masks:
+            state, recipe = sequence.memory.state, sequence.memory.recipe
+            positions = range(state.num_computed, state.num_computed + sequence.num_queries)
+            starts = [max(recipe.window_start(position), state.window_start) for position in positions]
+            self._pairs_of_masks[first] = visible_masks(
+                state.num_resident,
+                torch.tensor(starts, device=self._arena.device),
+                state.window_start,
+                group_size,
+                self._arena.layout.dtype,
+            )
+        return self._pairs_of_masks[first]
+
     def _attend(self, sequence: SequenceRows, layer: int, q: Tensor) -> Tensor:
         if sequence.memory.state.is_ragged:
             return self._attend_ragged(sequence, layer, q)
-        near = self._device_parts(sequence, self._mask(sequence, q.shape[1] // sequence.num_queries), layer)
+        group_size = q.shape[1] // sequence.num_queries
+        splits = sequence.anchors is not None and sequence.anchors.splits(layer)
+        if splits and sequence.crosses_slide:
+            mask: Tensor | None = self._split_masks(sequence, group_size)[0]
+        else:
+            mask = self._mask(sequence, group_size)
+        near = self._device_parts(sequence, mask, layer)
         attention = self._kernel(q, self._scale)
-        if sequence.selects:
+        if sequence.selects or splits:
             for part in near:
                 attention.add(*part)
-            return self._with_recalled(sequence, layer, q, attention.result())
+            return self._with_distant(sequence, layer, q, attention.result())
+        if sequence.anchors:
+            sequence.anchors.queries(layer, q)
         attention.add(*near[0])
         for keys, values in self._streamed(sequence.memory, layer):
             attention.add(keys, values)
@@ -239,45 +289,122 @@ class BatchAttention:
             memory.counters.streamed_bytes += 2 * keys.numel() * keys.element_size()
             yield keys, values
 
-    # -- recall ------------------------------------------------------------------------------------------------------
+    # -- distant tokens apart from what is near ----------------------------------------------------------------------
 
-    def _with_recalled(self, sequence: SequenceRows, layer: int, q: Tensor, proximal: AttnPartial) -> Tensor:
-        """Attention over what is near and what is recalled, `[kv, r, d]`."""
+    def _with_distant(self, sequence: SequenceRows, layer: int, q: Tensor, proximal: AttnPartial) -> Tensor:
+        """Attention over what is near and what is distant, `[kv, r, d]`."""
+        anchors = sequence.anchors
+        far_q = q if anchors is None else anchors.queries(layer, q)
+        if not sequence.selects:
+            assert anchors is not None
+            return self._gated(anchors, layer, 0, proximal, lambda: self._all_distant(sequence, anchors, layer, far_q))
         count = sequence.num_queries
         if count == 1 or not self._deterministic:
-            return self._recall(sequence, layer, q, proximal, count)
+            return self._recall(sequence, layer, q, far_q, proximal, 0, count)
         group = q.shape[1] // count
         each = [slice(i * group, (i + 1) * group) for i in range(count)]
         outs = [
-            self._recall(sequence, layer, q[:, rows], AttnPartial(proximal.out[:, rows], proximal.lse[:, rows]), 1)
-            for rows in each
+            self._recall(
+                sequence,
+                layer,
+                q[:, rows],
+                far_q[:, rows],
+                AttnPartial(proximal.out[:, rows], proximal.lse[:, rows]),
+                i,
+                1,
+            )
+            for i, rows in enumerate(each)
         ]
         return torch.cat(outs, dim=1)
 
-    def _recall(self, sequence: SequenceRows, layer: int, q: Tensor, proximal: AttnPartial, num_queries: int) -> Tensor:
-        memory = sequence.memory
-        seed = memory.state.num_computed * self._arena.layout.num_layers + layer
-        chosen = memory.choose(Query(layer, q, proximal.lse, num_queries, self._scale, seed))
-        if num_queries > 1:
-            return merge_partials([proximal, self._from_staging(memory, layer, q, chosen)])
-        attention = self._kernel(q, self._scale)
-        if sequence.num_queries == 1:
-            attention.add(*self._from_slots(memory, layer, chosen[:, 0]))
-        else:
-            attention.add(*self._staged(memory, layer, chosen[:, 0]))
-        return merge_partials([proximal, attention.result()])
+    @staticmethod
+    def _gated(
+        anchors: StepAnchors | None,
+        layer: int,
+        first: int,
+        proximal: AttnPartial,
+        look: Callable[[], AttnPartial],
+    ) -> Tensor:
+        """Merges what is near with what `look` finds in distant tokens; followers' rows may do without."""
+        if anchors is None:
+            return merge_partials([proximal, look()])
+        skipped = anchors.skipped(layer, first, proximal)
+        if skipped is not None and bool(skipped.all()):
+            return proximal.out
+        distant = look()
+        anchors.note_distant(layer, first, distant)
+        if skipped is not None:
+            distant = AttnPartial(distant.out, distant.lse.masked_fill(skipped, -math.inf))
+        return merge_partials([proximal, distant])
 
-    def _from_slots(self, memory: SequenceMemory, layer: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    def _all_distant(self, sequence: SequenceRows, anchors: StepAnchors, layer: int, q: Tensor) -> AttnPartial:
+        """All that is distant to each query: in the tier, and what is still on the device."""
+        attention = self._kernel(q, self._scale)
+        for keys, values in self._streamed(sequence.memory, layer):
+            attention.add(keys, values)
+        if sequence.crosses_slide:
+            mask = self._split_masks(sequence, q.shape[1] // sequence.num_queries)[1]
+            span = slice(SINK_TOKENS, SINK_TOKENS + mask.shape[1])
+            state = sequence.memory.state
+            keys, values = state.read(layer, span.stop, anchors.cells.groups.key_layers[layer])
+            attention.add(keys[:, span], values[:, span], mask)
+        return attention.result()
+
+    def _recall(
+        self,
+        sequence: SequenceRows,
+        layer: int,
+        q: Tensor,
+        far_q: Tensor,
+        proximal: AttnPartial,
+        first: int,
+        num_queries: int,
+    ) -> Tensor:
+        """Some of a sequence's queries, `num_queries` from number `first` on; chosen for together, or one alone."""
+        memory, anchors = sequence.memory, sequence.anchors
+        seed = memory.state.num_computed * self._arena.layout.num_layers + layer
+        query = Query(layer, q, proximal.lse, num_queries, self._scale, seed)
+        chosen = memory.choose(query) if anchors is None else anchors.choose(first, query)
+
+        def look() -> AttnPartial:
+            if num_queries > 1:
+                return self._from_staging(memory, layer, far_q, chosen)
+            attention = self._kernel(far_q, self._scale)
+            if sequence.num_queries == 1:
+                attention.add(*self._from_slots(memory, anchors, layer, chosen[:, 0]))
+            else:
+                attention.add(*self._staged(memory, layer, chosen[:, 0]))
+            return attention.result()
+
+        return self._gated(anchors, layer, first, proximal, look)
+
+    def _from_slots(
+        self, memory: SequenceMemory, anchors: StepAnchors | None, layer: int, chosen: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """A decode step: what the last step recalled is still in the slots, so only the difference moves."""
         slots = memory.slots()
         placed = slots.admit(layer, chosen)
         count = placed.heads.numel()
+        has_keys = None if anchors is None else anchors.cells.owns[layer][placed.heads]
+        with_keys = count if has_keys is None else int(has_keys.sum())
+        if has_keys is not None and with_keys < count:
+            self._fetch_values(
+                memory, layer, *(part[~has_keys] for part in (placed.heads, placed.offsets, placed.slots))
+            )
+            placed = placed.of(has_keys)
         # A tile holds all slots of a layer, so what is missing always fits.
-        staged = self._ring.next(count)
+        staged = self._ring.next(with_keys)
         memory.distant.gather_flat(layer, placed.heads, placed.offsets, staged)
-        slots.write(layer, placed, staged)
-        memory.counters.note(chosen.numel(), chosen.numel() - count, count * self._arena.layout.row_bytes)
-        return slots.read(layer, placed.where)
+        slots.write(layer, placed.heads, placed.slots, staged)
+        moved = (count + with_keys) * self._arena.layout.row_bytes // 2
+        memory.counters.note(chosen.numel(), chosen.numel() - count, moved)
+        keys_at = placed.where if anchors is None else anchors.keys_at(layer, placed.where)
+        return slots.read(layer, keys_at, placed.where)
+
+    def _fetch_values(self, memory: SequenceMemory, layer: int, heads: Tensor, offsets: Tensor, slots: Tensor) -> None:
+        staged = self._ring.next(-(-heads.numel() // 2)).view(-1, self._arena.layout.head_dim)[: heads.numel()]
+        memory.distant.gather_values(layer, heads, offsets, staged)
+        memory.slots().write_values(layer, heads, slots, staged)
 
     def _staged(self, memory: SequenceMemory, layer: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Chosen tokens, `[kv, n]`, through the staging ring."""

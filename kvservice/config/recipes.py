@@ -37,6 +37,20 @@ CLUSTERKV = RecipeSpec(
     evaluation_only=True,
 )
 
+POD_EXACT = replace(
+    EXACT,
+    name="pod-exact",
+    summary="Exact, with distant keys stored once for each group of layers that attend alike. Needs a map of them.",
+    shares_keys=True,
+)
+
+POD = replace(
+    RECALL,
+    name="pod",
+    summary="Recall, with distant keys stored, indexed and chosen by once for each such group. Needs a map of them.",
+    shares_keys=True,
+)
+
 BASELINES = (
     replace(
         CLUSTERKV,
@@ -96,11 +110,24 @@ BASELINES = (
     ),
 )
 
-RECIPES: dict[str, RecipeSpec] = {recipe.name: recipe for recipe in (DENSE, EXACT, RECALL, CLUSTERKV, *BASELINES)}
+RECIPES: dict[str, RecipeSpec] = {
+    recipe.name: recipe for recipe in (DENSE, EXACT, RECALL, POD, POD_EXACT, CLUSTERKV, *BASELINES)
+}
 
 SERVED_RECIPES: tuple[str, ...] = tuple(name for name, recipe in RECIPES.items() if not recipe.evaluation_only)
 
+"""What the service knows. Those that share keys are served by workers that have a map: see `served_recipes`."""
+
 DEFAULT_RECIPE = RECALL.name
+
+
+def served_recipes(*, shares_keys: bool) -> tuple[str, ...]:
+    """The recipes that a worker serves.
+
+    Args:
+        shares_keys: whether it has a map of the layers that share distant keys.
+    """
+    return tuple(name for name in SERVED_RECIPES if shares_keys or not RECIPES[name].shares_keys)
 
 
 def get_recipe(name: str) -> RecipeSpec:

@@ -27,6 +27,7 @@ class Admission:
         shape: of the model.
         max_batch: answers that may be under way at a time.
         grammars: for answers that must match one; without it such calls are refused.
+        shares_keys: whether recipes that share distant keys between layers can be carried out.
     """
 
     def __init__(
@@ -37,6 +38,8 @@ class Admission:
         shape: ModelShape,
         max_batch: int,
         grammars: GrammarCompiler | None,
+        *,
+        shares_keys: bool = False,
     ) -> None:
         self._calls = calls
         self._sequences = sequences
@@ -44,6 +47,7 @@ class Admission:
         self._shape = shape
         self._max_batch = max_batch
         self._grammars = grammars
+        self._shares_keys = shares_keys
         self._numbers = count()
 
     def submit(self, call: EngineCall) -> None:
@@ -76,6 +80,13 @@ class Admission:
 
     def _check(self, call: EngineCall) -> None:
         """Refuses what can never run, or not now whatever gives way."""
+        if call.recipe.shares_keys and not self._shares_keys:
+            raise InvalidRequest(
+                f"recipe {call.recipe.name!r} shares distant keys between layers, and this worker has no map of which: "
+                "start it with --map, or use another recipe",
+                field="recipe",
+                reason="map_missing",
+            )
         if self._sequences.is_busy(call.session_id):
             raise Conflict(f"session {call.session_id} has a call running; wait for it", reason="session_busy")
         num_answers = self._calls.num_answers

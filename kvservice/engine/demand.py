@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from kvservice.kv.layout import KVLayout
 from kvservice.kv.ledger import Reservation
 from kvservice.recall.memory import SequenceMemory
-from kvservice.types import BLOCK_TOKENS, Distant, ModelShape, RecipeSpec, footprint, lasting_index_blocks
+from kvservice.types import BLOCK_TOKENS, Distant, ModelShape, RecipeSpec, footprint, group_bytes, lasting_index_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,4 +64,4 @@ class Demand:
         groups = recipe.distant_groups(shared_tokens)
         index = lasting_index_blocks(self._shape, recipe, groups) * self._layout.block_bytes
         sinks = column_bytes if shared_tokens >= BLOCK_TOKENS else 0
-        return whole.device_bytes - index - sinks, whole.host_bytes - groups * self._layout.group_bytes
+        return whole.device_bytes - index - sinks, whole.host_bytes - groups * group_bytes(self._shape, recipe)

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from kvservice.compression.protocols import RECALL_INDEXES
+from kvservice.compression.sharing import SharingPlan, shape_under
 from kvservice.config.engine import EngineConfig
-from kvservice.config.recipes import DEFAULT_RECIPE, SERVED_RECIPES
+from kvservice.config.recipes import DEFAULT_RECIPE, served_recipes
 from kvservice.engine.admission import Admission
 from kvservice.engine.calls import Calls
 from kvservice.engine.chunk import Chunk
@@ -77,9 +78,11 @@ class Engine:
         writer: takes the groups that leave the device, for the tier below host memory.
         grammars: for answers that must match one; without it such calls are refused.
         clock: seconds, monotonic.
+        sharing: how distant keys are shared between the model's layers; without it recipes that share are refused.
 
     Raises:
-        ConfigError: `kv_bytes` doesn't hold the prefill workspace, or the model can't be deterministic and should.
+        ConfigError: `kv_bytes` doesn't hold the prefill workspace, the model can't be deterministic and should, or
+            `sharing` is for another one.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Engine:
         writer: GroupWriter,
         grammars: GrammarCompiler | None = None,
         clock: Callable[[], float] = time.monotonic,
+        sharing: SharingPlan | None = None,
     ) -> None:
         if config.deterministic and not model.is_deterministic:
             raise ConfigError("deterministic: this model was loaded without row blocks", field="deterministic")
@@ -97,10 +101,12 @@ class Engine:
         self._config = config
         self._writer = writer
         self._clock = clock
-        self._shape = model.spec.shape
+        self._shape = model.spec.shape if sharing is None else shape_under(sharing, model.spec.shape)
         # The most groups that one step can push out of windows; each sequence may round up.
         self._step_groups = config.step_tokens // GROUP_TOKENS + config.max_prefills
-        self._sequences = HeldSequences(self._shape, KVLayout.of(self._shape, model.dtype), config, model.device)
+        layout = KVLayout.of(self._shape, model.dtype)
+        self._recipes = served_recipes(shares_keys=sharing is not None)
+        self._sequences = HeldSequences(self._shape, layout, config, model.device, sharing)
         self._sequences.ledger.add(Owner.WEIGHTS, model.weight_bytes)
         rate = config.host_link_bytes_per_s
         link = HostLink(rate) if rate is not None else None
@@ -108,7 +114,15 @@ class Engine:
         self._meters = Meters()
         self._calls = Calls(self._shape, self._sequences, writer, self._meters, clock)
         self._room = Room(self._calls, self._sequences)
-        self._admission = Admission(self._calls, self._sequences, self._room, self._shape, config.max_batch, grammars)
+        self._admission = Admission(
+            self._calls,
+            self._sequences,
+            self._room,
+            self._shape,
+            config.max_batch,
+            grammars,
+            shares_keys=sharing is not None,
+        )
         self._output = Output(self._calls, self._sequences, model.spec.eos_token_ids, clock)
         self._planner = Planner(config, self._shape.num_layers, lambda: writer.has_room(self._step_groups))
         self.stopwatch = Stopwatch()
@@ -117,7 +131,7 @@ class Engine:
     def info(self) -> ModelInfo:
         """What the engine serves."""
         spec = self._model.spec
-        return ModelInfo(spec.name, self._shape, SERVED_RECIPES, DEFAULT_RECIPE, spec.origin)
+        return ModelInfo(spec.name, self._shape, self._recipes, DEFAULT_RECIPE, spec.origin)
 
     @property
     def has_work(self) -> bool:
@@ -133,7 +147,7 @@ class Engine:
         soon as idle sequences, or those of calls of a lower priority, have given way.
 
         Raises:
-            InvalidRequest: nothing to compute, or a wrong grammar.
+            InvalidRequest: nothing to compute, a wrong grammar, or a recipe that needs a map and there is none.
             PromptTooLong: more tokens than the model has positions.
             Conflict: the session has a call running.
             FailedPrecondition: the recipe needs what the session dropped, or KV is missing and `on_miss` is FAIL.

@@ -91,9 +91,10 @@ def usable(held: SequenceMemory | None, call: EngineCall) -> SequenceMemory | No
     if held is None or held.recipe == call.recipe:
         return held
     kept_and_asked = (held.recipe.distant, call.recipe.distant)
-    if kept_and_asked == (Distant.STREAM, Distant.RECALL):
+    keeps_alike = held.recipe.shares_keys == call.recipe.shares_keys
+    if keeps_alike and kept_and_asked == (Distant.STREAM, Distant.RECALL):
         return None  # Made for a call that answered exactly when nothing of the session was held: without an index.
-    if kept_and_asked != (Distant.RECALL, Distant.STREAM):
+    if not keeps_alike or kept_and_asked != (Distant.RECALL, Distant.STREAM):
         raise FailedPrecondition(
             f"the session keeps its KV as {held.recipe.name!r}; a call can't use {call.recipe.name!r} on it",
             reason="recipe",

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from kvservice.compression.sharing import SharingPlan
 from kvservice.config.engine import EngineConfig
 from kvservice.engine.demand import Demand, Wish
 from kvservice.engine.prefixes import PrefixIndex
@@ -22,8 +23,9 @@ from kvservice.kv.arena import Arena
 from kvservice.kv.layout import KVLayout
 from kvservice.kv.ledger import Ledger, Owner, Reservation
 from kvservice.recall.distant import StagingRing, staging_blocks
-from kvservice.recall.memory import SequenceMemory, Store
+from kvservice.recall.memory import SequenceMemory, SharedStore, Store
 from kvservice.recall.parking import Place
+from kvservice.recall.sharing import SharedCells
 from kvservice.tier.host import HostTier
 from kvservice.tier.swap import SwapSpace
 from kvservice.types import BLOCK_TOKENS, Headroom, ModelShape, RecipeSpec, SessionId
@@ -62,12 +64,29 @@ class HeldSequences:
     A sequence is *busy* while a call runs on it. Idle ones stay, so that the next call finds their KV, until another
     sequence needs their bytes: then the least recently used goes first.
 
+    Args:
+        shape: of the model, under `plan`.
+        layout: of its KV.
+        config: budgets.
+        device: the model's.
+        plan: how distant keys are shared, by recipes that do that; None: none can.
+
     Raises:
         ConfigError: `kv_bytes` doesn't hold the prefill workspace.
     """
 
-    def __init__(self, shape: ModelShape, layout: KVLayout, config: EngineConfig, device: torch.device) -> None:
-        staging = staging_blocks(shape.num_kv_heads)
+    def __init__(
+        self,
+        shape: ModelShape,
+        layout: KVLayout,
+        config: EngineConfig,
+        device: torch.device,
+        plan: SharingPlan | None = None,
+    ) -> None:
+        ring_blocks = staging_blocks(shape.num_kv_heads)
+        # The queries of a step, one head's in a row of a block.
+        query_rows = config.step_tokens + config.max_batch if plan else 0
+        staging = ring_blocks + -(-query_rows * shape.num_heads // BLOCK_TOKENS)
         num_blocks = config.kv_bytes // layout.block_bytes
         # A step's prefill tokens stay beside the window until it has slid over them. Each sequence may round up.
         chunk_columns = config.step_tokens // BLOCK_TOKENS + config.max_prefills
@@ -82,11 +101,25 @@ class HeldSequences:
         self.ledger = Ledger(for_sequences * layout.block_bytes, config.host_bytes)
         memory = device_memory(num_blocks * layout.block_bytes, device)
         self.arena = Arena(layout, num_blocks, staging, self.ledger, device, memory)
-        self.ring = StagingRing(self.arena)
+        self.ring = StagingRing(self.arena, ring_blocks)
         self.evictions = Evictions()
         self._demand = Demand(shape, layout)
-        self._host = HostTier(layout, config.host_bytes // layout.group_bytes, self.ledger, pin=device.type == "cuda")
-        self._store = Store(self.arena, self._host, SwapSpace(self.arena, self._host))
+        self._host = HostTier(
+            layout,
+            config.host_bytes // layout.group_bytes,
+            self.ledger,
+            pin=device.type == "cuda",
+            gives_back=plan is not None and device.type != "cuda",
+        )
+        self._shared: SharedStore | None = None
+        if plan is not None:
+            queries = self.arena.slots[ring_blocks * BLOCK_TOKENS :][: query_rows * shape.num_heads]
+            cells = SharedCells(plan, layout, queries.view(query_rows, shape.num_heads, shape.head_dim))
+            num_groups = config.host_bytes // cells.groups.group_bytes
+            # Both segments could take all of `host_bytes`; the ledger sees to it that together they don't.
+            host = HostTier(layout, num_groups, self.ledger, pin=False, groups=cells.groups, gives_back=True)
+            self._shared = SharedStore(cells, host)
+        self._store = Store(self.arena, self._host, SwapSpace(self.arena, self._host), self._shared)
         self._held: dict[SessionId, _Holding] = {}  # least recently used first
         self._moving: dict[SessionId, SequenceMemory] = {}
         self._prefixes = PrefixIndex()
@@ -127,6 +160,7 @@ class HeldSequences:
         """The call has ended: the sequence is idle and gives back what it reserved beyond what it holds."""
         holding = self._held[session_id]
         holding.is_busy, holding.granted = False, None
+        holding.memory.end_call()
         self._fit(session_id)
 
     def drop(self, session_id: SessionId) -> tuple[int, int]:
@@ -243,6 +277,7 @@ class HeldSequences:
         holding = self._held[session_id]
         assert holding.granted is not None
         holding.granted = replace(holding.granted, num_kept=None)
+        holding.memory.begin_call()
         self._fit(session_id)
 
     def bring_back(self, session_id: SessionId) -> None:
@@ -321,7 +356,11 @@ class HeldSequences:
         held = [holding.memory for holding in self._held.values()]
         nothing = torch.empty(0, dtype=torch.int32, device=self.arena.device)
         self.arena.check(torch.cat([nothing, *(memory.blocks() for memory in held)]))
-        self._host.check([number for memory in held for number in memory.host_groups()])
+        sharing = [memory for memory in held if memory.shared]
+        whole = [number for memory in held if not memory.shared for number in memory.distant.host_groups]
+        self._host.check([*whole, *(number for memory in held for number in memory.parked_groups())])
+        if self._shared is not None:
+            self._shared.host.check([number for memory in sharing for number in memory.distant.host_groups])
         for owner, counted in (
             (Owner.WINDOW, sum(memory.window_bytes for memory in held)),
             (Owner.INDEX, sum(memory.index_bytes for memory in held)),

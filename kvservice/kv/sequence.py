@@ -150,11 +150,20 @@ class SequenceState:
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
-    def read(self, layer: int, num_resident: int) -> tuple[Tensor, Tensor]:
-        """Copies of K and V of the first `num_resident` device positions of a layer, each `[kv, num_resident, d]`."""
+    def read(self, layer: int, num_resident: int, key_layers: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Copies of K and V of the first `num_resident` device positions of a layer, each `[kv, num_resident, d]`.
+
+        Args:
+            layer: the layer.
+            num_resident: how many positions.
+            key_layers: int64 `[kv]`, the layers whose keys to read instead; None: its own.
+        """
         layout = self._arena.layout
         columns = -(-num_resident // BLOCK_TOKENS)
-        rows = self._blocks.view(layout.num_layers, 2, layout.num_kv_heads, -1)[layer, :, :, :columns]
+        blocks = self._blocks.view(layout.num_layers, 2, layout.num_kv_heads, -1)[..., :columns]
+        rows = blocks[layer]
+        if key_layers is not None:
+            rows = torch.stack([blocks[key_layers, 0, torch.arange(layout.num_kv_heads)], rows[1]])
         # A ragged row that ends early reads any block: the caller masks what is EMPTY.
         rows = rows if self._ragged is None else rows.clamp(min=0)
         keys = self._arena.read(rows[0])[:, :num_resident]

@@ -12,6 +12,7 @@ from kvservice.kv.arena import Arena
 from kvservice.recall.clusters import KeySource, SequenceClusters
 from kvservice.recall.index import SequenceIndex
 from kvservice.recall.planner import select
+from kvservice.recall.sharing import SharedCells
 from kvservice.types import RecipeSpec
 
 DistantIndex = SequenceIndex | SequenceClusters
@@ -19,7 +20,7 @@ DistantIndex = SequenceIndex | SequenceClusters
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """Queries of one sequence in one layer.
+    """Queries of one sequence in one layer. Where keys are shared, `kv` are the KV heads that store some there.
 
     Attributes:
         layer: the layer.
@@ -38,13 +39,19 @@ class Query:
     seed: int
 
 
-def new_index(recipe: RecipeSpec, arena: Arena) -> DistantIndex | None:
-    """An empty index of a recipe's kind; None if it has none."""
+def new_index(recipe: RecipeSpec, arena: Arena, shared: SharedCells | None = None) -> DistantIndex | None:
+    """An empty index of a recipe's kind; None if it has none.
+
+    Args:
+        recipe: the recipe.
+        arena: where it is.
+        shared: which (layer, KV head)s store keys; None: all.
+    """
     if recipe.index is None:
         return None
     if recipe.tokens_per_cluster:
         return SequenceClusters(CLUSTER_INDEXES.get(recipe.index), recipe.tokens_per_cluster, arena)
-    return SequenceIndex(RECALL_INDEXES.get(recipe.index), recipe.index_bits, arena)
+    return SequenceIndex(RECALL_INDEXES.get(recipe.index), recipe.index_bits, arena, shared)
 
 
 def choose_by_scores(index: SequenceIndex, recipe: RecipeSpec, query: Query, tally: ScanTally) -> Tensor:

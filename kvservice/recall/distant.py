@@ -24,10 +24,15 @@ class StagingRing:
     """Two tiles of device memory that take turns, so that one can be filled while the other is read.
 
     Rows are K and V of one token in one KV head, `[2 * d]`, as in host memory.
+
+    Args:
+        arena: in whose workspace they lie.
+        num_blocks: leading blocks of it; None: all.
     """
 
-    def __init__(self, arena: Arena) -> None:
-        self._tiles = arena.workspace.view(2, -1, 2 * arena.layout.head_dim)
+    def __init__(self, arena: Arena, num_blocks: int | None = None) -> None:
+        numbers = arena.workspace.numel() if num_blocks is None else num_blocks * arena.cells[0].numel()
+        self._tiles = arena.workspace[:numbers].view(2, -1, 2 * arena.layout.head_dim)
         self._turn = 0
 
     @property
@@ -44,12 +49,13 @@ class StagingRing:
 class DistantKV:
     """The groups of one sequence that have left the device."""
 
-    def __init__(self, host: HostTier, num_kv_heads: int, head_dim: int) -> None:
+    def __init__(self, host: HostTier, head_dim: int) -> None:
         self._host = host
         self._head_dim = head_dim
-        self._heads = torch.arange(num_kv_heads).unsqueeze(1) * GROUP_TOKENS
+        self._offsets = host.groups.row_offsets.unsqueeze(2)  # [layers, kv, 1, rows of a token]
         self._numbers: list[int] = []
-        self._rows = torch.empty(num_kv_heads, 0, dtype=torch.int64)
+        self._rows = torch.empty(0, 1, dtype=torch.int64)
+        # of each token, before the offset of its cell
         self._addresses = torch.empty(0, dtype=torch.int64)
 
     @property
@@ -63,7 +69,7 @@ class DistantKV:
         return len(self._numbers) * self._host.group_bytes
 
     def append(self, groups: Tensor) -> None:
-        """Stores groups `[n, layers, kv, 64, 2, d]` behind those there are."""
+        """Stores groups behind those there are; they are given as the host packs them."""
         self._numbers += self._host.store(groups)
         self._index()
 
@@ -90,7 +96,7 @@ class DistantKV:
 
     def fork(self) -> DistantKV:
         """The same groups once more, shared."""
-        twin = DistantKV(self._host, self._heads.shape[0], self._head_dim)
+        twin = DistantKV(self._host, self._head_dim)
         twin._numbers = list(self._numbers)
         twin._rows = self._rows
         twin._addresses = self._addresses
@@ -109,29 +115,33 @@ class DistantKV:
             offsets: int64 `[kv, n]` on the CPU, positions counted from the first distant one.
             out: `[kv * n, 2 * d]`, head by head.
         """
-        self._host.gather((self._rows.gather(1, offsets) + self._layer_offset(layer)).view(-1), out)
+        self._host.gather((self._rows[offsets] + self._offsets[layer]).view(-1), self._as_rows(out))
 
     def gather_flat(self, layer: int, heads: Tensor, offsets: Tensor, out: Tensor) -> None:
         """As `gather`, for a list of (KV head, offset) pairs of any shape, in their order."""
-        self._host.gather((self._rows[heads, offsets] + self._layer_offset(layer)).view(-1), out)
+        rows = self._rows[offsets] + self._offsets[layer, heads, 0]
+        self._host.gather(rows.view(-1), self._as_rows(out))
+
+    def gather_values(self, layer: int, heads: Tensor, offsets: Tensor, out: Tensor) -> None:
+        """As `gather_flat`, of groups that share keys: values alone, `[n, d]`."""
+        rows = self._rows[offsets, 0] + self._offsets[layer, heads, 0, 1]
+        self._host.gather(rows, out)
 
     def tiles(self, layer: int, ring: StagingRing) -> Iterator[tuple[Tensor, Tensor]]:
         """All distant K and V of a layer, tile by tile in order of position, each `[kv, t, d]`."""
-        num_kv, total = self._rows.shape
-        rows = self._rows + self._layer_offset(layer)
+        num_kv, total = self._offsets.shape[1], self._rows.shape[0]
         tile_tokens = ring.num_rows // num_kv
         for start in range(0, total, tile_tokens):
-            some = rows[:, start : start + tile_tokens].contiguous()
-            staged = ring.next(some.numel())
-            self._host.gather(some.view(-1), staged)
+            some = self._rows[start : start + tile_tokens] + self._offsets[layer]
+            staged = ring.next(num_kv * some.shape[1])
+            self._host.gather(some.view(-1), self._as_rows(staged))
             pairs = staged.view(num_kv, some.shape[1], 2, self._head_dim)
             yield pairs[:, :, 0], pairs[:, :, 1]
 
-    def _layer_offset(self, layer: int) -> int:
-        return layer * self._rows.shape[0] * GROUP_TOKENS
+    def _as_rows(self, pairs: Tensor) -> Tensor:
+        return pairs.view(-1, self._host.groups.row_numbers)
 
     def _index(self) -> None:
         self._addresses = self._host.addresses(self._numbers)
-        base = self._host.row_base(torch.tensor(self._numbers, dtype=torch.int64), 0)
-        tokens = (base.unsqueeze(1) + torch.arange(GROUP_TOKENS)).view(1, -1)
-        self._rows = tokens + self._heads
+        tokens = torch.arange(GROUP_TOKENS) * self._host.groups.rows_per_token
+        self._rows = (self._host.first_rows(self._numbers).unsqueeze(1) + tokens).view(-1, 1)

@@ -9,19 +9,35 @@ from kvservice.compression.protocols import Choice, RecallIndex, Selection
 from kvservice.kv.arena import Arena
 from kvservice.kv.entries import PagedEntries
 from kvservice.kv.ledger import Owner
+from kvservice.recall.sharing import SharedCells
 from kvservice.types import GROUP_TOKENS
 
 
 class SequenceIndex:
-    """The encoded keys of every group that has left the window, for each (layer, KV head)."""
+    """The encoded keys of every group that has left the window, for each (layer, KV head) that stores distant keys.
 
-    def __init__(self, method: RecallIndex, bits: int, arena: Arena) -> None:
+    Args:
+        method: how keys are encoded and scored.
+        bits: of a number's code.
+        arena: where they are.
+        shared: which store them; None: all.
+    """
+
+    def __init__(self, method: RecallIndex, bits: int, arena: Arena, shared: SharedCells | None = None) -> None:
         self._arena = arena
         layout = arena.layout
         probe_codes, probe_params = method.encode(
             torch.zeros(1, GROUP_TOKENS, layout.head_dim, dtype=layout.dtype), bits
         )
-        rows = layout.num_layers * layout.num_kv_heads
+        num_kv = layout.num_kv_heads
+        rows = layout.num_layers * num_kv if shared is None else shared.groups.own.numel()
+        self._shared = shared
+        self._rows = (
+            [slice(layer * num_kv, (layer + 1) * num_kv) for layer in range(layout.num_layers)]
+            if shared is None
+            else shared.key_rows
+        )
+        self._num_rows = rows
         self._method = method
         self._bits = bits
         self._layout = layout
@@ -41,7 +57,7 @@ class SequenceIndex:
 
     @property
     def codes_table(self) -> Tensor:
-        """Arena blocks of the codes, int32 `[layers * kv, columns]`."""
+        """Arena blocks of the codes, int32 `[layers * kv, columns]`; of (layer, KV head)s that store keys."""
         return self._codes.table
 
     @property
@@ -60,7 +76,7 @@ class SequenceIndex:
 
     def fork(self) -> SequenceIndex:
         """The same entries once more, in shared blocks."""
-        twin = SequenceIndex(self._method, self._bits, self._arena)
+        twin = SequenceIndex(self._method, self._bits, self._arena, self._shared)
         twin._codes, twin._params = self._codes.fork(), self._params.fork()
         twin.num_groups = self.num_groups
         return twin
@@ -84,8 +100,11 @@ class SequenceIndex:
     def append(self, groups: Tensor) -> None:
         """Encodes groups `[n, layers, kv, 64, 2, d]`, each exactly once."""
         count = groups.shape[0]
-        rows = self._layout.num_layers * self._layout.num_kv_heads
-        keys = groups[..., 0, :].permute(1, 2, 0, 3, 4).reshape(rows * count, GROUP_TOKENS, self._layout.head_dim)
+        rows = self._num_rows
+        cells = groups[..., 0, :].flatten(1, 2)
+        if self._shared is not None:
+            cells = cells[:, self._shared.groups.own.to(cells.device)]
+        keys = cells.transpose(0, 1).reshape(rows * count, GROUP_TOKENS, self._layout.head_dim)
         codes, params = self._method.encode(keys, self._bits)
         self._codes.append(codes.view(rows, count, -1))
         self._params.append(params.reshape(rows, count, -1).view(torch.uint8))
@@ -98,16 +117,18 @@ class SequenceIndex:
         self.num_groups = num_groups
 
     def scores(self, layer: int, q: Tensor, scale: float, seed: int, choice: Choice | None = None) -> Tensor:
-        """Estimated scores of every distant token, fp32 `[kv, r, 64 * groups]`; q is `[kv, r, d]`. See `Selection`."""
-        num_kv = self._layout.num_kv_heads
-        rows = slice(layer * num_kv, (layer + 1) * num_kv)
+        """Estimated scores of every distant token, fp32 `[kv, r, 64 * groups]`; q is `[kv, r, d]`. See `Selection`.
+
+        Where keys are shared, `kv` are the layer's KV heads that store some.
+        """
+        rows = self._rows[layer]
         params = self._params.read(rows)
         # Nothing can't be viewed as another dtype when its strides don't fit.
         params = params.view(self._layout.dtype) if params.numel() else params.to(self._layout.dtype)
         ask = Selection(
             q=q,
             codes=self._codes.read(rows),
-            params=params.view(num_kv, self.num_groups, -1, self._layout.head_dim),
+            params=params.view(q.shape[0], self.num_groups, -1, self._layout.head_dim),
             num_distant=self.num_groups * GROUP_TOKENS,
             scale=scale,
             seed=seed,

@@ -19,6 +19,7 @@ from kvservice.recall.index import SequenceIndex
 from kvservice.recall.parking import Parking, Place
 from kvservice.recall.reach import Reach, ReachLog
 from kvservice.recall.residency import RecallSlots
+from kvservice.recall.sharing import KeptKeys, SharedCells
 from kvservice.tier.host import HostTier
 from kvservice.tier.swap import SwapSpace
 from kvservice.types import BLOCK_TOKENS, GROUP_TOKENS, SINK_TOKENS, Distant, RecipeSpec
@@ -31,14 +32,18 @@ class RecallCounters:
         tally: int64 `[3]`, counted by whoever recalls: tokens looked up in slots, tokens found there, bytes fetched.
         streamed_bytes: host KV that was attended to in full, through the staging ring, or read to index it.
         scan: groups that indexes had to look at, of those kinds that count them.
+        gated: rows of followers, each a query in a query head, whose share of distant attention was known beforehand.
+        skipped: of those, the rows that left distant tokens out.
     """
 
-    __slots__ = ("scan", "streamed_bytes", "tally")
+    __slots__ = ("gated", "scan", "skipped", "streamed_bytes", "tally")
 
     def __init__(self) -> None:
         self.tally = torch.zeros(3, dtype=torch.int64)
         self.streamed_bytes = 0
         self.scan = ScanTally()
+        self.gated = 0
+        self.skipped = 0
 
     @property
     def lookups(self) -> int:
@@ -63,7 +68,21 @@ class RecallCounters:
         """The counters as they are now."""
         twin = RecallCounters()
         twin.tally, twin.streamed_bytes, twin.scan = self.tally.clone(), self.streamed_bytes, replace(self.scan)
+        twin.gated, twin.skipped = self.gated, self.skipped
         return twin
+
+
+@dataclass(frozen=True, slots=True)
+class SharedStore:
+    """Where sequences that share distant keys between layers keep them.
+
+    Attributes:
+        cells: which share them.
+        host: for their groups alone.
+    """
+
+    cells: SharedCells
+    host: HostTier
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +92,11 @@ class Store:
     arena: Arena
     host: HostTier
     swap: SwapSpace
+    shared: SharedStore | None = None
+
+    def host_of(self, recipe: RecipeSpec) -> HostTier:
+        """Where the groups of a recipe's sequences are."""
+        return self.host if self.shared is None or not recipe.shares_keys else self.shared.host
 
 
 class SequenceMemory:
@@ -81,20 +105,29 @@ class SequenceMemory:
     Attributes:
         counts_shared: it reserves for what it shares and may not share for ever. Of those that hold a block, all do
             but the one that first had it, as long as that goes on from what it has.
+        shared: how it shares distant keys between layers; None: it doesn't.
+
+    Raises:
+        InternalError: the recipe shares keys, and there is no plan for that.
     """
 
     def __init__(self, recipe: RecipeSpec, store: Store) -> None:
-        layout = store.arena.layout
+        if recipe.shares_keys and store.shared is None:
+            raise InternalError(f"recipe {recipe.name!r} shares distant keys, and nobody said which")
+        host = store.host_of(recipe)
         self.recipe = recipe
+        self.shared = store.shared.cells if store.shared and recipe.shares_keys else None
         self.state = SequenceState(store.arena)
-        self.distant = DistantKV(store.host, layout.num_kv_heads, layout.head_dim)
-        self.index = new_index(recipe, store.arena)
+        self.distant = DistantKV(host, store.arena.layout.head_dim)
+        self.index = new_index(recipe, store.arena, self.shared)
         self.reaches = ReachLog()
         self.counters = RecallCounters()
         self.counts_shared = False
         self._store = store
         self._slots: RecallSlots | None = None
         self._rollback: int | None = None
+        self._kept_keys = KeptKeys(host)
+        self._begun_at: int | None = None
         self._parking = Parking(store.arena, store.swap)
 
     # -- bytes -------------------------------------------------------------------------------------------------------
@@ -124,7 +157,7 @@ class SequenceMemory:
     @property
     def host_bytes(self) -> int:
         """Bytes in the host tier, shared ones included."""
-        return self.distant.num_bytes + self.parked_bytes
+        return self.distant.num_bytes + self._kept_keys.num_bytes + self.parked_bytes
 
     @property
     def parked_bytes(self) -> int:
@@ -153,7 +186,7 @@ class SequenceMemory:
             return (0, 0)
         layout = self._store.arena.layout
         groups = self.recipe.distant_groups(min(num_kept, self.num_computed))
-        host = self.distant.num_shared_from(groups) * layout.group_bytes
+        host = self.distant.num_shared_from(groups) * self._store.host_of(self.recipe).group_bytes
         if self.place is not Place.DEVICE:
             return (0, host)
         column = min(num_kept, state.num_computed) // BLOCK_TOKENS
@@ -184,13 +217,17 @@ class SequenceMemory:
     def slots(self) -> RecallSlots:
         """The recall slots, allocated when first asked for."""
         if self._slots is None:
-            self._slots = RecallSlots(self._store.arena, self.recipe.recalled_tokens)
+            self._slots = RecallSlots(
+                self._store.arena, self.recipe.recalled_tokens, self.shared.groups if self.shared else None
+            )
         return self._slots
 
     @property
     def key_index(self) -> SequenceIndex | None:
         """The low-bit keys by which kernels may choose in place of `choose`, if that is how its recipe chooses."""
         index = self.index
+        if self.shared:
+            return None
         if isinstance(index, SequenceIndex) and index.is_key_index and not self.recipe.per_query_head:
             return index
         return None
@@ -219,7 +256,8 @@ class SequenceMemory:
         """Counts computed tokens in, and moves what no longer belongs in the window to the tier.
 
         Returns:
-            The groups that moved, `[n, layers, kv, 64, 2, d]` on the CPU and nobody else's, or None.
+            The groups that moved, `[n, layers, kv, 64, 2, d]` or as `SharedGroups` lie, on the CPU and nobody else's;
+            or None.
         """
         state = self.state
         self.reaches.record(state.num_computed, state.num_computed + num_tokens, reach)
@@ -231,16 +269,41 @@ class SequenceMemory:
         if self.index:
             self.index.append(groups)
         leaving = groups.cpu()
+        if self.shared:
+            self._keep_keys(leaving, self.shared)
+            leaving = self.shared.groups.pack(leaving)
         self.distant.append(leaving)
         state.drop_groups(count)
         self.check()
         return leaving
+
+    def begin_call(self) -> None:
+        """From now on it may have to come back to the tokens that it has: see `end_call`."""
+        self._begun_at = self.reaches.end
+
+    def end_call(self) -> None:
+        """The call is over, kept or rolled back: keys that were left for that are dropped."""
+        self._begun_at = None
+        if self._rollback is None:
+            self._kept_keys.drop()
+
+    def _keep_keys(self, groups: Tensor, shared: SharedCells) -> None:
+        """Of groups that leave the window, keeps the keys of those that were in it when the call began."""
+        if self._begun_at is None:
+            return
+        window = range(self.recipe.window_start(self._begun_at), self._begun_at + 1)
+        for number, group in enumerate(groups, start=self.distant.num_groups):
+            if SINK_TOKENS + number * GROUP_TOKENS in window:
+                self._kept_keys.keep(number, shared.groups.dropped_keys(group.unsqueeze(0))[0])
 
     def truncate(self, num_tokens: int) -> None:
         """Takes the sequence back to its first `num_tokens` tokens, bit for bit as it was when it had those.
 
         Groups that had left the window since then come back from the tier. If its device part is away, that is done
         when it has come back.
+
+        Where layers share keys, groups that left the window before the call began lack keys, so they can't come back:
+        then the sequence goes back to where that window begins, and `num_dropped` tokens must be computed again.
         """
         state = self.state
         if self.place is not Place.DEVICE:
@@ -250,18 +313,23 @@ class SequenceMemory:
             return
         computed = min(num_tokens, state.num_computed)
         self.counts_shared |= computed < state.num_computed
-        count = (state.window_start - self.recipe.window_start(computed)) // GROUP_TOKENS
+        # One that went back to the beginning of its window stays there.
+        goes_back = computed < state.num_computed
+        count = (state.window_start - self.recipe.window_start(computed)) // GROUP_TOKENS if goes_back else 0
         if count > 0:
             # Of those groups, what lies beyond the new end doesn't come back.
             first = self.recipe.window_start(computed)
             back = min(count, max(0, -(-(computed - first) // GROUP_TOKENS)))
-            groups = self.distant.load_last(count, back)
+            groups = self._load_whole(count, back)
+            if groups is None:
+                computed, back = first, 0
             # What lies behind those groups goes first: a sequence never holds more than it reserved.
             state.shrink(max(state.window_start, computed))
             state.retreat(count - back)
-            if back:
+            if back and groups is not None:
                 state.restore_groups(groups)
             self.distant.drop_last(count)
+            self._kept_keys.drop(self.distant.num_groups)
             if self.index:
                 self.index.truncate(self.distant.num_groups)
             if self.distant.num_groups == 0:
@@ -271,6 +339,15 @@ class SequenceMemory:
         state.shrink(computed)
         del state.tokens[num_tokens:]
         self.reaches.truncate(num_tokens)
+
+    def _load_whole(self, count: int, first: int) -> Tensor | None:
+        """Of the last `count` groups the first `first`, `[first, layers, kv, 64, 2, d]`; None if they lack keys."""
+        groups = self.distant.load_last(count, first)
+        if self.shared is None or first == 0:
+            return groups
+        start = self.distant.num_groups - count
+        keys = self._kept_keys.of(range(start, start + first))
+        return None if keys is None else self.shared.groups.unpack(groups, keys)
 
     def fork(self) -> SequenceMemory:
         """The same sequence once more. Nothing is copied: what both hold is shared until one of them writes to it."""
@@ -323,12 +400,15 @@ class SequenceMemory:
                 tokens = list(self.state.tokens)
                 self.truncate(rollback)
                 self.state.tokens = tokens
+            if self._begun_at is None:
+                self._kept_keys.drop()
         return self.place
 
     def forget(self) -> None:
         """Drops all KV. Tokens stay, and how each was computed, so that it can be computed again."""
         self._drop_slots()
         self._rollback = None
+        self._kept_keys.drop()
         self.distant.drop_last(self.distant.num_groups)
         if self.place is not Place.DEVICE:
             self._parking.close()
@@ -360,9 +440,9 @@ class SequenceMemory:
             held.append(self._slots.blocks())
         return torch.cat(held)
 
-    def host_groups(self) -> list[int]:
-        """Every host group it holds."""
-        return [*self.distant.host_groups, *self._parking.host_groups]
+    def parked_groups(self) -> list[int]:
+        """Every host group that its device part takes."""
+        return self._parking.host_groups
 
     def check(self) -> None:
         """Raises InternalError unless window, tier and index tell the same story."""

@@ -116,9 +116,9 @@ def test_a_single_missing_token_is_fetched():
         placed = slots.admit(0, chosen)
         count = placed.heads.numel()
         staged[:count] = torch.arange(100.0, 100 + count).unsqueeze(1)
-        slots.write(0, placed, staged[:count])
+        slots.write(0, placed.heads, placed.slots, staged[:count])
     assert count == 1
-    keys, values = slots.read(0, placed.where)
+    keys, values = slots.read(0, placed.where, placed.where)
     assert keys[1, 15].tolist() == values[1, 15].tolist() == [100.0] * 16
 
 
