@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,6 +98,24 @@ class SequenceRows:
     def is_far_by_torch(self) -> bool:
         """Whether kernels leave its distant tokens to torch."""
         return self.anchors is not None or (self.selects and not self.recalls_by_keys)
+
+
+class _Rows(NamedTuple):
+    """Some of a sequence's queries.
+
+    Attributes:
+        first: number of the first of them.
+        count: how many they are.
+        q: `[kv, count * group, d]`.
+        far_q: what they score distant tokens by, as `q`.
+        proximal: their attention over what is near.
+    """
+
+    first: int
+    count: int
+    q: Tensor
+    far_q: Tensor
+    proximal: AttnPartial
 
 
 def prepare(memory: SequenceMemory, first_row: int, num_tokens: int, reach: Reach) -> SequenceRows:
@@ -300,21 +319,13 @@ class BatchAttention:
             return self._gated(anchors, layer, 0, proximal, lambda: self._all_distant(sequence, anchors, layer, far_q))
         count = sequence.num_queries
         if count == 1 or not self._deterministic:
-            return self._recall(sequence, layer, q, far_q, proximal, 0, count)
+            return self._recall(sequence, layer, _Rows(0, count, q, far_q, proximal))
         group = q.shape[1] // count
-        each = [slice(i * group, (i + 1) * group) for i in range(count)]
-        outs = [
-            self._recall(
-                sequence,
-                layer,
-                q[:, rows],
-                far_q[:, rows],
-                AttnPartial(proximal.out[:, rows], proximal.lse[:, rows]),
-                i,
-                1,
-            )
-            for i, rows in enumerate(each)
-        ]
+        outs = []
+        for i in range(count):
+            at = slice(i * group, (i + 1) * group)
+            own = AttnPartial(proximal.out[:, at], proximal.lse[:, at])
+            outs.append(self._recall(sequence, layer, _Rows(i, 1, q[:, at], far_q[:, at], own)))
         return torch.cat(outs, dim=1)
 
     @staticmethod
@@ -350,33 +361,24 @@ class BatchAttention:
             attention.add(keys[:, span], values[:, span], mask)
         return attention.result()
 
-    def _recall(
-        self,
-        sequence: SequenceRows,
-        layer: int,
-        q: Tensor,
-        far_q: Tensor,
-        proximal: AttnPartial,
-        first: int,
-        num_queries: int,
-    ) -> Tensor:
-        """Some of a sequence's queries, `num_queries` from number `first` on; chosen for together, or one alone."""
+    def _recall(self, sequence: SequenceRows, layer: int, rows: _Rows) -> Tensor:
+        """Attention of queries that are chosen for together, `[kv, r, d]`."""
         memory, anchors = sequence.memory, sequence.anchors
         seed = memory.state.num_computed * self._arena.layout.num_layers + layer
-        query = Query(layer, q, proximal.lse, num_queries, self._scale, seed)
-        chosen = memory.choose(query) if anchors is None else anchors.choose(first, query)
+        query = Query(layer, rows.q, rows.proximal.lse, rows.count, self._scale, seed)
+        chosen = memory.choose(query) if anchors is None else anchors.choose(rows.first, query)
 
         def look() -> AttnPartial:
-            if num_queries > 1:
-                return self._from_staging(memory, layer, far_q, chosen)
-            attention = self._kernel(far_q, self._scale)
+            if rows.count > 1:
+                return self._from_staging(memory, layer, rows.far_q, chosen)
+            attention = self._kernel(rows.far_q, self._scale)
             if sequence.num_queries == 1:
                 attention.add(*self._from_slots(memory, anchors, layer, chosen[:, 0]))
             else:
                 attention.add(*self._staged(memory, layer, chosen[:, 0]))
             return attention.result()
 
-        return self._gated(anchors, layer, first, proximal, look)
+        return self._gated(anchors, layer, rows.first, rows.proximal, look)
 
     def _from_slots(
         self, memory: SequenceMemory, anchors: StepAnchors | None, layer: int, chosen: Tensor

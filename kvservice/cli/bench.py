@@ -20,13 +20,16 @@ from kvservice.cli.options import (
     HostLink,
     JsonFile,
     KvBytes,
+    Map,
     Model,
     Recipe,
+    Sharing,
+    SkipAbove,
     Threads,
     parse_counts,
 )
 from kvservice.cli.output import hint, human_bytes, progress_bar, show_table, write_json
-from kvservice.cli.settings import read_file
+from kvservice.cli.settings import read_file, sharing_settings, worker_config
 from kvservice.config.recipes import DEFAULT_RECIPE, RECIPES, SERVED_RECIPES
 from kvservice.config.worker import WorkerConfig
 from kvservice.errors import ConfigError
@@ -54,6 +57,9 @@ def engine(
     model: Model = DEFAULT_MODEL,
     kv_bytes: KvBytes = BENCH_KV_BYTES,
     host_bytes: HostBytes = None,
+    sharing_map: Map = None,
+    sharing: Sharing = None,
+    skip_above: SkipAbove = None,
     threads: Threads = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -65,12 +71,16 @@ def engine(
 
     name = recipe or DEFAULT_RECIPE
     defaults = WorkerConfig()
-    config = WorkerConfig(
-        model=model,
-        kv_bytes=kv_bytes or BENCH_KV_BYTES,
-        host_bytes=host_bytes or defaults.host_bytes,
-        max_batch=max(batches),
-        threads=threads,
+    shared = sharing_settings(RECIPES[name], sharing_map, sharing, skip_above)
+    config = worker_config(
+        {
+            "model": model,
+            "kv_bytes": kv_bytes or BENCH_KV_BYTES,
+            "host_bytes": host_bytes or defaults.host_bytes,
+            "max_batch": max(batches),
+            "threads": threads,
+            **shared,
+        }
     )
     measured = make_engine(config, resolve(model, None), None)
     loads = [Load(RECIPES[name], length, size, new_tokens, seed) for length in lengths for size in batches]
@@ -93,6 +103,7 @@ def engine(
             "kv_bytes": config.kv_bytes,
             "host_bytes": config.host_bytes,
             "threads": threads,
+            **shared,
         }
         write_json(
             json_file,
@@ -133,6 +144,9 @@ def sessions(
     kv_bytes: KvBytes = None,
     host_bytes: HostBytes = None,
     host_link: HostLink = None,
+    sharing_map: Map = None,
+    sharing: Sharing = None,
+    skip_above: SkipAbove = None,
     random_tokens: Annotated[
         bool, typer.Option("--random-ids", help="Documents and questions of random tokens instead of a text.")
     ] = False,
@@ -170,8 +184,11 @@ def sessions(
     budget = {"kv_bytes": int(kv_bytes or defaults.kv_bytes), "host_bytes": int(host_bytes or defaults.host_bytes)}
     arguments = ["--log-level", "WARNING", "--model", model, "--max-batch", str(max(num_sessions, defaults.max_batch))]
     arguments += ["--kv-bytes", str(budget["kv_bytes"]), "--host-bytes", str(budget["host_bytes"])]
-    if host_link is not None:
-        arguments += ["--host-link", str(host_link)]
+    shared = sharing_settings(RECIPES[name], sharing_map, sharing, skip_above)
+    flags = {"--host-link": host_link, "--map": sharing_map, "--sharing": sharing, "--skip-above": skip_above}
+    for flag, value in flags.items():
+        if value is not None:
+            arguments += [flag, str(value)]
     if threads is not None:
         arguments += ["--threads", str(threads)]
     result, origin = asyncio.run(_run_sessions(load, arguments))
@@ -190,6 +207,7 @@ def sessions(
                 "origin": origin,
                 "threads": threads,
                 "host_link_bytes_per_s": host_link,
+                **shared,
             },
             {
                 "turns": [asdict(turn) for turn in result.turns],

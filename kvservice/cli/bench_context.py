@@ -10,7 +10,7 @@ import typer
 from kvservice.cli.bench_soak import PlotFile, check_writable
 from kvservice.cli.options import DEFAULT_MODEL, JsonFile, Model, Threads, parse_counts, parse_names
 from kvservice.cli.output import hint, progress_bar, show_table, write_json
-from kvservice.config.recipes import RECIPES, SERVED_RECIPES
+from kvservice.config.recipes import PLAIN_RECIPES, RECIPES
 from kvservice.config.worker import WorkerConfig
 from kvservice.errors import ConfigError
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def context(
     recipes: Annotated[
-        str, typer.Option("--recipes", metavar="NAME,NAME", help=f"Of {', '.join(SERVED_RECIPES)}.")
+        str, typer.Option("--recipes", metavar="NAME,NAME", help=f"Of {', '.join(PLAIN_RECIPES)}.")
     ] = "dense,recall",
     contexts: Annotated[
         str, typer.Option("--contexts", metavar="N,N", help="Tokens of each sequence's context.")
@@ -40,8 +40,8 @@ def context(
     """
     lengths, names = parse_counts(contexts), parse_names(recipes)
     for name in names:
-        if name not in SERVED_RECIPES:
-            raise ConfigError(f"--recipes {name}: choose from {', '.join(SERVED_RECIPES)}")
+        if name not in PLAIN_RECIPES:
+            raise ConfigError(f"--recipes {name}: choose from {', '.join(PLAIN_RECIPES)}")
     check_writable("--plot", plot)
     check_writable("--json", json_file)
     from kvservice.bench.context import measure_contexts

@@ -12,7 +12,7 @@ from kvservice.cli.bench_soak import PlotFile, check_writable
 from kvservice.cli.options import DEFAULT_MODEL, HostBytes, JsonFile, KvBytes, Model, Recipe, Threads
 from kvservice.cli.output import hint, progress_bar, show_table, write_json
 from kvservice.cli.settings import REDIS_URL_VARIABLE, url_from
-from kvservice.config.recipes import DEFAULT_RECIPE, RECIPES, SERVED_RECIPES
+from kvservice.config.recipes import DEFAULT_RECIPE, PLAIN_RECIPES, RECIPES
 from kvservice.config.worker import WorkerConfig
 from kvservice.errors import ConfigError
 
@@ -57,8 +57,8 @@ def interference(
     cases take turns, so that what else happens on the machine meets all of them. One engine in this process.
     """
     name = recipe or DEFAULT_RECIPE
-    if name not in SERVED_RECIPES:
-        raise ConfigError(f"--recipe {name}: it can't be served; choose one of {', '.join(SERVED_RECIPES)}")
+    if name not in PLAIN_RECIPES:
+        raise ConfigError(f"--recipe {name}: it can't be served; choose one of {', '.join(PLAIN_RECIPES)}")
     check_writable("--json", json_file)
     check_writable("--plot", plot)
     if plot is not None:

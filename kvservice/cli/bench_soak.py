@@ -10,7 +10,7 @@ import typer
 
 from kvservice.cli.options import DEFAULT_MODEL, HostBytes, JsonFile, KvBytes, Model, Threads
 from kvservice.cli.output import complain, hint, human_bytes, progress_bar, show_table, write_json
-from kvservice.config.recipes import RECIPES, SERVED_RECIPES
+from kvservice.config.recipes import PLAIN_RECIPES, RECIPES
 from kvservice.config.worker import WorkerConfig
 from kvservice.errors import ConfigError
 
@@ -56,7 +56,7 @@ def soak(
         str, typer.Option("--doc-tokens", metavar="N-N", help="The shortest and the longest document.")
     ] = "500-6000",
     recipe: Annotated[
-        str, typer.Option("--recipe", help=f"{MIXED}: one of {', '.join(SERVED_RECIPES)} at random; or one of these.")
+        str, typer.Option("--recipe", help=f"{MIXED}: one of {', '.join(PLAIN_RECIPES)} at random; or one of these.")
     ] = MIXED,
     seed: Annotated[int, typer.Option("--seed", help="Of all that is random.")] = 7,
     model: Model = DEFAULT_MODEL,
@@ -135,9 +135,9 @@ def soak(
 
 def _recipes(name: str) -> tuple[RecipeSpec, ...]:
     if name == MIXED:
-        return tuple(RECIPES[served] for served in SERVED_RECIPES)
-    if name not in SERVED_RECIPES:
-        raise typer.BadParameter(f"unknown recipe {name!r}: choose {MIXED} or one of {', '.join(SERVED_RECIPES)}")
+        return tuple(RECIPES[served] for served in PLAIN_RECIPES)
+    if name not in PLAIN_RECIPES:
+        raise typer.BadParameter(f"unknown recipe {name!r}: choose {MIXED} or one of {', '.join(PLAIN_RECIPES)}")
     return (RECIPES[name],)
 
 

@@ -20,9 +20,10 @@ from kvservice.config.worker import WorkerConfig
 from kvservice.store.base import StateStore
 
 if TYPE_CHECKING:
+    from kvservice.compression.sharing import SharingPlan
     from kvservice.engine import Engine
     from kvservice.engine.grammar import GrammarCompiler
-    from kvservice.models.base import Model
+    from kvservice.models.base import Model, ModelSpec
     from kvservice.tier.writer import WriteBehind
     from kvservice.worker.server import WorkerServer
 
@@ -105,6 +106,10 @@ def make_engine(
         folder: of the model.
         frames: where KV is written behind to; None: nowhere.
         grammars: for answers held to one; without it such calls are refused.
+
+    Raises:
+        ModelError: the model can't be used, or its layers can't share keys and a map was named.
+        ConfigError: the map is damaged, or another model's.
     """
     from kvservice.engine import Engine
     from kvservice.engine.ports import NoWriter
@@ -115,8 +120,9 @@ def make_engine(
     give_back_big_blocks()
     model = open_model(config, folder)
     spec = model.spec
+    sharing = sharing_plan(config, folder, spec)
     if frames is None:
-        return Engine(model, engine_config(config), NoWriter(), grammars)
+        return Engine(model, engine_config(config), NoWriter(), grammars, sharing=sharing)
     layout = KVLayout.of(spec.shape, model.dtype)
     fingerprint = kv_fingerprint(
         weights=spec.digest,
@@ -125,9 +131,30 @@ def make_engine(
         rope_theta=spec.rope_theta,
         keys_rotated=layout.keys_rotated,
         tokenizer=hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
+        # Keys that aren't there, and values of layers that attended otherwise.
+        **({"sharing": sharing.digest} if sharing else {}),
     )
     frame_set = FrameSet(fingerprint, layout.group_shape, layout.dtype)
-    return Engine(model, engine_config(config), GroupFrames(frames, frame_set), grammars)
+    writer = GroupFrames(frames, frame_set)
+    return Engine(model, engine_config(config), writer, grammars, sharing=sharing)
+
+
+def sharing_plan(config: WorkerConfig, folder: Path, spec: ModelSpec) -> SharingPlan | None:
+    """How a worker shares distant keys between the model's layers; None without a map.
+
+    Raises:
+        ModelError: the model's layers can't.
+        ConfigError: the map can't be read, is damaged, or was made for another model; or a setting is wrong.
+    """
+    from kvservice.compression.sharing import SharingMode, SharingPlan
+    from kvservice.compression.sharing_map import read_map
+    from kvservice.models.sharing import check_shareable, model_facts
+
+    if config.sharing_map is None:
+        return None
+    check_shareable(folder)
+    groups = read_map(config.sharing_map, model_facts(spec)).layer_groups
+    return SharingPlan(groups, SharingMode(config.sharing), config.skip_above)
 
 
 def engine_config(config: WorkerConfig) -> EngineConfig:

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvservice.cli.options import DEFAULT_MODEL, JsonFile, Model, Recipe, Threads
+from kvservice.cli.options import DEFAULT_MODEL, JsonFile, Map, Model, Recipe, Sharing, SkipAbove, Threads
 from kvservice.cli.output import hint, human_bytes, progress_bar, show_table, write_json
-from kvservice.cli.settings import read_file
+from kvservice.cli.settings import Settings, read_file, sharing_settings, worker_config
 from kvservice.config.recipes import DEFAULT_RECIPE, RECIPES
-from kvservice.config.worker import WorkerConfig
 from kvservice.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,6 +48,9 @@ def quality(
     bootstrap: Annotated[bool, typer.Option("--bootstrap", help="Also a 95 % interval of the KL.")] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of the bootstrap.")] = 7,
     max_kl: Annotated[float | None, typer.Option("--max-kl", min=0, help="Exit 1 when the mean KL is above.")] = None,
+    sharing_map: Map = None,
+    sharing: Sharing = None,
+    skip_above: SkipAbove = None,
     model: Model = DEFAULT_MODEL,
     dtype: Dtype = "bf16",
     threads: Threads = None,
@@ -62,7 +64,8 @@ def quality(
 
     spec = RECIPES[recipe or DEFAULT_RECIPE]
     chosen, skipped = read_texts([*texts, *(more_texts or [])], context, new_tokens, model)
-    engine = load_engine(model, dtype, threads)
+    shared = sharing_settings(spec, sharing_map, sharing, skip_above)
+    engine = load_engine(model, dtype, threads, shared)
     results: list[TextResult] = []
     with progress_bar() as bar:
         task = bar.add_task("tokens", total=4 * (context + new_tokens) * len(chosen))
@@ -89,6 +92,7 @@ def quality(
             "seed": seed,
             "max_kl": max_kl,
             "threads": threads,
+            **shared,
         }
         write_json(json_file, settings, asdict(figures))
     if max_kl is not None and figures.kl_mean > max_kl:
@@ -151,6 +155,9 @@ def passkey(
         int, typer.Option("--talk-tokens", min=0, help="The model goes on with so many tokens and is asked once more.")
     ] = 0,
     sessions: Annotated[int, typer.Option("--sessions", min=1, help="Sessions at a time. Changes no answer.")] = 4,
+    sharing_map: Map = None,
+    sharing: Sharing = None,
+    skip_above: SkipAbove = None,
     model: Model = DEFAULT_MODEL,
     dtype: Dtype = "bf16",
     threads: Threads = None,
@@ -179,7 +186,8 @@ def passkey(
         seed=seed,
         count=lambda part: len(tokenizer.encode(part, TextRole.DOCUMENT, PromptFormat.RAW, first=True)),
     )
-    engine = load_engine(model, dtype, threads)
+    shared = sharing_settings(spec, sharing_map, sharing, skip_above)
+    engine = load_engine(model, dtype, threads, shared)
     with progress_bar() as bar:
         task = bar.add_task("sessions", total=2 * len(asked))
         results = run_cases(
@@ -213,6 +221,7 @@ def passkey(
             "talk_tokens": talk_tokens,
             "text": str(text) if text is not None else None,
             "threads": threads,
+            **shared,
         }
         answers = [
             {"tokens": result.num_tokens}
@@ -290,8 +299,14 @@ def read_texts(
     return chosen, skipped
 
 
-def load_engine(model: str, dtype: str, threads: int | None) -> Engine:
+def load_engine(model: str, dtype: str, threads: int | None, sharing: Settings | None = None) -> Engine:
     """An engine with room for what `eval` compares. Blocks for as long as its model takes to load.
+
+    Args:
+        model: a fetched model's name, or a folder.
+        dtype: bf16 or fp32.
+        threads: unset: the cores.
+        sharing: see `sharing_settings`.
 
     Raises:
         ConfigError: `dtype` isn't one that there is.
@@ -301,5 +316,5 @@ def load_engine(model: str, dtype: str, threads: int | None) -> Engine:
 
     if dtype not in ("bf16", "fp32"):
         raise ConfigError(f"--dtype {dtype}: choose bf16 or fp32")
-    settings = {"model": model, "kv_bytes": EVAL_KV_BYTES, "dtype": dtype, "threads": threads}
-    return make_engine(WorkerConfig.model_validate(settings), resolve(model, None))
+    settings = {"model": model, "kv_bytes": EVAL_KV_BYTES, "dtype": dtype, "threads": threads, **(sharing or {})}
+    return make_engine(worker_config(settings), resolve(model, None))

@@ -78,6 +78,28 @@ HostBytes = Annotated[
     typer.Option("--host-bytes", parser=parse_bytes, metavar="SIZE", help="Host memory for distant KV, such as 4GiB."),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Unset: the cores.")]
+Map = Annotated[
+    Path | None,
+    typer.Option(
+        "--map",
+        metavar="FILE",
+        help="Which layers share distant keys, of `calibrate pod`. Recipes pod and pod-exact need it.",
+    ),
+]
+Sharing = Annotated[
+    str | None,
+    typer.Option("--sharing", help="Layers without distant keys score by their anchor's queries (score) or own (key)."),
+]
+SkipAbove = Annotated[
+    float | None,
+    typer.Option(
+        "--skip-above",
+        min=0,
+        max=1,
+        metavar="SHARE",
+        help="Such layers leave distant tokens out where what is near has this share. Unset: never.",
+    ),
+]
 HostLink = Annotated[
     int | None,
     typer.Option(

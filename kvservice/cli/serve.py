@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from kvservice.cli.options import HostBytes, HostLink, KvBytes, Recipe, parse_bytes
+from kvservice.cli.options import HostBytes, HostLink, KvBytes, Map, Recipe, Sharing, SkipAbove, parse_bytes
 from kvservice.cli.settings import (
     REDIS_URL_VARIABLE,
     SECRET_VARIABLE,
@@ -122,6 +122,9 @@ def serve(
     step_tokens: StepTokens = None,
     deterministic: Deterministic = None,
     host_link: HostLink = None,
+    sharing_map: Map = None,
+    sharing: Sharing = None,
+    skip_above: SkipAbove = None,
     grace_s: Grace = None,
     log_level: LogLevel = None,
 ) -> None:
@@ -151,6 +154,9 @@ def serve(
                 "step_tokens": step_tokens,
                 "deterministic": deterministic,
                 "host_link_bytes_per_s": host_link,
+                "sharing_map": sharing_map,
+                "sharing": sharing,
+                "skip_above": skip_above,
                 "threads": threads,
                 "dtype": dtype,
                 "device": device,
@@ -233,6 +239,9 @@ def worker(
     step_tokens: StepTokens = None,
     deterministic: Deterministic = None,
     host_link: HostLink = None,
+    sharing_map: Map = None,
+    sharing: Sharing = None,
+    skip_above: SkipAbove = None,
     grace_s: Grace = None,
     stop_with_stdin: Annotated[
         bool, typer.Option("--stop-with-stdin", help="Drain when standard input ends, as at a signal.")
@@ -256,6 +265,9 @@ def worker(
                 "step_tokens": step_tokens,
                 "deterministic": deterministic,
                 "host_link_bytes_per_s": host_link,
+                "sharing_map": sharing_map,
+                "sharing": sharing,
+                "skip_above": skip_above,
                 "threads": threads,
                 "dtype": dtype,
                 "device": device,

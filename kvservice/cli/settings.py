@@ -9,11 +9,16 @@ import stat
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from kvservice.config.service import ServiceConfig
+from kvservice.config.worker import WorkerConfig
 from kvservice.errors import ConfigError
+from kvservice.types import RecipeSpec
+
+Config = TypeVar("Config", bound=BaseModel)
 
 Settings = dict[str, object]
 
@@ -109,14 +114,41 @@ def overlay(settings: Settings, flags: Mapping[str, object]) -> Settings:
     return merged
 
 
+def sharing_settings(
+    recipe: RecipeSpec, sharing_map: Path | None, sharing: str | None, skip_above: float | None
+) -> Settings:
+    """A worker's settings of how layers share distant keys, as far as they were given.
+
+    Raises:
+        ConfigError: the recipe needs a map, and none was named.
+    """
+    if recipe.shares_keys and sharing_map is None:
+        raise ConfigError(
+            f"--recipe {recipe.name}: it shares distant keys between layers; name a map of which with --map, made by "
+            "`kvservice calibrate pod`",
+            reason="map_missing",
+        )
+    given = {"sharing_map": sharing_map and str(sharing_map), "sharing": sharing, "skip_above": skip_above}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def worker_config(settings: Settings) -> WorkerConfig:
+    """A worker's settings, checked. Raises as `service_config` does."""
+    return _checked(WorkerConfig, settings)
+
+
 def service_config(settings: Settings) -> ServiceConfig:
     """The settings, checked.
 
     Raises:
         ConfigError: a name is unknown or a value out of bounds; says which, and what is allowed.
     """
+    return _checked(ServiceConfig, settings)
+
+
+def _checked(kind: type[Config], settings: Settings) -> Config:
     try:
-        return ServiceConfig.model_validate(settings)
+        return kind.model_validate(settings)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"]) or "settings"

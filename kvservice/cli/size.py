@@ -10,7 +10,7 @@ import typer
 
 from kvservice.cli.options import DEFAULT_MODEL, HostBytes, JsonFile, KvBytes, Model, parse_bytes
 from kvservice.cli.output import hint, human_bytes, show_table, write_json
-from kvservice.config.recipes import RECIPES, SERVED_RECIPES
+from kvservice.config.recipes import PLAIN_RECIPES, RECIPES
 from kvservice.config.worker import WorkerConfig
 from kvservice.errors import ModelError
 from kvservice.types import Footprint, ModelShape, RecipeSpec, footprint
@@ -101,7 +101,7 @@ def size(
         raise typer.BadParameter(f"--context {context}: {model} has {shape.max_positions:,} positions")
     defaults = WorkerConfig()
     budgets = Budgets(kv_bytes or int(defaults.kv_bytes), host_bytes or int(defaults.host_bytes), redis_bytes)
-    rows = [size_row(shape, RECIPES[name], context, sessions, budgets) for name in SERVED_RECIPES]
+    rows = [size_row(shape, RECIPES[name], context, sessions, budgets) for name in PLAIN_RECIPES]
     break_even = break_even_gb_per_s(shape, prefill_tokens_per_s)
     _print_rows(model, context, sessions, budgets, rows)
     typer.echo(

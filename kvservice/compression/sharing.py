@@ -51,8 +51,8 @@ class SharingPlan:
             raise ConfigError(f"skip_above={self.skip_above}: must be above 0 and at most 1")
         if self.mode is not SharingMode.SCORE:
             raise ConfigError(
-                f"skip_above with sharing {self.mode.value!r}: what is near has a known share only when weights are the "
-                f"anchor's; use {SharingMode.SCORE.value!r}"
+                f"skip_above with sharing {self.mode.value!r}: the share of what is near is known beforehand only when "
+                f"weights are the anchor's; use {SharingMode.SCORE.value!r}"
             )
 
     @property

@@ -116,9 +116,13 @@ RECIPES: dict[str, RecipeSpec] = {
 
 SERVED_RECIPES: tuple[str, ...] = tuple(name for name, recipe in RECIPES.items() if not recipe.evaluation_only)
 
-"""What the service knows. Those that share keys are served by workers that have a map: see `served_recipes`."""
+"""What the service knows. Those that share keys are served by workers that have a map."""
 
 DEFAULT_RECIPE = RECALL.name
+
+
+PLAIN_RECIPES: tuple[str, ...] = tuple(name for name in SERVED_RECIPES if not RECIPES[name].shares_keys)
+"""Those that every worker serves."""
 
 
 def served_recipes(*, shares_keys: bool) -> tuple[str, ...]:
@@ -127,7 +131,7 @@ def served_recipes(*, shares_keys: bool) -> tuple[str, ...]:
     Args:
         shares_keys: whether it has a map of the layers that share distant keys.
     """
-    return tuple(name for name in SERVED_RECIPES if shares_keys or not RECIPES[name].shares_keys)
+    return SERVED_RECIPES if shares_keys else PLAIN_RECIPES
 
 
 def get_recipe(name: str) -> RecipeSpec:

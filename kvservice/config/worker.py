@@ -6,11 +6,12 @@ Sizes are integers of bytes or strings with a unit, binary or decimal: `512MiB`,
 from __future__ import annotations
 
 import secrets
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, field_validator, model_validator
 
-from kvservice.config.recipes import DEFAULT_RECIPE, SERVED_RECIPES
+from kvservice.config.recipes import DEFAULT_RECIPE, RECIPES, SERVED_RECIPES
 
 PositiveBytes = Annotated[ByteSize, Field(gt=0)]
 """A size of at least one byte: an integer, or a number with a unit."""
@@ -42,6 +43,15 @@ class WorkerConfig(BaseModel):
     host_link_bytes_per_s: PositiveBytes | None = Field(
         None, description="simulation, for measuring: KV comes from host memory no faster than this; unset: no limit"
     )
+    sharing_map: Path | None = Field(
+        None, description="which layers share distant keys, of `calibrate pod`; unset: recipes that share are refused"
+    )
+    sharing: Literal["score", "key"] = Field(
+        "score", description="what a layer without distant keys scores by: its anchor's queries, or its own"
+    )
+    skip_above: float | None = Field(
+        None, gt=0, le=1, description="such a layer leaves distant tokens out where what is near has this share"
+    )
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="of weights and KV")
     device: Literal["cpu", "cuda"] = Field("cpu", description="where the engine computes")
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on; loopback in this release")
@@ -59,3 +69,12 @@ class WorkerConfig(BaseModel):
         if name not in SERVED_RECIPES:
             raise ValueError(f"recipe {name!r} is not served: choose one of {', '.join(SERVED_RECIPES)}")
         return name
+
+    @model_validator(mode="after")
+    def _has_a_map_to_share_by(self) -> WorkerConfig:
+        if self.sharing_map is None and RECIPES[self.recipe].shares_keys:
+            raise ValueError(
+                f"recipe {self.recipe!r} shares distant keys between layers: name a map of which (--map), made by "
+                "`kvservice calibrate pod`"
+            )
+        return self

@@ -21,8 +21,10 @@ from kvservice.evaluation.quality import SCORED_AT_ONCE, Distances, distances
 from kvservice.recall.distant import TILE_TOKENS
 from kvservice.types import BLOCK_TOKENS, Distant, KvTelemetry, RecipeSpec, SessionId
 
-COMPARED: tuple[str, ...] = tuple(name for name, recipe in RECIPES.items() if recipe.distant is Distant.RECALL)
-"""Recipes that choose distant tokens."""
+COMPARED: tuple[str, ...] = tuple(
+    name for name, recipe in RECIPES.items() if recipe.distant is Distant.RECALL and not recipe.shares_keys
+)
+"""Recipes that choose distant tokens, in each layer its own."""
 
 ORACLE = "recall-oracle"
 
@@ -39,8 +41,8 @@ def with_budgets(names: Iterable[str], budgets: Sequence[int], dtype_bytes: int)
     specs = []
     for name in names:
         recipe = RECIPES[name]
-        if recipe.distant is not Distant.RECALL:
-            raise InvalidRequest(f"recipe {name!r} recalls nothing: choose among {', '.join(COMPARED)}")
+        if name not in COMPARED:
+            raise InvalidRequest(f"recipe {name!r} doesn't choose in each layer: choose among {', '.join(COMPARED)}")
         bits = 8 * dtype_bytes if name == ORACLE else recipe.index_bits
         same = replace(recipe, window_tokens=RECALL.window_tokens, index_bits=bits)
         specs += [replace(same, recalled_tokens=budget) for budget in budgets]

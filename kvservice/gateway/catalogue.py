@@ -46,6 +46,10 @@ def choose_recipe(model: ModelInfo, name: str, default: str) -> RecipeSpec:
     return RECIPES[wanted]
 
 
+OVERRIDES = {("recall", "exact"), ("pod", "pod-exact")}
+"""What a call may ask for although its session was created with the other: it needs nothing that was dropped."""
+
+
 def override_recipe(model: ModelInfo, of_session: str, wanted: str) -> RecipeSpec:
     """The recipe of one call of a session: the session's, or one that needs nothing the session has dropped.
 
@@ -54,10 +58,10 @@ def override_recipe(model: ModelInfo, of_session: str, wanted: str) -> RecipeSpe
         FailedPrecondition: the session's KV can't serve `wanted`.
     """
     recipe = choose_recipe(model, wanted or of_session, "")
-    if recipe.name != of_session and (of_session, recipe.name) != ("recall", "exact"):
+    if recipe.name != of_session and (of_session, recipe.name) not in OVERRIDES:
         raise FailedPrecondition(
             f"a session of recipe {of_session!r} can't answer with {recipe.name!r}: only recall may be overridden, by "
-            "exact; create a session with the other recipe",
+            "exact, and pod by pod-exact; create a session with the other recipe",
             reason="recipe_override",
             field="recipe",
         )

@@ -157,6 +157,7 @@ def model_to_proto(info: ModelInfo) -> inference_pb2.Model:
         recipes=info.recipes,
         default_recipe=info.default_recipe,
         origin=info.origin,
+        num_followers=shape.num_followers,
     )
 
 
@@ -172,6 +173,7 @@ def model_from_proto(message: inference_pb2.Model) -> ModelInfo:
         vocab_size=message.vocab_size,
         max_positions=message.max_positions,
         dtype_bytes=message.dtype_bytes,
+        num_followers=message.num_followers,
     )
     return ModelInfo(message.name, shape, tuple(message.recipes), message.default_recipe, message.origin)
 

@@ -138,9 +138,9 @@ class WholeGroups:
 class SharedGroups:
     """Every value is stored, and of keys those of anchors: the others attend to their anchor's.
 
-    A group is `[pair, token, side, d]`. An anchor's K and V are the sides of one pair, as in `WholeGroups`; behind those
-    lie the values of the others, two to a pair. So all tokens of a cell are equally far apart. Of an odd number of
-    others the last side is left empty.
+    A group is `[pair, token, side, d]`. An anchor's K and V are the sides of one pair, as in `WholeGroups`; behind
+    those lie the values of the others, two to a pair. So all tokens of a cell are equally far apart. Of an odd number
+    of others the last side is left empty.
 
     Args:
         layout: of whole KV.

@@ -69,7 +69,7 @@ class RecallSlots:
     Args:
         arena: where they are.
         num_slots: tokens, a multiple of 16.
-        shared: (layer, KV head)s that share keys. Only values of the followers have slots; their keys' are the anchor's.
+        shared: (layer, KV head)s that share keys. Only values of followers have slots; their keys' are the anchor's.
 
     Attributes:
         table: int32 `[cells, num_slots / 16]`, arena blocks.

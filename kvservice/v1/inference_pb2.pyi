@@ -144,6 +144,7 @@ class Model(_message.Message):
     RECIPES_FIELD_NUMBER: _builtins.int
     DEFAULT_RECIPE_FIELD_NUMBER: _builtins.int
     ORIGIN_FIELD_NUMBER: _builtins.int
+    NUM_FOLLOWERS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     max_positions: _builtins.int
     num_layers: _builtins.int
@@ -159,6 +160,8 @@ class Model(_message.Message):
     default_recipe: _builtins.str
     origin: _builtins.str
     """Where the weights come from, such as a 4-bit file that was dequantised."""
+    num_followers: _builtins.int
+    """Pairs of a layer and a KV head that store no distant keys under recipes that share them between layers."""
     @_builtins.property
     def recipes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -178,10 +181,11 @@ class Model(_message.Message):
         recipes: _abc.Iterable[_builtins.str] | None = ...,
         default_recipe: _builtins.str = ...,
         origin: _builtins.str = ...,
+        num_followers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_recipe", b"default_recipe", "dtype_bytes", b"dtype_bytes", "head_dim", b"head_dim", "hidden_size", b"hidden_size", "intermediate_size", b"intermediate_size", "kv_bytes_per_token", b"kv_bytes_per_token", "max_positions", b"max_positions", "name", b"name", "num_heads", b"num_heads", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "origin", b"origin", "recipes", b"recipes", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_recipe", b"default_recipe", "dtype_bytes", b"dtype_bytes", "head_dim", b"head_dim", "hidden_size", b"hidden_size", "intermediate_size", b"intermediate_size", "kv_bytes_per_token", b"kv_bytes_per_token", "max_positions", b"max_positions", "name", b"name", "num_followers", b"num_followers", "num_heads", b"num_heads", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "origin", b"origin", "recipes", b"recipes", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import pytest
 
-from kvservice.config.recipes import DEFAULT_RECIPE, RECIPES, SERVED_RECIPES, get_recipe
+from kvservice.config.recipes import DEFAULT_RECIPE, RECIPES, get_recipe, served_recipes
 from kvservice.errors import NotFound
 from kvservice.types import GROUP_TOKENS, Distant
 
 
 def test_dense_exact_and_recall_are_served_and_recall_is_the_default() -> None:
-    assert SERVED_RECIPES == ("dense", "exact", "recall")
+    assert served_recipes(shares_keys=False) == ("dense", "exact", "recall")
     assert DEFAULT_RECIPE == "recall"
+
+
+def test_recipes_that_share_keys_are_served_besides_where_there_is_a_map() -> None:
+    assert served_recipes(shares_keys=True) == ("dense", "exact", "recall", "pod", "pod-exact")
 
 
 def test_a_recipe_is_found_by_its_name() -> None:

@@ -138,7 +138,10 @@ def test_closing_gives_every_byte_back(arena, host, ledger):
     host.check([])
 
 
-@given(tokens=st.integers(1, 1500), name=st.sampled_from(sorted(RECIPES)))
+WHOLE = sorted(name for name, recipe in RECIPES.items() if not recipe.shares_keys)
+
+
+@given(tokens=st.integers(1, 1500), name=st.sampled_from(WHOLE))
 def test_footprint_is_what_a_sequence_really_takes(tokens, name):
     recipe = RECIPES[name]
     if name == "recall-oracle":
