@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvservice.attention.sharing import StepAnchors, visible_masks
+from kvservice.attention.sharing import Anchors, visible_masks
 from kvservice.errors import InternalError
 from kvservice.kernels.base import PartAttention
 from kvservice.kernels.cpu import StepRecall, StepSequence
@@ -60,7 +60,7 @@ class SequenceRows:
     rows: slice
     reach: Reach
     first: int
-    anchors: StepAnchors | None = None
+    anchors: Anchors | None = None
 
     @property
     def num_queries(self) -> int:
@@ -136,7 +136,7 @@ def prepare(memory: SequenceMemory, first_row: int, num_tokens: int, reach: Reac
     rows = SequenceRows(memory, slice(first_row, first_row + num_tokens), reach, state.num_computed)
     if memory.shared is None or not (state.num_distant or rows.crosses_slide):
         return rows
-    return replace(rows, anchors=StepAnchors(memory, memory.shared, rows.rows))
+    return replace(rows, anchors=Anchors(memory, memory.shared))
 
 
 class BatchAttention:
@@ -330,7 +330,7 @@ class BatchAttention:
 
     @staticmethod
     def _gated(
-        anchors: StepAnchors | None,
+        anchors: Anchors | None,
         layer: int,
         first: int,
         proximal: AttnPartial,
@@ -348,7 +348,7 @@ class BatchAttention:
             distant = AttnPartial(distant.out, distant.lse.masked_fill(skipped, -math.inf))
         return merge_partials([proximal, distant])
 
-    def _all_distant(self, sequence: SequenceRows, anchors: StepAnchors, layer: int, q: Tensor) -> AttnPartial:
+    def _all_distant(self, sequence: SequenceRows, anchors: Anchors, layer: int, q: Tensor) -> AttnPartial:
         """All that is distant to each query: in the tier, and what is still on the device."""
         attention = self._kernel(q, self._scale)
         for keys, values in self._streamed(sequence.memory, layer):
@@ -381,7 +381,7 @@ class BatchAttention:
         return self._gated(anchors, layer, rows.first, rows.proximal, look)
 
     def _from_slots(
-        self, memory: SequenceMemory, anchors: StepAnchors | None, layer: int, chosen: Tensor
+        self, memory: SequenceMemory, anchors: Anchors | None, layer: int, chosen: Tensor
     ) -> tuple[Tensor, Tensor]:
         """A decode step: what the last step recalled is still in the slots, so only the difference moves."""
         slots = memory.slots()

@@ -1,8 +1,9 @@
-"""What followers take from their anchors in one step of one sequence. Knows nothing of where keys lie.
+"""What followers take from their anchors, for the new tokens of a sequence. Knows nothing of where keys lie.
 
-A layer's attention is asked for in order, so an anchor has always been there before its followers. What it leaves, KV
-head by KV head: its queries, the tokens it recalled and the slots of their keys, and how much its rows attended to
-distant tokens. Rows that are attended apart, one query after the other, leave theirs under the number of the first.
+It lives as long as those tokens are on their way through the layers, in one step or several. Layers come in order, so
+an anchor has always been there before its followers. What it leaves, KV head by KV head: its queries, the tokens it
+recalled and the slots of their keys, and how much its rows attended to distant tokens. Rows that are attended apart,
+one query after the other, leave theirs under the number of the first.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from kvservice.recall.sharing import SharedCells
 from kvservice.types import SINK_TOKENS
 
 
-class StepAnchors:
-    """The anchors of one sequence in one step.
+class Anchors:
+    """The anchors of one sequence.
 
     Args:
-        memory: the sequence's; it shares keys.
-        rows: of the step.
+        memory: the sequence's.
+        cells: how it shares keys.
     """
 
-    def __init__(self, memory: SequenceMemory, cells: SharedCells, rows: slice) -> None:
+    def __init__(self, memory: SequenceMemory, cells: SharedCells) -> None:
         self.cells = cells
         self._memory = memory
-        self._queries = cells.queries[rows]
+        self._queries: Tensor | None = None
         self._chosen: dict[int, Tensor] = {}
         self._keys_at: Tensor | None = None
         self._lse: dict[int, Tensor] = {}
@@ -43,13 +44,15 @@ class StepAnchors:
         """What rows `q`, `[kv, r, d]`, score distant tokens by; of anchors that is noted."""
         if not self.cells.shares_scores:
             return q
-        kept = self._queries.view(q.shape)
+        if self._queries is None:
+            # As large as the tokens' residual stream. Layer 0 has no followers.
+            self._queries = torch.empty_like(q)
         if not self.cells.has_followers[layer]:
-            kept.copy_(q)
+            self._queries.copy_(q)
             return q
         own = self.cells.own_heads[layer].to(q.device)
-        kept[own] = q[own]
-        return kept
+        self._queries[own] = q[own]
+        return self._queries
 
     def choose(self, first: int, query: Query) -> Tensor:
         """As `SequenceMemory.choose`, of all KV heads: anchors choose, followers take that."""

@@ -83,10 +83,7 @@ class HeldSequences:
         device: torch.device,
         plan: SharingPlan | None = None,
     ) -> None:
-        ring_blocks = staging_blocks(shape.num_kv_heads)
-        # The queries of a step, one head's in a row of a block.
-        query_rows = config.step_tokens + config.max_batch if plan else 0
-        staging = ring_blocks + -(-query_rows * shape.num_heads // BLOCK_TOKENS)
+        staging = staging_blocks(shape.num_kv_heads)
         num_blocks = config.kv_bytes // layout.block_bytes
         # A step's prefill tokens stay beside the window until it has slid over them. Each sequence may round up.
         chunk_columns = config.step_tokens // BLOCK_TOKENS + config.max_prefills
@@ -101,7 +98,7 @@ class HeldSequences:
         self.ledger = Ledger(for_sequences * layout.block_bytes, config.host_bytes)
         memory = device_memory(num_blocks * layout.block_bytes, device)
         self.arena = Arena(layout, num_blocks, staging, self.ledger, device, memory)
-        self.ring = StagingRing(self.arena, ring_blocks)
+        self.ring = StagingRing(self.arena)
         self.evictions = Evictions()
         self._demand = Demand(shape, layout)
         self._host = HostTier(
@@ -113,8 +110,7 @@ class HeldSequences:
         )
         self._shared: SharedStore | None = None
         if plan is not None:
-            queries = self.arena.slots[ring_blocks * BLOCK_TOKENS :][: query_rows * shape.num_heads]
-            cells = SharedCells(plan, layout, queries.view(query_rows, shape.num_heads, shape.head_dim))
+            cells = SharedCells(plan, layout)
             num_groups = config.host_bytes // cells.groups.group_bytes
             # Both segments could take all of `host_bytes`; the ledger sees to it that together they don't.
             host = HostTier(layout, num_groups, self.ledger, pin=False, groups=cells.groups, gives_back=True)

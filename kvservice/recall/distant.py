@@ -24,15 +24,10 @@ class StagingRing:
     """Two tiles of device memory that take turns, so that one can be filled while the other is read.
 
     Rows are K and V of one token in one KV head, `[2 * d]`, as in host memory.
-
-    Args:
-        arena: in whose workspace they lie.
-        num_blocks: leading blocks of it; None: all.
     """
 
-    def __init__(self, arena: Arena, num_blocks: int | None = None) -> None:
-        numbers = arena.workspace.numel() if num_blocks is None else num_blocks * arena.cells[0].numel()
-        self._tiles = arena.workspace[:numbers].view(2, -1, 2 * arena.layout.head_dim)
+    def __init__(self, arena: Arena) -> None:
+        self._tiles = arena.workspace.view(2, -1, 2 * arena.layout.head_dim)
         self._turn = 0
 
     @property

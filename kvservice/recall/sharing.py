@@ -18,7 +18,6 @@ class SharedCells:
     Args:
         plan: the plan.
         layout: of whole KV.
-        queries: `[rows, h, d]`, workspace: anchors' queries of a step wait here for their followers.
 
     Attributes:
         groups: how groups lie in host memory.
@@ -28,10 +27,9 @@ class SharedCells:
         key_rows: of each layer, where those are among all cells that are their own anchors.
     """
 
-    def __init__(self, plan: SharingPlan, layout: KVLayout, queries: Tensor) -> None:
+    def __init__(self, plan: SharingPlan, layout: KVLayout) -> None:
         self.plan = plan
         self.groups = SharedGroups(layout, plan.groups.anchors)
-        self.queries = queries
         self.owns = self.groups.key_layers == torch.arange(layout.num_layers).unsqueeze(1)
         self.own_heads = [own.nonzero()[:, 0] for own in self.owns]
         self.has_followers = [heads.numel() < layout.num_kv_heads for heads in self.own_heads]

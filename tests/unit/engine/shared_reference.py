@@ -51,6 +51,6 @@ class SharedReference(ReferenceSequence):
                 outs.append(weights @ self.values[layer][kv][near + far])
             return torch.stack(outs).unsqueeze(0)
 
-        hidden = self.model.forward(torch.tensor(token_ids), torch.tensor([self.num_tokens]), attend)
+        hidden = self.model.forward(self.model.embed(torch.tensor(token_ids)), torch.tensor([self.num_tokens]), attend)
         self.num_tokens += 1
         return self.model.logits(hidden)
