@@ -53,7 +53,7 @@ class SequenceRows:
         rows: its rows among the step's tokens.
         reach: what its queries attend to.
         first: position of the first new token.
-        anchors: of a sequence that shares distant keys, and has queries that see some.
+        anchors: of a sequence that shares distant keys.
     """
 
     memory: SequenceMemory
@@ -95,9 +95,9 @@ class SequenceRows:
         return self.memory.key_index is not None
 
     @property
-    def is_far_by_torch(self) -> bool:
-        """Whether kernels leave its distant tokens to torch."""
-        return self.anchors is not None or (self.selects and not self.recalls_by_keys)
+    def has_distant(self) -> bool:
+        """Whether there is anything distant to any of its queries."""
+        return self.memory.state.num_distant > 0 or self.crosses_slide
 
 
 class _Rows(NamedTuple):
@@ -105,14 +105,14 @@ class _Rows(NamedTuple):
 
     Attributes:
         first: number of the first of them.
-        count: how many they are.
-        q: `[kv, count * group, d]`.
+        num_queries: how many they are.
+        q: `[kv, num_queries * group, d]`.
         far_q: what they score distant tokens by, as `q`.
         proximal: their attention over what is near.
     """
 
     first: int
-    count: int
+    num_queries: int
     q: Tensor
     far_q: Tensor
     proximal: AttnPartial
@@ -134,9 +134,7 @@ def prepare(memory: SequenceMemory, first_row: int, num_tokens: int, reach: Reac
         raise InternalError(f"{sinks} sinks and {distant} distant tokens don't end where {state.window_start} begins")
     state.extend(num_tokens)
     rows = SequenceRows(memory, slice(first_row, first_row + num_tokens), reach, state.num_computed)
-    if memory.shared is None or not (state.num_distant or rows.crosses_slide):
-        return rows
-    return replace(rows, anchors=Anchors(memory, memory.shared))
+    return rows if memory.shared is None else replace(rows, anchors=Anchors(memory, memory.shared))
 
 
 class BatchAttention:
@@ -170,7 +168,7 @@ class BatchAttention:
     @property
     def selects_by_torch(self) -> bool:
         """Whether `add_recalled` has anything to add: sequences with distant tokens that `near` doesn't describe."""
-        return any(sequence.is_far_by_torch for sequence in self._sequences)
+        return any(self._is_far_by_torch(sequence) for sequence in self._sequences)
 
     def near(self) -> list[StepSequence]:
         """What each sequence attends to: all of it but for what `add_recalled` adds."""
@@ -199,17 +197,23 @@ class BatchAttention:
         """
         num_kv = self._arena.layout.num_kv_heads
         for sequence in self._sequences:
-            if not (sequence.is_far_by_torch or (by_keys and sequence.selects)):
+            if not (self._is_far_by_torch(sequence) or (by_keys and sequence.selects)):
                 continue
             rows = sequence.rows
             queries = _by_kv_head(q[rows], num_kv)
             if sequence.anchors and (self._deterministic or sequence.crosses_slide):
-                # What is near was attended to in another order, or isn't near to all queries.
+                # What is near was attended to in another order than torch's, or isn't near to all queries.
                 merged = self._attend(sequence, layer, queries)
             else:
                 lses = _by_kv_head(lse[rows].unsqueeze(-1), num_kv)[..., 0]
                 merged = self._with_distant(sequence, layer, queries, AttnPartial(_by_kv_head(out[rows], num_kv), lses))
             out[rows] = _by_query(merged, sequence.num_queries)
+
+    def _is_far_by_torch(self, sequence: SequenceRows) -> bool:
+        """Whether kernels leave a sequence's distant tokens to torch; or, in a fixed order, all of them."""
+        if sequence.anchors is not None:
+            return self._deterministic or sequence.has_distant
+        return sequence.selects and not sequence.recalls_by_keys
 
     # -- for those that don't ----------------------------------------------------------------------------------------
 
@@ -274,7 +278,7 @@ class BatchAttention:
         if sequence.memory.state.is_ragged:
             return self._attend_ragged(sequence, layer, q)
         group_size = q.shape[1] // sequence.num_queries
-        splits = sequence.anchors is not None and sequence.anchors.splits(layer)
+        splits = sequence.anchors is not None and sequence.has_distant and sequence.anchors.splits(layer)
         if splits and sequence.crosses_slide:
             mask: Tensor | None = self._split_masks(sequence, group_size)[0]
         else:
@@ -365,11 +369,11 @@ class BatchAttention:
         """Attention of queries that are chosen for together, `[kv, r, d]`."""
         memory, anchors = sequence.memory, sequence.anchors
         seed = memory.state.num_computed * self._arena.layout.num_layers + layer
-        query = Query(layer, rows.q, rows.proximal.lse, rows.count, self._scale, seed)
+        query = Query(layer, rows.q, rows.proximal.lse, rows.num_queries, self._scale, seed)
         chosen = memory.choose(query) if anchors is None else anchors.choose(rows.first, query)
 
         def look() -> AttnPartial:
-            if rows.count > 1:
+            if rows.num_queries > 1:
                 return self._from_staging(memory, layer, rows.far_q, chosen)
             attention = self._kernel(rows.far_q, self._scale)
             if sequence.num_queries == 1:

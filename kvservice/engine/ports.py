@@ -24,7 +24,7 @@ class GroupWriter(Protocol):
     def write(
         self, tenant_tag: bytes, session_id: SessionId, first_group: int, token_ids: Sequence[int], groups: Tensor
     ) -> None:
-        """Takes groups `[n, layers, kv, 64, 2, d]`; the tensor is the writer's from then on.
+        """Takes groups as they lie in host memory, `[n, ...]`; the tensor is the writer's from then on.
 
         Args:
             tenant_tag: stands for the tenant in keys.

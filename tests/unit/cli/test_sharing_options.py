@@ -23,6 +23,7 @@ from kvservice.models.llama import LlamaModel
 from kvservice.models.loader import read_model
 from kvservice.models.sharing import model_facts
 from kvservice.models.tiny import tiny_model, write_tiny_checkpoint
+from kvservice.types import SessionId
 from tests.unit.engine.driving import Drive, answering, tokens
 from tests.unit.engine.shared_reference import SharedReference
 
@@ -101,6 +102,18 @@ def test_beside_kernels_what_is_distant_is_attended_to_as_in_the_slow_reference(
         assert token == int(logits.argmax())
         assert logprobs[0].logprob == pytest.approx(float(logits.log_softmax(-1).max()), abs=FP32_LOGITS)
         logits = reference.read([token], selects=True)
+
+
+@pytest.mark.skipif(cpu.isa() == "none", reason="no kernels on this machine")
+def test_beside_kernels_no_bit_depends_on_how_a_document_was_cut_into_steps(folder: Path, sharing_map: Path) -> None:
+    recipe = replace(POD, window_tokens=64, recalled_tokens=32)
+    logits = []
+    for step_tokens in (64, 256):
+        settings = {"sharing_map": str(sharing_map), "deterministic": True, "step_tokens": step_tokens}
+        engine = engine_of(folder, **settings)
+        Drive(engine).ask("s", recipe, document=tokens(230))
+        logits.append(engine.score(SessionId("s"), tokens(3, 1)))
+    assert torch.equal(*logits)
 
 
 def test_the_fingerprint_of_stored_kv_says_how_keys_were_shared(
