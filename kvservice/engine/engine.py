@@ -295,8 +295,8 @@ class Engine:
         first_group = memory.distant.num_groups
         groups = memory.commit(item.num_tokens, item.reach)
         call = sequence.call
-        # Answers beyond the first belong to nobody's session.
-        if groups is not None and call.retain and call.tenant_tag and sequence.index == 0:
+        # Answers beyond the first belong to nobody's session. Frames are of one layer: those that share keys have none.
+        if groups is not None and not memory.shared and call.retain and call.tenant_tag and sequence.index == 0:
             tokens = memory.state.tokens[: memory.state.window_start]
             self._writer.write(call.tenant_tag, call.session_id, first_group, tokens, groups)
 

@@ -123,7 +123,7 @@ def test_the_fingerprint_of_stored_kv_says_how_keys_were_shared(
     from kvservice.tier import groups
 
     seen = []
-    monkeypatch.setattr(groups, "GroupFrames", lambda frames, fingerprint, num_bytes: seen.append(fingerprint))
+    monkeypatch.setattr(groups, "GroupFrames", lambda frames, frame_set: seen.append(frame_set.fingerprint))
     other = write_map(tmp_path / "other.json", folder, LayerGroups(((0, 1), (0, 0))))
     for settings in (
         {},
