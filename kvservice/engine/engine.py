@@ -246,9 +246,11 @@ class Engine:
         token_layers = 0
         try:
             for chunk, span in [(Chunk(work.batch), None), *work.spans] if work.batch else work.spans:
-                layers = self._advance(chunk, span)
-                token_layers += layers * sum(item.num_tokens for item in chunk.items if not item.decodes)
-                if chunk.is_through:
+                if not (was_through := chunk.is_through):
+                    layers = self._advance(chunk, span)
+                    token_layers += layers * sum(item.num_tokens for item in chunk.items if not item.decodes)
+                # What leaves the window takes as long as some layers: beside others, that is a step's share for itself.
+                if was_through or (chunk.is_through and (span is None or not work.num_decodes)):
                     done += chunk.items
                     logits.append(self._commit(chunk))
         except Exception as error:  # one bad step must not end the service: its calls fail, their sessions roll back

@@ -78,8 +78,9 @@ class Forward:
         """Takes rows through layers, writing their KV there.
 
         Args:
-            passing: what `begin` gave. Once it is through, its residual stream is valid until the next call.
-            num_layers: at most so many; None: all that are left.
+            passing: what `begin` gave.
+            num_layers: at most so many; None: all that are left, and then its residual stream is valid until the next
+                call.
         """
         stop = self._num_layers if num_layers is None else min(self._num_layers, passing.next_layer + num_layers)
         layers, rows = range(passing.next_layer, stop), passing.rows
@@ -93,7 +94,7 @@ class Forward:
             whole = sum(row.whole_bytes for row in rows) * len(layers) // self._num_layers
             self._link.carry(carried + whole)
         passing.next_layer = stop
-        passing.x = x if passing.is_through else x.clone()
+        passing.x = x if num_layers is None else x.clone()
 
     def logits(self, passing: Pass, which: Sequence[int]) -> Tensor:
         """The logits after the last token of some sequences, fp32 `[len(which), vocab]`.

@@ -72,7 +72,8 @@ class Planner:
 
     def note(self, work: Work, token_layers: int, seconds: float) -> None:
         """A step took so long, with so many tokens times layers of prefill in it."""
-        self._pace.note(work.num_decodes, token_layers, seconds)
+        if token_layers or not work.spans:
+            self._pace.note(work.num_decodes, token_layers, seconds)
 
     def _plan_decodes(self, decodes: list[Scheduled]) -> Work:
         under_way = {id(item.sequence) for item in self._streaming.items} if self._streaming else set()

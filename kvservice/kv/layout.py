@@ -72,18 +72,19 @@ class KVLayout:
         """Bytes of a host group."""
         return self.num_layers * self.num_kv_heads * GROUP_TOKENS * self.row_bytes
 
-    def cells_to_groups(self, cells: Tensor) -> Tensor:
-        """Turns device blocks of whole groups into host groups.
+    def group_slots(self, blocks: Tensor) -> Tensor:
+        """Arena slots of whole groups, in the order that host groups have.
 
         Args:
-            cells: `[cells, 4 * n, 16, d]`, the blocks of `n` groups.
+            blocks: `[cells, 4 * n]`, of `n` groups.
 
         Returns:
-            `[n, layers, kv, 64, 2, d]`, contiguous.
+            int64 `[n, layers, kv, 64, 2]`, contiguous.
         """
-        n = cells.shape[1] // BLOCKS_PER_GROUP
-        tokens = cells.reshape(self.num_layers, 2, self.num_kv_heads, n, GROUP_TOKENS, self.head_dim)
-        return tokens.permute(3, 0, 2, 4, 1, 5).contiguous()
+        cells = (self.num_layers, 2, self.num_kv_heads, -1, BLOCKS_PER_GROUP)
+        first = (blocks.long() * BLOCK_TOKENS).reshape(cells).permute(3, 0, 2, 4, 1).unsqueeze(4)
+        slots = first + torch.arange(BLOCK_TOKENS, device=blocks.device).view(-1, 1)
+        return slots.flatten(3, 4)
 
     def groups_to_cells(self, groups: Tensor) -> Tensor:
         """The inverse of `cells_to_groups`."""

@@ -173,8 +173,8 @@ class SequenceState:
     def read_groups(self, num_groups: int) -> Tensor:
         """Copies of the window's oldest groups in host form, `[num_groups, layers, kv, 64, 2, d]`."""
         columns = num_groups * GROUP_TOKENS // BLOCK_TOKENS
-        cells = self._arena.cells[self._blocks[:, 1 : 1 + columns]]
-        return self._arena.layout.cells_to_groups(cells)
+        slots = self._arena.layout.group_slots(self._blocks[:, 1 : 1 + columns])
+        return self._arena.slots.index_select(0, slots.view(-1)).view(*slots.shape, -1)
 
     # -- shrinking ---------------------------------------------------------------------------------------------------
 

@@ -74,6 +74,8 @@ def test_who_decodes_gets_a_token_in_every_step_while_a_chunk_goes_a_layer_furth
         assert generated(drive) == before + 1
         layers.append(chunk_of(drive).passing.next_layer)
     assert layers == [1, 2, 3]
+    assert "asking" not in drive.progress
+    drive.step()
     assert drive.progress["asking"] == [(48, 105)]
 
 
@@ -82,7 +84,7 @@ def test_a_question_joins_the_next_chunk_of_a_document(model):
     ask(drive, "document", length=2000, new=1)
     drive.step()
     drive.submit("question", DENSE, document=tokens(20, seed=4), sampling=answering(1))
-    drive.until(lambda: "question" in drive.finished, at_most=2 * LAYERS)
+    drive.until(lambda: "question" in drive.finished, at_most=2 * LAYERS + 2)
 
 
 def test_when_nobody_decodes_any_more_a_chunk_goes_through_at_once(model):
@@ -133,7 +135,7 @@ def test_a_sequence_that_makes_room_between_two_spans_reads_its_chunk_again(mode
     room = device_bytes(model, 40 + 128, 290)
     drive = decoding(model, room=room, host_bytes=host_bytes)
     ask(drive, length=200)
-    for _ in range(LAYERS + 1):
+    for _ in range(LAYERS + 2):
         drive.step()
     drive.submit("urgent", DENSE, document=tokens(200, seed=8), sampling=answering(4), priority=1)
     drive.until(lambda: "urgent" in drive.finished and "asking" in drive.finished)
