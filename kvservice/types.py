@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import NewType
 
@@ -298,6 +298,25 @@ def footprint(shape: ModelShape, recipe: RecipeSpec, num_tokens: int) -> Footpri
     )
 
 
+def further_answer(shape: ModelShape, recipe: RecipeSpec, shared_tokens: int, num_tokens: int) -> Footprint:
+    """What each answer of a call beyond the first takes for itself: it goes on from the same `shared_tokens`.
+
+    Blocks that are never written to again are shared: whole blocks of a window that doesn't slide, sinks, and what
+    lasts of an index.
+    """
+    whole = footprint(shape, recipe, num_tokens)
+    column_bytes = shape.num_cells * shape.block_bytes
+    if recipe.distant is Distant.RESIDENT:
+        return replace(whole, window_bytes=whole.window_bytes - shared_tokens // BLOCK_TOKENS * column_bytes)
+    groups = recipe.distant_groups(shared_tokens)
+    return replace(
+        whole,
+        window_bytes=whole.window_bytes - (column_bytes if shared_tokens >= BLOCK_TOKENS else 0),
+        index_bytes=whole.index_bytes - lasting_index_blocks(shape, recipe, groups) * shape.block_bytes,
+        host_bytes=whole.host_bytes - groups * group_bytes(shape, recipe),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """A model as a worker announces it."""
@@ -307,6 +326,20 @@ class ModelInfo:
     recipes: tuple[str, ...]
     default_recipe: str
     origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How soon a worker would answer: what it has to do, how fast it is, and whose tokens it has KV of."""
+
+    waiting_tokens: int = 0
+    """Tokens of its calls whose KV is still to be computed."""
+    prefill_tokens_per_s: float = 0.0
+    """Smoothed over its last steps; 0: it has computed nothing yet."""
+    fetch_bytes_per_s: float = 0.0
+    """What it reads from the kv Redis; 0: it reads nothing from there."""
+    prefixes: tuple[int, ...] = ()
+    """Names of leading tokens whose KV it holds, see `internal.prefixes`; the last used first, and bounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,6 +356,8 @@ class Headroom:
     running_calls: int = 0
     resident_sessions: int = 0
     draining: bool = False
+    load: Load = field(default_factory=Load, compare=False)
+    """Not room: two workers with as much left are equal, however fast they are."""
 
 
 @dataclass(frozen=True, slots=True)

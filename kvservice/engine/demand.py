@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvservice.kv.layout import KVLayout
 from kvservice.kv.ledger import Reservation
 from kvservice.recall.memory import SequenceMemory
-from kvservice.types import BLOCK_TOKENS, Distant, ModelShape, RecipeSpec, footprint, group_bytes, lasting_index_blocks
+from kvservice.types import ModelShape, RecipeSpec, footprint, further_answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +29,8 @@ class Wish:
 class Demand:
     """The arithmetic of wishes, for one model."""
 
-    def __init__(self, shape: ModelShape, layout: KVLayout) -> None:
+    def __init__(self, shape: ModelShape) -> None:
         self._shape = shape
-        self._layout = layout
 
     def alone(self, recipe: RecipeSpec, wish: Wish) -> Reservation:
         """What a sequence takes, with its answers, that shares with nobody else."""
@@ -52,16 +50,7 @@ class Demand:
     def _with_answers(self, needed: Reservation, recipe: RecipeSpec, wish: Wish) -> Reservation:
         if wish.answers == 0:
             return needed
-        device, host = self._private_bytes(recipe, wish.prompt_end, wish.num_tokens)
-        return Reservation(needed.device_bytes + wish.answers * device, needed.host_bytes + wish.answers * host)
-
-    def _private_bytes(self, recipe: RecipeSpec, shared_tokens: int, num_tokens: int) -> tuple[int, int]:
-        """Device and host bytes that a fork at `shared_tokens` tokens takes for itself on its way to `num_tokens`."""
-        whole = footprint(self._shape, recipe, num_tokens)
-        column_bytes = self._layout.num_cells * self._layout.block_bytes
-        if recipe.distant is Distant.RESIDENT:
-            return whole.device_bytes - shared_tokens // BLOCK_TOKENS * column_bytes, 0
-        groups = recipe.distant_groups(shared_tokens)
-        index = lasting_index_blocks(self._shape, recipe, groups) * self._layout.block_bytes
-        sinks = column_bytes if shared_tokens >= BLOCK_TOKENS else 0
-        return whole.device_bytes - index - sinks, whole.host_bytes - groups * group_bytes(self._shape, recipe)
+        each = further_answer(self._shape, recipe, wish.prompt_end, wish.num_tokens)
+        return Reservation(
+            needed.device_bytes + wish.answers * each.device_bytes, needed.host_bytes + wish.answers * each.host_bytes
+        )

@@ -61,6 +61,7 @@ from kvservice.types import (
     FinishReason,
     Headroom,
     KvTelemetry,
+    Load,
     ModelInfo,
     SessionId,
     WorkerStats,
@@ -348,7 +349,13 @@ class Engine:
 
     def headroom(self) -> Headroom:
         """What is left."""
-        return self._sequences.headroom(len(self._calls.running))
+        headroom = self._sequences.headroom(len(self._calls.running))
+        load = Load(
+            waiting_tokens=sum(sequence.num_unread for sequence in self._calls.active),
+            prefill_tokens_per_s=self._meters.prefill_tokens_per_s,
+            prefixes=self._sequences.reported_prefixes(),
+        )
+        return replace(headroom, load=load)
 
     def stats(self) -> WorkerStats:
         """Counters and bytes by owner."""

@@ -13,7 +13,8 @@ class Meters:
     """Counters since the start."""
 
     def __init__(self) -> None:
-        self._prefill_tokens_per_s = 0.0
+        self.prefill_tokens_per_s = 0.0
+        """Smoothed over the last steps that read; 0: there was none."""
         self._decode_tokens_per_s = 0.0
         self._recall_lookups = 0
         self._recall_hits = 0
@@ -22,7 +23,7 @@ class Meters:
     def note_step(self, num_decodes: int, num_prefill: int, seconds: float) -> None:
         """Takes in what a step computed, and how long that took."""
         if num_prefill:
-            self._prefill_tokens_per_s = _smoothed(self._prefill_tokens_per_s, num_prefill / seconds)
+            self.prefill_tokens_per_s = _smoothed(self.prefill_tokens_per_s, num_prefill / seconds)
         else:
             self._decode_tokens_per_s = _smoothed(self._decode_tokens_per_s, num_decodes / seconds)
 
@@ -38,7 +39,7 @@ class Meters:
     def stats(self) -> WorkerStats:
         """What has been counted; sizes are for the caller to fill in."""
         return WorkerStats(
-            prefill_tokens_per_s=self._prefill_tokens_per_s,
+            prefill_tokens_per_s=self.prefill_tokens_per_s,
             decode_tokens_per_s=self._decode_tokens_per_s,
             recall_lookups=self._recall_lookups,
             recall_hits=self._recall_hits,

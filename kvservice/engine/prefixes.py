@@ -1,18 +1,11 @@
-"""Which held sequence begins with the same tokens as a new call. Knows token ids and names; no KV.
-
-A prefix is named by a hash chained over its groups of 64 tokens. The tenant's tag and the recipe are hashed first, so
-nobody meets another tenant's names, or KV that was made otherwise.
-"""
+"""Which held sequence begins with the same tokens as a new call. Knows token ids and names; no KV."""
 
 from __future__ import annotations
 
-import hashlib
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from kvservice.types import GROUP_TOKENS, SINK_TOKENS, SessionId
-
-_DIGEST_BYTES = 16
+from kvservice.internal.prefixes import MAX_REPORTED, prefix_names, prefix_tokens, reported
+from kvservice.types import SessionId
 
 
 class PrefixIndex:
@@ -20,7 +13,8 @@ class PrefixIndex:
 
     def __init__(self) -> None:
         self._holders: dict[bytes, dict[SessionId, None]] = {}
-        self._names: dict[SessionId, list[bytes]] = {}
+        self._names: dict[SessionId, list[bytes]] = {}  # last updated last
+        self._reported: tuple[int, ...] | None = None
 
     def update(self, session_id: SessionId, tenant_tag: bytes, recipe: str, tokens: Sequence[int]) -> None:
         """Makes the prefixes of a sequence known.
@@ -33,13 +27,15 @@ class PrefixIndex:
         """
         if not tenant_tag:
             return
-        known = self._names.setdefault(session_id, [])
-        for name in _names(tenant_tag, recipe, tokens, known):
+        self._reported = None
+        known = self._names[session_id] = self._names.pop(session_id, [])
+        for name in prefix_names(tenant_tag, recipe, tokens, known):
             known.append(name)
             self._holders.setdefault(name, {})[session_id] = None
 
     def remove(self, session_id: SessionId) -> None:
         """Forgets a sequence."""
+        self._reported = None
         for name in self._names.pop(session_id, ()):
             holders = self._holders[name]
             del holders[session_id]
@@ -51,21 +47,20 @@ class PrefixIndex:
         found: tuple[SessionId | None, int] = (None, 0)
         if not tenant_tag or not self._holders:
             return found
-        for number, name in enumerate(_names(tenant_tag, recipe, tokens, [])):
+        for number, name in enumerate(prefix_names(tenant_tag, recipe, tokens)):
             holders = self._holders.get(name)
             if holders is None:
                 break
-            found = (next(reversed(holders)), SINK_TOKENS + (number + 1) * GROUP_TOKENS)
+            found = (next(reversed(holders)), prefix_tokens(number))
         return found
 
-
-def _names(tenant_tag: bytes, recipe: str, tokens: Sequence[int], known: list[bytes]) -> Iterator[bytes]:
-    """The names of the prefixes after those that are known."""
-    name = known[-1] if known else _hash(recipe.encode() + array("I", tokens[:SINK_TOKENS]).tobytes(), tenant_tag)
-    for start in range(SINK_TOKENS + len(known) * GROUP_TOKENS, len(tokens) - GROUP_TOKENS + 1, GROUP_TOKENS):
-        name = _hash(name + array("I", tokens[start : start + GROUP_TOKENS]).tobytes(), tenant_tag)
-        yield name
-
-
-def _hash(data: bytes, key: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=_DIGEST_BYTES, key=key, person=b"kv1-prefix").digest()
+    def report(self) -> tuple[int, ...]:
+        """Names for gateways, of the sequences updated last; the same object until something changes."""
+        if self._reported is None:
+            found: dict[int, None] = {}
+            for names in reversed(self._names.values()):
+                found.update(dict.fromkeys(reported(names)))
+                if len(found) >= MAX_REPORTED:
+                    break
+            self._reported = tuple(found)[:MAX_REPORTED]
+        return self._reported

@@ -63,6 +63,12 @@ class RunningSequence:
         return len(self.memory.state.tokens) - self.memory.state.num_computed
 
     @property
+    def num_unread(self) -> int:
+        """Tokens of the call's prefill that have no KV yet; the one that a step decodes is none of them."""
+        computed = self.memory.state.num_computed if self.has_begun else self.kept
+        return max(0, self.num_known - 1 - computed)
+
+    @property
     def num_known(self) -> int:
         """Tokens given and generated."""
         return len(self.tokens) + len(self.generated)

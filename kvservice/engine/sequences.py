@@ -100,7 +100,7 @@ class HeldSequences:
         self.arena = Arena(layout, num_blocks, staging, self.ledger, device, memory)
         self.ring = StagingRing(self.arena)
         self.evictions = Evictions()
-        self._demand = Demand(shape, layout)
+        self._demand = Demand(shape)
         self._host = HostTier(
             layout,
             config.host_bytes // layout.group_bytes,
@@ -190,6 +190,10 @@ class HeldSequences:
         if session_id is None or self._held[session_id].memory.place is not Place.DEVICE:
             return None, 0
         return session_id, length
+
+    def reported_prefixes(self) -> tuple[int, ...]:
+        """Names for gateways of prefixes that are held."""
+        return self._prefixes.report()
 
     def fork_prefix(self, session_id: SessionId) -> SequenceMemory:
         """A copy of a held sequence, in shared blocks. The caller truncates it, and closes it if it isn't `add`ed."""

@@ -18,6 +18,7 @@ from kvservice.gateway.repeats import Repeats, digest
 from kvservice.gateway.runs import Run, Runs
 from kvservice.gateway.sessions import Activity, Sessions
 from kvservice.internal.convert import sampling_to_proto
+from kvservice.internal.prefixes import lengths_by_name
 from kvservice.internal.v1 import worker_pb2
 from kvservice.store.base import SessionRecord
 from kvservice.types import ModelInfo, PromptFormat, RecipeSpec, SamplingParams, TextRole
@@ -244,11 +245,22 @@ def _order(
     submit.generate.document_token_ids.extend(plan.document)
     submit.generate.prompt_token_ids.extend(plan.prompt)
     submit.generate.sampling.CopyFrom(sampling_to_proto(plan.sampling))
-    added = len(plan.document) + len(plan.prompt) + plan.sampling.max_new_tokens
+    base = tuple(submit.base_token_ids)
+    given = (*base, *plan.document, *plan.prompt)
     holder, epoch = (record.worker_id, record.worker_epoch) if record is not None else ("", 0)
     session_id = record.session_id if record is not None else ""
     return Order(
-        request=PlacementRequest(plan.model.name, plan.recipe, len(submit.base_token_ids) + added, holder, epoch),
+        request=PlacementRequest(
+            plan.model.name,
+            plan.recipe,
+            len(given) + plan.sampling.max_new_tokens,
+            holder,
+            epoch,
+            base_tokens=len(base),
+            given_tokens=len(given),
+            answers=plan.sampling.n,
+            prefixes=lengths_by_name(submit.tenant_tag, plan.recipe.name, given),
+        ),
         submit=submit,
         on_admitted=lambda worker: log.started(session_id, worker, plan.recipe.name, plan.sampling.seed),
         on_event=log.relay,

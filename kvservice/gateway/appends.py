@@ -19,6 +19,7 @@ from kvservice.gateway.placement import PlacementRequest
 from kvservice.gateway.repeats import Repeats, digest
 from kvservice.gateway.runs import Run, Runs
 from kvservice.gateway.sessions import Activity, Sessions
+from kvservice.internal.prefixes import lengths_by_name
 from kvservice.internal.v1 import worker_pb2
 from kvservice.store.base import SessionRecord
 from kvservice.types import ModelInfo, TextRole
@@ -179,7 +180,14 @@ class Appends:
         submit.priority = upload.start.priority
         order = Order(
             request=PlacementRequest(
-                record.model, get_recipe(record.recipe), num_tokens, record.worker_id, record.worker_epoch
+                record.model,
+                get_recipe(record.recipe),
+                num_tokens,
+                record.worker_id,
+                record.worker_epoch,
+                base_tokens=len(record.token_ids),
+                given_tokens=num_tokens,
+                prefixes=lengths_by_name(submit.tenant_tag, record.recipe, (*record.token_ids, *token_ids)),
             ),
             submit=submit,
             on_admitted=lambda _: None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
 import grpc
 
@@ -105,6 +106,7 @@ class WorkerLink:
         self._gateway_id = gateway_id
         self._on_change = on_change
         self._view: WorkerView | None = None
+        self._prefixes: tuple[int, ...] = ()
         self._outgoing: asyncio.Queue[worker_pb2.ConnectRequest | None] = asyncio.Queue()
         self._admissions: dict[CallId, asyncio.Future[worker_pb2.Admission]] = {}
         self._releases: dict[str, asyncio.Future[worker_pb2.Released]] = {}
@@ -281,8 +283,10 @@ class WorkerLink:
             released = self._releases.pop(response.released.session_id, None)
             if released is not None and not released.done():
                 released.set_result(response.released)
+        if response.HasField("held_prefixes"):
+            self._prefixes = tuple(response.held_prefixes.names)
         if response.HasField("headroom"):
-            self._update(convert.headroom_from_proto(response.headroom))
+            self._update(convert.headroom_from_proto(response.headroom, self._prefixes))
 
     def _welcome(self, welcome: worker_pb2.Welcome) -> None:
         if (welcome.worker_id, welcome.epoch) != (self.record.worker_id, self.record.epoch):
@@ -305,8 +309,11 @@ class WorkerLink:
 
     def _update(self, headroom: Headroom) -> None:
         view = self._view
-        if view is not None and view.headroom != headroom:
-            self._view = WorkerView(view.worker_id, view.epoch, view.address, view.model, headroom)
+        if view is None:
+            return
+        self._view = replace(view, headroom=headroom)
+        # Speeds change with every step; calls in line wait for room.
+        if view.headroom != headroom:
             self._on_change()
 
     def _lose(self, why: str, level: int = logging.WARNING) -> None:

@@ -9,6 +9,7 @@ from kvservice.types import (
     GrammarKind,
     Headroom,
     KvTelemetry,
+    Load,
     ModelInfo,
     ModelShape,
     OnMiss,
@@ -121,11 +122,14 @@ def headroom_to_proto(headroom: Headroom) -> worker_pb2.Headroom:
         running_calls=headroom.running_calls,
         resident_sessions=headroom.resident_sessions,
         draining=headroom.draining,
+        waiting_tokens=headroom.load.waiting_tokens,
+        prefill_tokens_per_s=headroom.load.prefill_tokens_per_s,
+        fetch_bytes_per_s=headroom.load.fetch_bytes_per_s,
     )
 
 
-def headroom_from_proto(message: worker_pb2.Headroom) -> Headroom:
-    """See `Headroom`."""
+def headroom_from_proto(message: worker_pb2.Headroom, prefixes: tuple[int, ...]) -> Headroom:
+    """See `Headroom`. `prefixes` come in a message of their own, and seldom."""
     return Headroom(
         device_capacity_bytes=message.device_capacity_bytes,
         device_free_bytes=message.device_free_bytes,
@@ -136,6 +140,7 @@ def headroom_from_proto(message: worker_pb2.Headroom) -> Headroom:
         running_calls=message.running_calls,
         resident_sessions=message.resident_sessions,
         draining=message.draining,
+        load=Load(message.waiting_tokens, message.prefill_tokens_per_s, message.fetch_bytes_per_s, prefixes),
     )
 
 

@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
@@ -284,6 +284,7 @@ class EngineLoop:
         for call_id in [call_id for call_id, call in self._calls.items() if call.listener is listener]:
             del self._calls[call_id]
             self._engine.cancel(call_id)
+        self._tell_of_room(())
 
     def _submit(self, listener: Listener, call: EngineCall) -> None:
         refusal: KVServiceError | None = None
@@ -318,6 +319,8 @@ class EngineLoop:
     def _release(self, listener: Listener, session_id: SessionId, tenant_tag: bytes, *, purge: bool) -> None:
         device_bytes, host_bytes = self._engine.release(session_id, tenant_tag, purge=purge)
         self._deliver(listener, Released(session_id, device_bytes, host_bytes))
+        if device_bytes or host_bytes:
+            self._tell_of_room((listener,))
 
     def _stats(self) -> WorkerStats:
         return replace(self._engine.stats(), headroom=self._headroom())
@@ -352,7 +355,10 @@ class EngineLoop:
         self._unchecked = True
         try:
             events = self._engine.step()
-            self._deliver_step(self._take_events(events))
+            outputs = self._take_events(events)
+            self._deliver_step(outputs)
+            if any(isinstance(event, FinishedEvent | FailedEvent) for event in events):
+                self._tell_of_room([listener for listener, told in outputs.items() if told])
         except Exception:
             logger.exception("step_failed", extra={"running_calls": len(self._calls)})
             self._fail_running(InternalError("a step of the engine failed; the worker's log says why"))
@@ -414,6 +420,12 @@ class EngineLoop:
         for listener, events in outputs.items():
             if events:
                 self._deliver(listener, Stepped(tuple(events)))
+
+    def _tell_of_room(self, told: Collection[Listener]) -> None:
+        """Bytes were freed: all but those that were `told` just now get headroom, as calls may wait there for it."""
+        for listener in self._listeners:
+            if listener not in told:
+                self._deliver(listener, Stepped(()))
 
     def _deliver(self, listener: Listener, output: Output) -> None:
         listener.deliver(output, self._headroom())

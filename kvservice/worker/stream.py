@@ -48,6 +48,7 @@ class GatewayStream:
         self._overflow = asyncio.Event()
         self._has_overflowed = False  # The engine thread's own copy.
         self._has_ended = False
+        self._told_prefixes: tuple[int, ...] | None = None
 
     def internal_id(self, call_id: str) -> CallId:
         """The worker's own name of the gateway's `call_id`."""
@@ -103,6 +104,10 @@ class GatewayStream:
 
     def _message(self, output: Output, headroom: Headroom) -> worker_pb2.ConnectResponse:
         message = worker_pb2.ConnectResponse(headroom=headroom_to_proto(headroom))
+        if (prefixes := headroom.load.prefixes) is not self._told_prefixes:
+            self._told_prefixes = prefixes
+            message.held_prefixes.names.extend(prefixes)
+            message.held_prefixes.SetInParent()
         match output:
             case Connected():
                 message.welcome.CopyFrom(self._welcome)

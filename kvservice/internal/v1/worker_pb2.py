@@ -28,15 +28,15 @@ from kvservice.v1 import common_pb2 as kvservice_dot_v1_dot_common__pb2
 from kvservice.v1 import inference_pb2 as kvservice_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"kvservice/internal/v1/worker.proto\x12\x15kvservice.internal.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18kvservice/v1/admin.proto\x1a\x19kvservice/v1/common.proto\x1a\x1ckvservice/v1/inference.proto\"\xdf\x01\n\x0e\x43onnectRequest\x12-\n\x05hello\x18\x01 \x01(\x0b\x32\x1c.kvservice.internal.v1.HelloH\x00\x12/\n\x06submit\x18\x02 \x01(\x0b\x32\x1d.kvservice.internal.v1.SubmitH\x00\x12/\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x1d.kvservice.internal.v1.CancelH\x00\x12\x31\n\x07release\x18\x04 \x01(\x0b\x32\x1e.kvservice.internal.v1.ReleaseH\x00\x42\t\n\x07\x63ommand\"\x1b\n\x05Hello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\"\xbc\x02\n\x06Submit\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x12\n\ntenant_tag\x18\x03 \x01(\x0c\x12\x0e\n\x06recipe\x18\x04 \x01(\t\x12\x16\n\x0e\x62\x61se_token_ids\x18\x05 \x03(\r\x12\x33\n\x06\x61ppend\x18\x06 \x01(\x0b\x32!.kvservice.internal.v1.AppendWorkH\x00\x12\x37\n\x08generate\x18\x07 \x01(\x0b\x32#.kvservice.internal.v1.GenerateWorkH\x00\x12\x0e\n\x06retain\x18\x08 \x01(\x08\x12%\n\x07on_miss\x18\t \x01(\x0e\x32\x14.kvservice.v1.OnMiss\x12\x10\n\x08priority\x18\n \x01(\x05\x12\x12\n\ndeadline_s\x18\x0b \x01(\x01\x42\x06\n\x04work\"\x1f\n\nAppendWork\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x8a\x01\n\x0cGenerateWork\x12\x1a\n\x12\x64ocument_token_ids\x18\x01 \x03(\r\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12.\n\x08sampling\x18\x03 \x01(\x0b\x32\x1c.kvservice.v1.SamplingParams\x12\x14\n\x0ckeep_partial\x18\x04 \x01(\x08\"\x19\n\x06\x43\x61ncel\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\"@\n\x07Release\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\ntenant_tag\x18\x02 \x01(\x0c\x12\r\n\x05purge\x18\x03 \x01(\x08\"\x99\x02\n\x0f\x43onnectResponse\x12\x31\n\x07welcome\x18\x01 \x01(\x0b\x32\x1e.kvservice.internal.v1.WelcomeH\x00\x12\x35\n\tadmission\x18\x02 \x01(\x0b\x32 .kvservice.internal.v1.AdmissionH\x00\x12+\n\x04step\x18\x03 \x01(\x0b\x32\x1b.kvservice.internal.v1.StepH\x00\x12\x33\n\x08released\x18\x04 \x01(\x0b\x32\x1f.kvservice.internal.v1.ReleasedH\x00\x12\x31\n\x08headroom\x18\x05 \x01(\x0b\x32\x1f.kvservice.internal.v1.HeadroomB\x07\n\x05\x65vent\"O\n\x07Welcome\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\"\n\x05model\x18\x03 \x01(\x0b\x32\x13.kvservice.v1.Model\"\xfa\x01\n\x08Headroom\x12\x1d\n\x15\x64\x65vice_capacity_bytes\x18\x01 \x01(\x04\x12\x19\n\x11\x64\x65vice_free_bytes\x18\x02 \x01(\x04\x12\x1d\n\x15\x64\x65vice_freeable_bytes\x18\x03 \x01(\x04\x12\x1b\n\x13host_capacity_bytes\x18\x04 \x01(\x04\x12\x17\n\x0fhost_free_bytes\x18\x05 \x01(\x04\x12\x1b\n\x13host_freeable_bytes\x18\x06 \x01(\x04\x12\x15\n\rrunning_calls\x18\x07 \x01(\r\x12\x19\n\x11resident_sessions\x18\x08 \x01(\r\x12\x10\n\x08\x64raining\x18\t \x01(\x08\"_\n\tAdmission\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12\x10\n\x08\x61\x64mitted\x18\x02 \x01(\x08\x12/\n\x07refusal\x18\x03 \x01(\x0b\x32\x1e.kvservice.internal.v1.Failure\"K\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x11\n\tretryable\x18\x04 \x01(\x08\"8\n\x04Step\x12\x30\n\x06\x65vents\x18\x01 \x03(\x0b\x32 .kvservice.internal.v1.CallEvent\"\xe6\x01\n\tCallEvent\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12\x33\n\x08progress\x18\x02 \x01(\x0b\x32\x1f.kvservice.internal.v1.ProgressH\x00\x12*\n\x06tokens\x18\x03 \x01(\x0b\x32\x18.kvservice.v1.TokenChunkH\x00\x12+\n\x04\x64one\x18\x04 \x01(\x0b\x32\x1b.kvservice.internal.v1.DoneH\x00\x12\x31\n\x07\x66\x61ilure\x18\x05 \x01(\x0b\x32\x1e.kvservice.internal.v1.FailureH\x00\x42\x07\n\x05\x65vent\"5\n\x08Progress\x12\x13\n\x0b\x64one_tokens\x18\x01 \x01(\x04\x12\x14\n\x0ctotal_tokens\x18\x02 \x01(\x04\"\xc8\x01\n\x04\x44one\x12\x32\n\x0e\x66inish_reasons\x18\x01 \x03(\x0e\x32\x1a.kvservice.v1.FinishReason\x12\"\n\x05usage\x18\x02 \x01(\x0b\x32\x13.kvservice.v1.Usage\x12%\n\x02kv\x18\x03 \x01(\x0b\x32\x19.kvservice.v1.KvTelemetry\x12\x1a\n\x12\x61ppended_token_ids\x18\x04 \x03(\r\x12\x12\n\nprefill_ms\x18\x05 \x01(\x01\x12\x11\n\tdecode_ms\x18\x06 \x01(\x01\"T\n\x08Released\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x1a\n\x12\x66reed_device_bytes\x18\x02 \x01(\x04\x12\x18\n\x10\x66reed_host_bytes\x18\x03 \x01(\x04\"\x90\x01\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12-\n\x04role\x18\x02 \x01(\x0e\x32\x1f.kvservice.internal.v1.TextRole\x12\x31\n\rprompt_format\x18\x03 \x01(\x0e\x32\x1a.kvservice.v1.PromptFormat\x12\r\n\x05\x66irst\x18\x04 \x01(\x08\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x11\n\x0fGetStatsRequest\"<\n\x10GetStatsResponse\x12(\n\x05stats\x18\x01 \x01(\x0b\x32\x19.kvservice.v1.WorkerStats\"8\n\x0c\x44rainRequest\x12(\n\x05grace\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"&\n\rDrainResponse\x12\x15\n\rrunning_calls\x18\x01 \x01(\r*U\n\x08TextRole\x12\x19\n\x15TEXT_ROLE_UNSPECIFIED\x10\x00\x12\x16\n\x12TEXT_ROLE_DOCUMENT\x10\x01\x12\x16\n\x12TEXT_ROLE_QUESTION\x10\x02\x32\xfb\x02\n\rWorkerService\x12\\\n\x07\x43onnect\x12%.kvservice.internal.v1.ConnectRequest\x1a&.kvservice.internal.v1.ConnectResponse(\x01\x30\x01\x12[\n\x08Tokenize\x12&.kvservice.internal.v1.TokenizeRequest\x1a\'.kvservice.internal.v1.TokenizeResponse\x12[\n\x08GetStats\x12&.kvservice.internal.v1.GetStatsRequest\x1a\'.kvservice.internal.v1.GetStatsResponse\x12R\n\x05\x44rain\x12#.kvservice.internal.v1.DrainRequest\x1a$.kvservice.internal.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"kvservice/internal/v1/worker.proto\x12\x15kvservice.internal.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18kvservice/v1/admin.proto\x1a\x19kvservice/v1/common.proto\x1a\x1ckvservice/v1/inference.proto\"\xdf\x01\n\x0e\x43onnectRequest\x12-\n\x05hello\x18\x01 \x01(\x0b\x32\x1c.kvservice.internal.v1.HelloH\x00\x12/\n\x06submit\x18\x02 \x01(\x0b\x32\x1d.kvservice.internal.v1.SubmitH\x00\x12/\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x1d.kvservice.internal.v1.CancelH\x00\x12\x31\n\x07release\x18\x04 \x01(\x0b\x32\x1e.kvservice.internal.v1.ReleaseH\x00\x42\t\n\x07\x63ommand\"\x1b\n\x05Hello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\"\xbc\x02\n\x06Submit\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x12\n\ntenant_tag\x18\x03 \x01(\x0c\x12\x0e\n\x06recipe\x18\x04 \x01(\t\x12\x16\n\x0e\x62\x61se_token_ids\x18\x05 \x03(\r\x12\x33\n\x06\x61ppend\x18\x06 \x01(\x0b\x32!.kvservice.internal.v1.AppendWorkH\x00\x12\x37\n\x08generate\x18\x07 \x01(\x0b\x32#.kvservice.internal.v1.GenerateWorkH\x00\x12\x0e\n\x06retain\x18\x08 \x01(\x08\x12%\n\x07on_miss\x18\t \x01(\x0e\x32\x14.kvservice.v1.OnMiss\x12\x10\n\x08priority\x18\n \x01(\x05\x12\x12\n\ndeadline_s\x18\x0b \x01(\x01\x42\x06\n\x04work\"\x1f\n\nAppendWork\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x8a\x01\n\x0cGenerateWork\x12\x1a\n\x12\x64ocument_token_ids\x18\x01 \x03(\r\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12.\n\x08sampling\x18\x03 \x01(\x0b\x32\x1c.kvservice.v1.SamplingParams\x12\x14\n\x0ckeep_partial\x18\x04 \x01(\x08\"\x19\n\x06\x43\x61ncel\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\"@\n\x07Release\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\ntenant_tag\x18\x02 \x01(\x0c\x12\r\n\x05purge\x18\x03 \x01(\x08\"\xd5\x02\n\x0f\x43onnectResponse\x12\x31\n\x07welcome\x18\x01 \x01(\x0b\x32\x1e.kvservice.internal.v1.WelcomeH\x00\x12\x35\n\tadmission\x18\x02 \x01(\x0b\x32 .kvservice.internal.v1.AdmissionH\x00\x12+\n\x04step\x18\x03 \x01(\x0b\x32\x1b.kvservice.internal.v1.StepH\x00\x12\x33\n\x08released\x18\x04 \x01(\x0b\x32\x1f.kvservice.internal.v1.ReleasedH\x00\x12\x31\n\x08headroom\x18\x05 \x01(\x0b\x32\x1f.kvservice.internal.v1.Headroom\x12:\n\rheld_prefixes\x18\x06 \x01(\x0b\x32#.kvservice.internal.v1.HeldPrefixesB\x07\n\x05\x65vent\"O\n\x07Welcome\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\"\n\x05model\x18\x03 \x01(\x0b\x32\x13.kvservice.v1.Model\"\xcb\x02\n\x08Headroom\x12\x1d\n\x15\x64\x65vice_capacity_bytes\x18\x01 \x01(\x04\x12\x19\n\x11\x64\x65vice_free_bytes\x18\x02 \x01(\x04\x12\x1d\n\x15\x64\x65vice_freeable_bytes\x18\x03 \x01(\x04\x12\x1b\n\x13host_capacity_bytes\x18\x04 \x01(\x04\x12\x17\n\x0fhost_free_bytes\x18\x05 \x01(\x04\x12\x1b\n\x13host_freeable_bytes\x18\x06 \x01(\x04\x12\x15\n\rrunning_calls\x18\x07 \x01(\r\x12\x19\n\x11resident_sessions\x18\x08 \x01(\r\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\x16\n\x0ewaiting_tokens\x18\n \x01(\x04\x12\x1c\n\x14prefill_tokens_per_s\x18\x0b \x01(\x01\x12\x19\n\x11\x66\x65tch_bytes_per_s\x18\x0c \x01(\x01\"\x1d\n\x0cHeldPrefixes\x12\r\n\x05names\x18\x01 \x03(\x06\"_\n\tAdmission\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12\x10\n\x08\x61\x64mitted\x18\x02 \x01(\x08\x12/\n\x07refusal\x18\x03 \x01(\x0b\x32\x1e.kvservice.internal.v1.Failure\"K\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x11\n\tretryable\x18\x04 \x01(\x08\"8\n\x04Step\x12\x30\n\x06\x65vents\x18\x01 \x03(\x0b\x32 .kvservice.internal.v1.CallEvent\"\xe6\x01\n\tCallEvent\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12\x33\n\x08progress\x18\x02 \x01(\x0b\x32\x1f.kvservice.internal.v1.ProgressH\x00\x12*\n\x06tokens\x18\x03 \x01(\x0b\x32\x18.kvservice.v1.TokenChunkH\x00\x12+\n\x04\x64one\x18\x04 \x01(\x0b\x32\x1b.kvservice.internal.v1.DoneH\x00\x12\x31\n\x07\x66\x61ilure\x18\x05 \x01(\x0b\x32\x1e.kvservice.internal.v1.FailureH\x00\x42\x07\n\x05\x65vent\"5\n\x08Progress\x12\x13\n\x0b\x64one_tokens\x18\x01 \x01(\x04\x12\x14\n\x0ctotal_tokens\x18\x02 \x01(\x04\"\xc8\x01\n\x04\x44one\x12\x32\n\x0e\x66inish_reasons\x18\x01 \x03(\x0e\x32\x1a.kvservice.v1.FinishReason\x12\"\n\x05usage\x18\x02 \x01(\x0b\x32\x13.kvservice.v1.Usage\x12%\n\x02kv\x18\x03 \x01(\x0b\x32\x19.kvservice.v1.KvTelemetry\x12\x1a\n\x12\x61ppended_token_ids\x18\x04 \x03(\r\x12\x12\n\nprefill_ms\x18\x05 \x01(\x01\x12\x11\n\tdecode_ms\x18\x06 \x01(\x01\"T\n\x08Released\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x1a\n\x12\x66reed_device_bytes\x18\x02 \x01(\x04\x12\x18\n\x10\x66reed_host_bytes\x18\x03 \x01(\x04\"\x90\x01\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12-\n\x04role\x18\x02 \x01(\x0e\x32\x1f.kvservice.internal.v1.TextRole\x12\x31\n\rprompt_format\x18\x03 \x01(\x0e\x32\x1a.kvservice.v1.PromptFormat\x12\r\n\x05\x66irst\x18\x04 \x01(\x08\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x11\n\x0fGetStatsRequest\"<\n\x10GetStatsResponse\x12(\n\x05stats\x18\x01 \x01(\x0b\x32\x19.kvservice.v1.WorkerStats\"8\n\x0c\x44rainRequest\x12(\n\x05grace\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"&\n\rDrainResponse\x12\x15\n\rrunning_calls\x18\x01 \x01(\r*U\n\x08TextRole\x12\x19\n\x15TEXT_ROLE_UNSPECIFIED\x10\x00\x12\x16\n\x12TEXT_ROLE_DOCUMENT\x10\x01\x12\x16\n\x12TEXT_ROLE_QUESTION\x10\x02\x32\xfb\x02\n\rWorkerService\x12\\\n\x07\x43onnect\x12%.kvservice.internal.v1.ConnectRequest\x1a&.kvservice.internal.v1.ConnectResponse(\x01\x30\x01\x12[\n\x08Tokenize\x12&.kvservice.internal.v1.TokenizeRequest\x1a\'.kvservice.internal.v1.TokenizeResponse\x12[\n\x08GetStats\x12&.kvservice.internal.v1.GetStatsRequest\x1a\'.kvservice.internal.v1.GetStatsResponse\x12R\n\x05\x44rain\x12#.kvservice.internal.v1.DrainRequest\x1a$.kvservice.internal.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvservice.internal.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TEXTROLE']._serialized_start=2809
-  _globals['_TEXTROLE']._serialized_end=2894
+  _globals['_TEXTROLE']._serialized_start=2981
+  _globals['_TEXTROLE']._serialized_end=3066
   _globals['_CONNECTREQUEST']._serialized_start=177
   _globals['_CONNECTREQUEST']._serialized_end=400
   _globals['_HELLO']._serialized_start=402
@@ -52,37 +52,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RELEASE']._serialized_start=951
   _globals['_RELEASE']._serialized_end=1015
   _globals['_CONNECTRESPONSE']._serialized_start=1018
-  _globals['_CONNECTRESPONSE']._serialized_end=1299
-  _globals['_WELCOME']._serialized_start=1301
-  _globals['_WELCOME']._serialized_end=1380
-  _globals['_HEADROOM']._serialized_start=1383
-  _globals['_HEADROOM']._serialized_end=1633
-  _globals['_ADMISSION']._serialized_start=1635
-  _globals['_ADMISSION']._serialized_end=1730
-  _globals['_FAILURE']._serialized_start=1732
-  _globals['_FAILURE']._serialized_end=1807
-  _globals['_STEP']._serialized_start=1809
-  _globals['_STEP']._serialized_end=1865
-  _globals['_CALLEVENT']._serialized_start=1868
-  _globals['_CALLEVENT']._serialized_end=2098
-  _globals['_PROGRESS']._serialized_start=2100
-  _globals['_PROGRESS']._serialized_end=2153
-  _globals['_DONE']._serialized_start=2156
-  _globals['_DONE']._serialized_end=2356
-  _globals['_RELEASED']._serialized_start=2358
-  _globals['_RELEASED']._serialized_end=2442
-  _globals['_TOKENIZEREQUEST']._serialized_start=2445
-  _globals['_TOKENIZEREQUEST']._serialized_end=2589
-  _globals['_TOKENIZERESPONSE']._serialized_start=2591
-  _globals['_TOKENIZERESPONSE']._serialized_end=2628
-  _globals['_GETSTATSREQUEST']._serialized_start=2630
-  _globals['_GETSTATSREQUEST']._serialized_end=2647
-  _globals['_GETSTATSRESPONSE']._serialized_start=2649
-  _globals['_GETSTATSRESPONSE']._serialized_end=2709
-  _globals['_DRAINREQUEST']._serialized_start=2711
-  _globals['_DRAINREQUEST']._serialized_end=2767
-  _globals['_DRAINRESPONSE']._serialized_start=2769
-  _globals['_DRAINRESPONSE']._serialized_end=2807
-  _globals['_WORKERSERVICE']._serialized_start=2897
-  _globals['_WORKERSERVICE']._serialized_end=3276
+  _globals['_CONNECTRESPONSE']._serialized_end=1359
+  _globals['_WELCOME']._serialized_start=1361
+  _globals['_WELCOME']._serialized_end=1440
+  _globals['_HEADROOM']._serialized_start=1443
+  _globals['_HEADROOM']._serialized_end=1774
+  _globals['_HELDPREFIXES']._serialized_start=1776
+  _globals['_HELDPREFIXES']._serialized_end=1805
+  _globals['_ADMISSION']._serialized_start=1807
+  _globals['_ADMISSION']._serialized_end=1902
+  _globals['_FAILURE']._serialized_start=1904
+  _globals['_FAILURE']._serialized_end=1979
+  _globals['_STEP']._serialized_start=1981
+  _globals['_STEP']._serialized_end=2037
+  _globals['_CALLEVENT']._serialized_start=2040
+  _globals['_CALLEVENT']._serialized_end=2270
+  _globals['_PROGRESS']._serialized_start=2272
+  _globals['_PROGRESS']._serialized_end=2325
+  _globals['_DONE']._serialized_start=2328
+  _globals['_DONE']._serialized_end=2528
+  _globals['_RELEASED']._serialized_start=2530
+  _globals['_RELEASED']._serialized_end=2614
+  _globals['_TOKENIZEREQUEST']._serialized_start=2617
+  _globals['_TOKENIZEREQUEST']._serialized_end=2761
+  _globals['_TOKENIZERESPONSE']._serialized_start=2763
+  _globals['_TOKENIZERESPONSE']._serialized_end=2800
+  _globals['_GETSTATSREQUEST']._serialized_start=2802
+  _globals['_GETSTATSREQUEST']._serialized_end=2819
+  _globals['_GETSTATSRESPONSE']._serialized_start=2821
+  _globals['_GETSTATSRESPONSE']._serialized_end=2881
+  _globals['_DRAINREQUEST']._serialized_start=2883
+  _globals['_DRAINREQUEST']._serialized_end=2939
+  _globals['_DRAINRESPONSE']._serialized_start=2941
+  _globals['_DRAINRESPONSE']._serialized_end=2979
+  _globals['_WORKERSERVICE']._serialized_start=3069
+  _globals['_WORKERSERVICE']._serialized_end=3448
 # @@protoc_insertion_point(module_scope)

@@ -266,6 +266,7 @@ class ConnectResponse(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     RELEASED_FIELD_NUMBER: _builtins.int
     HEADROOM_FIELD_NUMBER: _builtins.int
+    HELD_PREFIXES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -278,6 +279,10 @@ class ConnectResponse(_message.Message):
     def headroom(self) -> Global___Headroom:
         """Sent with every message."""
 
+    @_builtins.property
+    def held_prefixes(self) -> Global___HeldPrefixes:
+        """Sent with a stream's first message, and when it has changed since the last."""
+
     def __init__(
         self,
         *,
@@ -286,10 +291,11 @@ class ConnectResponse(_message.Message):
         step: Global___Step | None = ...,
         released: Global___Released | None = ...,
         headroom: Global___Headroom | None = ...,
+        held_prefixes: Global___HeldPrefixes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "event", b"event", "headroom", b"headroom", "released", b"released", "step", b"step", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "event", b"event", "headroom", b"headroom", "held_prefixes", b"held_prefixes", "released", b"released", "step", b"step", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "event", b"event", "headroom", b"headroom", "released", b"released", "step", b"step", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "event", b"event", "headroom", b"headroom", "held_prefixes", b"held_prefixes", "released", b"released", "step", b"step", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["welcome", "admission", "step", "released"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
@@ -336,6 +342,9 @@ class Headroom(_message.Message):
     RUNNING_CALLS_FIELD_NUMBER: _builtins.int
     RESIDENT_SESSIONS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    WAITING_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
+    FETCH_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     device_capacity_bytes: _builtins.int
     device_free_bytes: _builtins.int
     device_freeable_bytes: _builtins.int
@@ -346,6 +355,11 @@ class Headroom(_message.Message):
     running_calls: _builtins.int
     resident_sessions: _builtins.int
     draining: _builtins.bool
+    waiting_tokens: _builtins.int
+    """Tokens of its calls whose KV is still to be computed."""
+    prefill_tokens_per_s: _builtins.float
+    fetch_bytes_per_s: _builtins.float
+    """From the kv Redis; 0: it reads nothing from there."""
     def __init__(
         self,
         *,
@@ -358,14 +372,39 @@ class Headroom(_message.Message):
         running_calls: _builtins.int = ...,
         resident_sessions: _builtins.int = ...,
         draining: _builtins.bool = ...,
+        waiting_tokens: _builtins.int = ...,
+        prefill_tokens_per_s: _builtins.float = ...,
+        fetch_bytes_per_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_capacity_bytes", b"device_capacity_bytes", "device_free_bytes", b"device_free_bytes", "device_freeable_bytes", b"device_freeable_bytes", "draining", b"draining", "host_capacity_bytes", b"host_capacity_bytes", "host_free_bytes", b"host_free_bytes", "host_freeable_bytes", b"host_freeable_bytes", "resident_sessions", b"resident_sessions", "running_calls", b"running_calls"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_capacity_bytes", b"device_capacity_bytes", "device_free_bytes", b"device_free_bytes", "device_freeable_bytes", b"device_freeable_bytes", "draining", b"draining", "fetch_bytes_per_s", b"fetch_bytes_per_s", "host_capacity_bytes", b"host_capacity_bytes", "host_free_bytes", b"host_free_bytes", "host_freeable_bytes", b"host_freeable_bytes", "prefill_tokens_per_s", b"prefill_tokens_per_s", "resident_sessions", b"resident_sessions", "running_calls", b"running_calls", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Headroom: _TypeAlias = Headroom  # noqa: Y015
+
+@_typing.final
+class HeldPrefixes(_message.Message):
+    """Names of leading tokens whose KV the worker holds; bounded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        names: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["names", b"names"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeldPrefixes: _TypeAlias = HeldPrefixes  # noqa: Y015
 
 @_typing.final
 class Admission(_message.Message):

@@ -1,0 +1,93 @@
+"""Calls in line for room on the workers of one model: whose turn it is to ask. Knows no workers and no calls.
+
+    first ──turn──► asks ──refused──► the next that may pass ──► asks ──► ... ──► first, at the next change of headroom
+
+A call may pass one that is blocked if it needs fewer bytes, and only while the blocked one is patient: after that
+nothing passes it any more, and what is freed is left for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import itertools
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """A place in line: by priority, then by arrival."""
+
+    rank: tuple[int, int]
+    device_bytes: int
+    host_bytes: int
+    patient_until: float
+    turn: asyncio.Event = field(default_factory=asyncio.Event)
+    tried_version: int = -1
+    """Of the fleet, when it last asked."""
+
+    def is_smaller(self, other: Ticket) -> bool:
+        """Whether it needs less than `other`, and nothing more of."""
+        return self.device_bytes < other.device_bytes and self.host_bytes <= other.host_bytes
+
+
+class Line:
+    """Tickets in order. One of them has the turn: the first, or one that passes it."""
+
+    def __init__(self, patience_s: float) -> None:
+        self._patience_s = patience_s
+        self._tickets: list[Ticket] = []
+        self._arrivals = itertools.count()
+
+    def __len__(self) -> int:
+        return len(self._tickets)
+
+    def join(self, priority: int, device_bytes: int, host_bytes: int, version: int, now: float) -> Ticket:
+        """Takes a place. It has the turn if it is first, or if it may pass all those before it.
+
+        Args:
+            priority: of the call; a higher one goes before all lower ones.
+            device_bytes: that it needs.
+            host_bytes: that it needs.
+            version: of the fleet when it was refused; -1: it hasn't asked yet.
+            now: seconds, of the clock that `hand_on` is told.
+        """
+        rank = (-priority, next(self._arrivals))
+        ticket = Ticket(rank, device_bytes, host_bytes, now + self._patience_s, tried_version=version)
+        bisect.insort(self._tickets, ticket, key=lambda other: other.rank)
+        if self._tickets[0] is ticket or (version < 0 and self._may_pass(ticket, now)):
+            self._give_turn(ticket)
+        return ticket
+
+    def leave(self, ticket: Ticket, now: float) -> None:
+        """Gives a place up. The turn goes on behind it if it passed, else to the first."""
+        position = self._tickets.index(ticket)
+        del self._tickets[position]
+        if ticket.turn.is_set():
+            self._give_to_next(position, ticket.tried_version, now)
+
+    def is_first(self, ticket: Ticket) -> bool:
+        """Whether nobody is before it."""
+        return self._tickets[0] is ticket
+
+    def hand_on(self, ticket: Ticket, now: float) -> None:
+        """It was refused: the turn goes to the next that may pass it, or back to the first."""
+        if ticket.turn.is_set():
+            self._give_to_next(self._tickets.index(ticket) + 1, ticket.tried_version, now)
+
+    def _give_to_next(self, position: int, version: int, now: float) -> None:
+        for ticket in self._tickets[position:]:
+            if position > 0 and ticket.tried_version < version and self._may_pass(ticket, now):
+                self._give_turn(ticket)
+                return
+        if self._tickets:
+            self._give_turn(self._tickets[0])
+
+    def _may_pass(self, ticket: Ticket, now: float) -> bool:
+        before = itertools.takewhile(lambda other: other is not ticket, self._tickets)
+        return all(ticket.is_smaller(other) and now < other.patient_until for other in before)
+
+    def _give_turn(self, ticket: Ticket) -> None:
+        for other in self._tickets:
+            other.turn.clear()
+        ticket.turn.set()
