@@ -51,7 +51,7 @@ class Workers(Protocol):
 
 def run_service(config: ServiceConfig, announce: Announce) -> int:
     """Runs gateway and workers until a signal; the exit code. Blocks. Call it from the main thread."""
-    if config.workers == 0:
+    if config.workers == 0 and config.ray is None:
         compose.load_libraries()
     with _own_redis(config) as complete:
         return asyncio.run(_until_second_signal(lambda stop: _serve(complete, announce, stop)))
@@ -158,6 +158,10 @@ async def _open_store(config: ServiceConfig, stack: contextlib.AsyncExitStack) -
 
 
 def _workers(config: ServiceConfig, store: StateStore) -> Workers:
+    if config.ray is not None:
+        from kvservice.cli.ray_workers import RayWorkers
+
+        return RayWorkers(config, config.ray)
     if config.workers == 0:
         return EmbeddedWorker(config, store)
     return WorkerProcesses(compose.worker_settings(config), config.worker.drain_grace_s)

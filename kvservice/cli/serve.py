@@ -96,6 +96,12 @@ def serve(
     workers: Annotated[
         int | None, typer.Option("--workers", min=0, help="Worker processes; 0: one worker in this process.")
     ] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Workers in Ray Serve replicas, on a cluster of our own or the table `ray`'s.")
+    ] = False,
+    ray_config: Annotated[
+        bool, typer.Option("--ray-config", help="Print a Ray Serve configuration for a cluster, and end.")
+    ] = False,
     host: Host = None,
     port: Port = None,
     health_port: HealthPort = None,
@@ -164,6 +170,7 @@ def serve(
                 "drain_grace_s": grace_s,
             },
             "workers": workers,
+            "ray": {} if ray or ray_config else None,
             "state_url": url_from(state_url, STATE_URL_VARIABLE),
             "data_dir": data_dir,
             "redis_bytes": redis_bytes,
@@ -173,6 +180,11 @@ def serve(
     )
     secret = read_secret(secret_file) or _secret_of(settings) or _made_up_secret(settings)
     checked = service_config(overlay(settings, {"gateway": {"secret": secret}}))
+    if ray_config and checked.ray is not None:
+        from kvservice.cli.ray_workers import serve_config
+
+        typer.echo(serve_config(checked, checked.ray), nl=False)
+        raise typer.Exit
     _start_logging(checked)
     raise typer.Exit(running.run_service(checked, _announce))
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr
 
 from kvservice.config.gateway import GatewayConfig
+from kvservice.config.ray import RayConfig
 from kvservice.config.worker import WorkerConfig
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
@@ -21,6 +22,7 @@ class ServiceConfig(BaseModel):
     gateway: GatewayConfig | None = Field(None, description="The gateway's own settings.")
     worker: WorkerConfig = Field(default_factory=lambda: WorkerConfig(), description="Settings of each worker.")
     workers: int = Field(0, ge=0, le=64, description="Worker processes; 0: one worker inside the process of `serve`.")
+    ray: RayConfig | None = Field(None, description="Workers in Ray Serve replicas; unset: without Ray.")
     state_url: SecretStr | None = Field(
         None, description="The state Redis: sessions, repeats, leases. Unset: `serve` starts one of its own."
     )

@@ -185,6 +185,10 @@ class EngineLoop:
         """The engine's counters. The future holds Unavailable when the loop ends first."""
         return self._ask(self._stats)
 
+    def beat(self) -> Future[bool]:
+        """Done when the loop comes by: whether its engine can be trusted. Holds Unavailable when it ends first."""
+        return self._ask(lambda: self._healthy)
+
     def drain(self) -> Future[int]:
         """From now on refuses new calls; tells every listener. Gives the number of calls that still run."""
         return self._ask(self._drain)

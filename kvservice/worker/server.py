@@ -19,7 +19,7 @@ from kvservice.config.worker import WorkerConfig
 from kvservice.errors import ConfigError, Unavailable
 from kvservice.internal.v1 import worker_pb2
 from kvservice.internal.v1.worker_pb2_grpc import add_WorkerServiceServicer_to_server
-from kvservice.types import Grammar, ModelInfo, WorkerId
+from kvservice.types import Grammar, ModelInfo, WorkerId, WorkerStats
 from kvservice.worker.grammars import GrammarDesk
 from kvservice.worker.loop import EngineLike, EngineLoop
 from kvservice.worker.registration import LeaseStore, Registration
@@ -139,6 +139,28 @@ class WorkerServer:
             logger.info("drain_started", extra={"running_calls": running, "grace_s": grace_s})
             self._drain = asyncio.create_task(self._finish_drain(grace_s), name="worker drain")
         return running
+
+    async def stats(self) -> WorkerStats:
+        """The engine's counters.
+
+        Raises:
+            Unavailable: the worker has stopped.
+        """
+        return await asyncio.wrap_future(self._engine.stats())
+
+    async def check(self, timeout_s: float) -> None:
+        """Returns if the engine's loop advances.
+
+        Raises:
+            Unavailable: it doesn't within `timeout_s`, has ended, or its engine was given up.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                is_healthy = await asyncio.wrap_future(self._engine.beat())
+        except TimeoutError:
+            raise Unavailable(f"the engine's loop hasn't advanced for {timeout_s:g} s", reason="stuck") from None
+        if not is_healthy:
+            raise Unavailable("the worker's engine was given up; its log says why", reason="unhealthy")
 
     async def stop(self) -> None:
         """Ends running calls with Unavailable, closes the engine, leaves the store. May be called again."""
