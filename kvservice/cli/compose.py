@@ -170,6 +170,17 @@ def engine_config(config: WorkerConfig) -> EngineConfig:
     )
 
 
+def ray_settings(config: ServiceConfig) -> Settings:
+    """The settings of the process that runs the workers on Ray, secrets included."""
+    settings: Settings = config.model_dump(mode="json", include={"workers", "ray", "log_level"})
+    worker = config.worker.model_dump(mode="json", exclude={"redis_url", "worker_id"})
+    return {
+        **settings,
+        "worker": {**worker, "redis_url": config.worker.redis_url and config.worker.redis_url.get_secret_value()},
+        "state_url": config.state_url and config.state_url.get_secret_value(),
+    }
+
+
 def worker_settings(config: ServiceConfig) -> list[Settings]:
     """The settings of each worker process of a service, secrets included. They share the cores."""
     worker = config.worker

@@ -31,10 +31,15 @@ class WorkerProcesses:
     Args:
         settings: of each process, secrets included.
         grace_s: how long running calls may go on when a worker is stopped.
+        command: of `kvservice`, that a process runs.
+        num_workers: of all processes together; None: one in each.
     """
 
-    def __init__(self, settings: Sequence[Settings], grace_s: float) -> None:
-        self.num_workers = len(settings)
+    def __init__(
+        self, settings: Sequence[Settings], grace_s: float, *, command: str = "worker", num_workers: int | None = None
+    ) -> None:
+        self.num_workers = len(settings) if num_workers is None else num_workers
+        self._command = command
         self._settings = settings
         self._grace_s = grace_s
         self._folder = tempfile.TemporaryDirectory(prefix="kvservice-workers-")
@@ -51,7 +56,7 @@ class WorkerProcesses:
             path = Path(self._folder.name) / f"{name}.json"
             _write_private(path, settings)
             child = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "kvservice", "worker", "--config", str(path), "--stop-with-stdin"),
+                *(sys.executable, "-m", "kvservice", self._command, "--config", str(path), "--stop-with-stdin"),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.DEVNULL,
                 # Ctrl-C in a terminal must reach the parent alone, which then drains them in order.
@@ -61,9 +66,9 @@ class WorkerProcesses:
             self._watches.append(asyncio.create_task(self._watch(name, child), name=f"watch-{name}"))
 
     async def ended(self, num_workers: int) -> int:
-        """Waits until that many have ended by themselves. The first exit code that isn't 0, else 0."""
+        """Waits until the processes of that many have ended by themselves. The first exit code that isn't 0, else 0."""
         async with self._one_ended:
-            await self._one_ended.wait_for(lambda: len(self._codes) >= num_workers)
+            await self._one_ended.wait_for(lambda: len(self._codes) >= min(num_workers, len(self._settings)))
         return next((code for code in self._codes if code), 0)
 
     async def stop(self) -> None:

@@ -1,56 +1,68 @@
-"""Workers in Ray Serve replicas, for `serve --ray`. Imports Ray, so it is imported only when asked for."""
+"""`kvservice ray`: the workers of a service inside Ray Serve replicas, from start to end. Imports Ray.
+
+A process of its own even under `serve --ray`: Ray forks, and a process that serves gRPC must not. And a gateway needs
+no Ray.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
 
 from kvservice.cli.ray_app import IMPORT_PATH, open_worker
 from kvservice.cli.settings import REDIS_URL_VARIABLE, STATE_URL_VARIABLE
-from kvservice.config.ray import RayConfig, RayDeployment
+from kvservice.config.ray import RayConfig
 from kvservice.config.service import ServiceConfig
-from kvservice.errors import Unavailable
+from kvservice.errors import ConfigError
 from kvservice.worker.ray_serve import RayFleet, cluster_config
 
-
-class RayWorkers:
-    """The replicas of one service. Ray starts again those that end, so none is ever missed for long."""
-
-    def __init__(self, config: ServiceConfig, ray: RayConfig) -> None:
-        deployments = ray_deployments(config, ray)
-        self.num_workers = sum(deployment.first_replicas for deployment in deployments)
-        self._config = config
-        self._start_timeout_s = ray.start_timeout_s
-        self._fleet = RayFleet(ray, deployments, open_worker)
-
-    async def start(self) -> None:
-        """Starts or joins the cluster, and deploys. Ready when it returns."""
-        start = asyncio.to_thread(self._fleet.start, _environment(self._config))
-        try:
-            async with asyncio.timeout(self._start_timeout_s):
-                await start
-        except TimeoutError:
-            raise Unavailable(f"the workers on Ray were not ready within {self._start_timeout_s:g} s") from None
-
-    async def ended(self, num_workers: int) -> int:
-        """Never returns: Ray Serve starts workers again."""
-        del num_workers
-        await asyncio.Event().wait()
-        return 0
-
-    async def stop(self) -> None:
-        """Drains the replicas, and takes them down."""
-        await asyncio.to_thread(self._fleet.stop)
+SIGNAL_LOOK_S = 1.0
+"""Python runs a signal's handler when its main thread comes by."""
 
 
-def ray_deployments(config: ServiceConfig, ray: RayConfig) -> tuple[RayDeployment, ...]:
-    """Those that the settings name, or one of the service's own worker."""
-    return ray.deployments or (RayDeployment(worker=config.worker, replicas=max(1, config.workers)),)
+def run_ray(config: ServiceConfig, announce: Callable[[str], None], *, stop_with_stdin: bool) -> int:
+    """Starts or joins a cluster and runs the workers on it until a signal; the exit code. Blocks, in the main thread.
+
+    Raises:
+        ConfigError: no state Redis is named, or the cluster can't be joined.
+        Unavailable: a worker didn't start.
+    """
+    if config.state_url is None:
+        raise ConfigError(f"no state Redis: give --state-url, or set {STATE_URL_VARIABLE}")
+    ray = config.ray or RayConfig()
+    fleet = RayFleet(ray, config.ray_deployments(), open_worker)
+    stop = threading.Event()
+    try:
+        fleet.start(_environment(config))
+
+        def end(_number: int, _frame: FrameType | None) -> None:
+            stop.set()
+
+        # Ray has set handlers of its own, which end the process without a drain.
+        signal.signal(signal.SIGTERM, end)
+        signal.signal(signal.SIGINT, end)
+        if stop_with_stdin:
+            threading.Thread(target=_follow_stdin, args=(stop,), name="stdin", daemon=True).start()
+        announce("ray")
+        while not stop.wait(SIGNAL_LOOK_S):
+            pass
+    finally:
+        fleet.stop()
+    return 0
 
 
-def serve_config(config: ServiceConfig, ray: RayConfig) -> str:
+def serve_config(config: ServiceConfig) -> str:
     """See `cluster_config`."""
-    return cluster_config(ray, ray_deployments(config, ray), IMPORT_PATH)
+    return cluster_config(config.ray or RayConfig(), config.ray_deployments(), IMPORT_PATH)
+
+
+def _follow_stdin(stop: threading.Event) -> None:
+    sys.stdin.buffer.read()
+    stop.set()
 
 
 def _environment(config: ServiceConfig) -> dict[str, str]:

@@ -159,9 +159,9 @@ async def _open_store(config: ServiceConfig, stack: contextlib.AsyncExitStack) -
 
 def _workers(config: ServiceConfig, store: StateStore) -> Workers:
     if config.ray is not None:
-        from kvservice.cli.ray_workers import RayWorkers
-
-        return RayWorkers(config, config.ray)
+        num_workers = sum(deployment.first_replicas for deployment in config.ray_deployments())
+        longest = max(deployment.stop_timeout_s for deployment in config.ray_deployments())
+        return WorkerProcesses([compose.ray_settings(config)], longest, command="ray", num_workers=num_workers)
     if config.workers == 0:
         return EmbeddedWorker(config, store)
     return WorkerProcesses(compose.worker_settings(config), config.worker.drain_grace_s)

@@ -180,10 +180,10 @@ def serve(
     )
     secret = read_secret(secret_file) or _secret_of(settings) or _made_up_secret(settings)
     checked = service_config(overlay(settings, {"gateway": {"secret": secret}}))
-    if ray_config and checked.ray is not None:
+    if ray_config:
         from kvservice.cli.ray_workers import serve_config
 
-        typer.echo(serve_config(checked, checked.ray), nl=False)
+        typer.echo(serve_config(checked), nl=False)
         raise typer.Exit
     _start_logging(checked)
     raise typer.Exit(running.run_service(checked, _announce))
@@ -295,6 +295,54 @@ def worker(
     checked = service_config(settings)
     _start_logging(checked)
     raise typer.Exit(running.run_worker(checked, _announce, stop_with_stdin=stop_with_stdin))
+
+
+def ray(
+    config: ConfigFile = None,
+    state_url: StateUrl = None,
+    redis_url: RedisUrl = None,
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Workers, each in a replica.")] = None,
+    model: ModelName = None,
+    recipe: Recipe = None,
+    kv_bytes: KvBytes = None,
+    host_bytes: HostBytes = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    threads: Threads = None,
+    grace_s: Grace = None,
+    stop_with_stdin: Annotated[
+        bool, typer.Option("--stop-with-stdin", help="Drain when standard input ends, as at a signal.")
+    ] = False,
+    log_level: LogLevel = None,
+) -> None:
+    """Run workers alone, inside Ray Serve replicas. A cluster is started for them, or joined: see the table `ray`."""
+    from kvservice.cli.ray_workers import run_ray
+
+    settings = overlay(
+        read_settings(config),
+        {
+            "ray": {},
+            "workers": workers,
+            "worker": {
+                "model": model,
+                "recipe": recipe,
+                "kv_bytes": kv_bytes,
+                "host_bytes": host_bytes,
+                "threads": threads,
+                "dtype": dtype,
+                "device": device,
+                "redis_url": url_from(redis_url, REDIS_URL_VARIABLE),
+                "drain_grace_s": grace_s,
+            },
+            "state_url": url_from(state_url, STATE_URL_VARIABLE),
+            "log_level": log_level,
+        },
+    )
+    # One file may hold the settings of all; the gateway's need a secret that no worker has.
+    settings.pop("gateway", None)
+    checked = service_config(settings)
+    _start_logging(checked)
+    raise typer.Exit(run_ray(checked, _announce, stop_with_stdin=stop_with_stdin))
 
 
 def _secret_of(settings: Settings) -> object:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr
 
 from kvservice.config.gateway import GatewayConfig
-from kvservice.config.ray import RayConfig
+from kvservice.config.ray import RayConfig, RayDeployment
 from kvservice.config.worker import WorkerConfig
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
@@ -36,3 +36,8 @@ class ServiceConfig(BaseModel):
     )
     api_keys: Path | None = Field(None, description="File of hashed API keys. Unset: loopback only, one tenant.")
     log_level: LogLevel = Field("INFO", description="Least level of the service's log records.")
+
+    def ray_deployments(self) -> tuple[RayDeployment, ...]:
+        """Those that `ray` names, or one of the service's own worker."""
+        named = self.ray.deployments if self.ray is not None else ()
+        return named or (RayDeployment(worker=self.worker, replicas=max(1, self.workers)),)
