@@ -10,6 +10,7 @@ from math import ceil
 from pathlib import Path
 
 from kvservice.bench.context import ContextRow
+from kvservice.bench.fleet_sim import PolicyRow
 from kvservice.bench.soak import MemoryTerms, Sample
 from kvservice.compression.layer_groups import LayerGroups, Similarity
 from kvservice.errors import ConfigError
@@ -185,6 +186,30 @@ def plot_layer_groups(
             axes.set_axis_off()
     if image is not None:
         figure.colorbar(image, ax=grid[0::2, :].ravel().tolist(), label="similarity of distant attention", shrink=0.8)
+    _save(figure, path)
+
+
+def plot_placement(path: Path, rows: Sequence[PolicyRow], title: str) -> None:
+    """Time to first token, bytes moved and imbalance of each policy, side by side.
+
+    Raises:
+        ConfigError: the file can't be written.
+    """
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure.suptitle(title, fontsize=12)
+    names = [row.policy.replace("_", " ") for row in rows]
+    panels = (
+        ("time to first token, p99 (bar) and mean (line), s", [row.ttft_p99_s for row in rows]),
+        ("read from the kv Redis, GB", [row.moved_bytes / 1e9 for row in rows]),
+        ("busiest worker over the mean", [row.imbalance for row in rows]),
+    )
+    for axes, (label, values) in zip(figure.subplots(1, 3), panels, strict=True):
+        axes.bar(names, values, color=LINES[: len(rows)])
+        axes.set_title(label, fontsize=9)
+        axes.tick_params(axis="x", labelsize=8, rotation=20)
+        axes.grid(axis="y", alpha=0.3)
+    for index, row in enumerate(rows):
+        figure.axes[0].plot([index - 0.4, index + 0.4], [row.ttft_mean_s] * 2, color=BEFORE, linewidth=1.5)
     _save(figure, path)
 
 

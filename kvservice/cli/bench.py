@@ -12,6 +12,7 @@ import typer
 from kvservice.cli.bench_context import context
 from kvservice.cli.bench_interference import interference
 from kvservice.cli.bench_kernels import kernels
+from kvservice.cli.bench_placement import placement
 from kvservice.cli.bench_soak import soak
 from kvservice.cli.bench_tier import tier
 from kvservice.cli.options import (
@@ -293,3 +294,4 @@ app.command("soak")(soak)
 app.command("interference")(interference)
 app.command("kernels")(kernels)
 app.command("tier")(tier)
+app.command("placement")(placement)

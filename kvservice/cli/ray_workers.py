@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
@@ -61,7 +60,9 @@ def serve_config(config: ServiceConfig) -> str:
 
 
 def _follow_stdin(stop: threading.Event) -> None:
-    sys.stdin.buffer.read()
+    # Unbuffered: the lock of a buffered read would stop the interpreter from ending.
+    while os.read(0, 4096):
+        pass
     stop.set()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -59,8 +59,12 @@ class WorkerServer:
         tokenizer: TokenizerLike,
         store: LeaseStore,
         compile_grammar: Callable[[Grammar], object] | None = None,
+        hand_over: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         """`engine_factory` is called once, in the engine's own thread. The caller closes `store`.
+
+        `hand_over` makes the sessions held here fit to go on elsewhere; it is awaited in a drain, between the end of
+        the last call and the stop, within the drain's grace.
 
         `compile_grammar` is called in a thread beside, so that the engine finds what it has made, or that it refused it
         with InvalidRequest.
@@ -68,6 +72,7 @@ class WorkerServer:
         self._config = config
         self._worker_id = WorkerId(config.worker_id)
         self._tokenizer = tokenizer
+        self._hand_over = hand_over
         self._registration = Registration(store, self._worker_id, config.lease_ttl_s)
         self._engine = EngineLoop(engine_factory, tokenizer, self._on_unhealthy)
         self._tokenizer_threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenizer")
@@ -176,11 +181,16 @@ class WorkerServer:
         try:
             async with asyncio.timeout(grace_s):
                 await asyncio.wrap_future(self._engine.idle())
+                if self._hand_over is not None:
+                    await self._hand_over()
         except TimeoutError:
             logger.warning("drain_grace_over", extra={"grace_s": grace_s})
             self._engine.fail_running(
                 Unavailable("the worker drained and the call took longer than its grace: call again", reason="draining")
             )
+        except Exception:
+            # What isn't handed over is computed again; a worker that is to go must go.
+            logger.exception("hand_over_failed")
         await self.stop()
 
     async def _stop_all(self) -> None:
