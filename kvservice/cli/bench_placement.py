@@ -1,4 +1,4 @@
-"""`kvservice bench placement`: which worker is asked first, tried on simulated fleets. Simulated in `kvservice.bench`."""
+"""`kvservice bench placement`: which worker is asked first, tried on simulated fleets. `bench.fleet_sim` simulates."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def placement(
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Also draw it, as a PNG.")] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Placement against chance, the shortest queue and consistent hashing, on a simulated fleet. A simulation, all of it.
+    """Placement against chance, the shortest queue and consistent hashing. A simulation, all of it.
 
     Time to first token, bytes read from the kv Redis, and the busiest worker over the mean.
     """

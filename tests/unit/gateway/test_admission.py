@@ -12,7 +12,7 @@ from kvservice.gateway.admission import Admission
 from kvservice.gateway.placement import PlacementRequest
 from kvservice.internal.v1 import worker_pb2
 from tests.unit.gateway.conftest import eventually, running
-from tests.unit.gateway.fake_worker import OVERLOADED, ROOMY, FakeWorker
+from tests.unit.gateway.fake_worker import MODEL, OVERLOADED, ROOMY, FakeWorker
 
 
 async def test_a_refusal_goes_on_to_the_next_worker() -> None:
@@ -85,6 +85,32 @@ async def test_a_call_of_a_higher_priority_goes_to_the_front_of_the_line() -> No
         worker.show(replace(ROOMY, device_free_bytes=1))
         await asyncio.gather(*calls)
         assert documents_of(worker)[2:] == ["document 2", "document 0", "document 3", "document 1"]
+
+
+async def test_a_small_call_passes_a_blocked_large_one_where_there_seems_to_be_room() -> None:
+    async with running() as service:
+        client, worker = await service.client(), service.worker
+        large, small = await client.create_session(), await client.create_session()
+        worker.refusals.append(OVERLOADED)
+        blocked = asyncio.create_task(client.append(large.session_id, "x" * 900))
+        await waiting(client, 1)
+        assert (await client.append(small.session_id, "y")).num_tokens == 1
+        assert not blocked.done()
+        worker.show(replace(ROOMY, device_free_bytes=1))
+        assert (await blocked).num_tokens == 900
+
+
+async def test_calls_of_another_model_have_a_line_of_their_own() -> None:
+    workers = [FakeWorker("w1"), FakeWorker("w2", model=replace(MODEL, name="other"))]
+    async with running(workers) as service:
+        client = await service.client()
+        full, free = await client.create_session(model="toy"), await client.create_session(model="other")
+        workers[0].refusals.append(OVERLOADED)
+        blocked = asyncio.create_task(client.append(full.session_id, "x"))
+        await waiting(client, 1)
+        assert (await client.append(free.session_id, "as large or larger")).num_tokens == 18
+        workers[0].show(replace(ROOMY, device_free_bytes=1))
+        await blocked
 
 
 async def test_a_call_whose_deadline_passes_in_line_is_not_submitted() -> None:
