@@ -170,6 +170,216 @@ def recorded_turns(path: Path) -> list[Turn]:
         raise ConfigError(f"--trace {path}: {error.strerror}") from None
     except ValueError as error:
         raise ConfigError(f"--trace {path}: {error}") from None
+    return sorted(turns, key=lambda turn: turn.time_s)
+
+
+class _Worker:
+    """A queue of prefills, and the sessions whose KV is held."""
+
+    def __init__(self, index: int, load: FleetLoad) -> None:
+        self.index = index
+        self.busy_s = 0.0
+        self.held: OrderedDict[int, tuple[int, int]] = OrderedDict()
+        """Tokens and document by session, the least recently used first."""
+        self.held_tokens = 0
+        self.documents: dict[int, int] = {}
+        """Sessions held by document."""
+        self._capacity_tokens = load.held_tokens
+
+    def hold(self, session: int, tokens: int, document: int) -> list[int]:
+        """Holds a session's KV from now on; gives the documents that are gone with the sessions dropped for it."""
+        if session in self.held:
+            self._drop(session)
+        self.held[session] = (tokens, document)
+        self.held_tokens += tokens
+        self.documents[document] = self.documents.get(document, 0) + 1
+        gone = []
+        while self.held_tokens > self._capacity_tokens and len(self.held) > 1:
+            dropped = self._drop(next(iter(self.held)))
+            if dropped not in self.documents:
+                gone.append(dropped)
+        return gone
+
+    def found_tokens(self, turn: Turn) -> int:
+        """Leading tokens of a turn whose KV is here."""
+        own = self.held.get(turn.session)
+        if own is not None:
+            return own[0]
+        return turn.document_tokens if turn.document in self.documents else 0
+
+    def _drop(self, session: int) -> int:
+        tokens, document = self.held.pop(session)
+        self.held_tokens -= tokens
+        self.documents[document] -= 1
+        if not self.documents[document]:
+            del self.documents[document]
+        return document
+
+
+class Simulation:
+    """One run of one policy over a load's turns."""
+
+    def __init__(self, load: FleetLoad, turns: Sequence[Turn]) -> None:
+        self.load = load
+        self.workers = [_Worker(index, load) for index in range(load.workers)]
+        self.free_at = np.zeros(load.workers)
+        """When each worker's queue is empty."""
+        self.shown_free_at = np.zeros(load.workers)
+        """The same, as gateways know it."""
+        self.holder: dict[int, int] = {}
+        """The worker of each session's last turn."""
+        self.document_holders: dict[int, dict[int, None]] = {}
+        self.draw = np.random.default_rng(load.seed + 1)
+        self._turns = turns
+        self._shown_at = -load.stale_s
+
+    def run(self, choose: Callable[[Simulation, Turn, int], int], policy: str) -> PolicyRow:
+        """Places every turn by `choose`, which is given the turn and its number of tokens before the question."""
+        load = self.load
+        base: dict[int, int] = {}
+        waits: list[float] = []
+        moved_bytes = computed_tokens = found_tokens = given_tokens = 0
+        for turn in self._turns:
+            if turn.time_s - self._shown_at >= load.stale_s:
+                self._shown_at = turn.time_s
+                np.copyto(self.shown_free_at, self.free_at)
+            before = base.get(turn.session, 0)
+            given = (before or turn.document_tokens) + QUESTION_TOKENS
+            worker = self.workers[choose(self, turn, before)]
+            found = min(worker.found_tokens(turn), given)
+            fetched, spent_s = self._spend(max(0, before - found), given - found)
+            start_s = max(turn.time_s, float(self.free_at[worker.index]))
+            self.free_at[worker.index] = start_s + spent_s
+            worker.busy_s += spent_s
+            waits.append(start_s + spent_s - turn.time_s)
+            moved_bytes += fetched * SHAPE.kv_bytes_per_token
+            computed_tokens += given - found - fetched
+            found_tokens += found
+            given_tokens += given
+            base[turn.session] = given + ANSWER_TOKENS
+            self._hold(worker, turn, given + ANSWER_TOKENS)
+        busy = np.array([worker.busy_s for worker in self.workers])
+        return PolicyRow(
+            policy=policy,
+            turns=len(waits),
+            ttft_mean_s=float(np.mean(waits)),
+            ttft_p50_s=float(np.percentile(waits, 50)),
+            ttft_p99_s=float(np.percentile(waits, 99)),
+            moved_bytes=moved_bytes,
+            computed_tokens=computed_tokens,
+            found_fraction=found_tokens / given_tokens,
+            imbalance=float(busy.max() / busy.mean()),
+        )
+
+    def _spend(self, stored: int, missing: int) -> tuple[int, float]:
+        """Tokens that are fetched of the `stored` ones, and the seconds for all that is `missing`."""
+        fetch_s = stored * SHAPE.kv_bytes_per_token / self.load.fetch_bytes_per_s
+        if fetch_s >= stored / self.load.prefill_tokens_per_s:
+            return 0, missing / self.load.prefill_tokens_per_s
+        return stored, fetch_s + (missing - stored) / self.load.prefill_tokens_per_s
+
+    def _hold(self, worker: _Worker, turn: Turn, tokens: int) -> None:
+        self.holder[turn.session] = worker.index
+        self.document_holders.setdefault(turn.document, {})[worker.index] = None
+        for document in worker.hold(turn.session, tokens, turn.document):
+            self.document_holders[document].pop(worker.index, None)
+
+
+def by_placement(simulation: Simulation, turn: Turn, before: int) -> int:
+    """`place`, on the session's holder, the least busy holder of its document, the least busy worker, and a few."""
+    free_at = simulation.shown_free_at
+    shortlist = {int(np.argmin(free_at)), *simulation.draw.integers(len(free_at), size=DRAWN).tolist()}
+    holder = simulation.holder.get(turn.session, -1)
+    if holder >= 0:
+        shortlist.add(holder)
+    if holders := simulation.document_holders.get(turn.document):
+        shortlist.add(min(holders, key=free_at.__getitem__))
+    given = (before or turn.document_tokens) + QUESTION_TOKENS
+    request = PlacementRequest(
+        MODEL.name,
+        DENSE,
+        given + ANSWER_TOKENS,
+        str(holder) if holder >= 0 and turn.session in simulation.workers[holder].held else "",
+        0,
+        base_tokens=before,
+        given_tokens=given,
+        stored_tokens=before,
+        prefixes={turn.document: turn.document_tokens},
+    )
+    return int(place(request, [_view(simulation, index, turn) for index in shortlist])[0])
+
+
+def by_chance(simulation: Simulation, turn: Turn, before: int) -> int:
+    """Any worker."""
+    del turn, before
+    return int(simulation.draw.integers(simulation.load.workers))
+
+
+def by_least_load(simulation: Simulation, turn: Turn, before: int) -> int:
+    """The worker with the shortest queue, as far as gateways know; of several any."""
+    del before
+    queues = np.maximum(simulation.shown_free_at, turn.time_s)
+    shortest = np.flatnonzero(queues == queues.min())
+    return int(shortest[simulation.draw.integers(len(shortest))])
+
+
+def by_session_hash(ring: Sequence[tuple[int, int]]) -> Callable[[Simulation, Turn, int], int]:
+    """The session's place on a ring of workers: always the same one."""
+    points = [point for point, _ in ring]
+
+    def choose(simulation: Simulation, turn: Turn, before: int) -> int:
+        del simulation, before
+        return ring[bisect_left(points, _point(f"session {turn.session}")) % len(ring)][1]
+
+    return choose
+
+
+POLICIES = ("placement", "random", "least_loaded", "consistent_hash")
+
+
+def simulate(load: FleetLoad, turns: Sequence[Turn], policy: str) -> PolicyRow:
+    """Runs one of POLICIES over the turns."""
+    choices: dict[str, Callable[[], Callable[[Simulation, Turn, int], int]]] = {
+        "placement": lambda: by_placement,
+        "random": lambda: by_chance,
+        "least_loaded": lambda: by_least_load,
+        "consistent_hash": lambda: by_session_hash(_ring(load.workers)),
+    }
+    if policy not in choices:
+        raise ConfigError(f"policy {policy!r}: choose of {', '.join(POLICIES)}")
+    return Simulation(load, turns).run(choices[policy](), policy)
+
+
+def _view(simulation: Simulation, index: int, turn: Turn) -> WorkerView:
+    load, worker = simulation.load, simulation.workers[index]
+    queue_s = max(0.0, float(simulation.shown_free_at[index]) - turn.time_s)
+    # Sessions that nobody calls give way, so what is held is no obstacle, and its loss is in the hit rate.
+    room = load.held_tokens * SHAPE.kv_bytes_per_token
+    return WorkerView(
+        WorkerId(str(index)),
+        0,
+        "",
+        MODEL,
+        Headroom(
+            device_capacity_bytes=room,
+            device_free_bytes=room,
+            device_freeable_bytes=room,
+            load=Load(
+                waiting_tokens=int(queue_s * load.prefill_tokens_per_s),
+                prefill_tokens_per_s=load.prefill_tokens_per_s,
+                fetch_bytes_per_s=load.fetch_bytes_per_s,
+                prefixes=(turn.document,) if turn.document in worker.documents else (),
+            ),
+        ),
+    )
+
+
+def _zipf(count: int, skew: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    weights = 1.0 / np.arange(1, count + 1) ** skew
+    return weights / weights.sum()
+
+
+def _ring(workers: int) -> list[tuple[int, int]]:
     nodes = ((index, node) for index in range(workers) for node in range(VIRTUAL_NODES))
     return sorted((_point(f"worker {index} {node}"), index) for index, node in nodes)
 

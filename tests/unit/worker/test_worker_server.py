@@ -325,6 +325,20 @@ async def test_release_tells_what_was_freed(worker):
         assert (released.session_id, released.freed_device_bytes) == ("session-c1", freed)
 
 
+async def test_every_gateway_hears_of_freed_bytes(worker):
+    first, second = await worker.connect(), await worker.connect()
+    await first.generate("c1", "ab")
+    await first.admission()
+    await first.answer("c1")
+    # The call has ended: bytes are free that calls of the second gateway may wait for.
+    message = await second.read()
+    assert message.WhichOneof("event") == "step"
+    assert len(message.step.events) == 0
+    assert message.headroom.running_calls == 0
+    await first.send(release=worker_pb2.Release(session_id="session-c1"))
+    assert (await second.read()).WhichOneof("event") == "step"
+
+
 async def test_release_with_purge_reaches_the_engine_with_the_tenants_tag(worker):
     gateway = await worker.connect()
     await gateway.send(release=worker_pb2.Release(session_id="s", tenant_tag=b"t" * 16, purge=True))
