@@ -64,7 +64,8 @@ class FleetLoad:
         fetch_bytes_per_s: of a worker, from the kv Redis.
         held_tokens: whose KV a worker holds at most.
         utilisation: share of the workers' time that prefill would take if every turn were computed whole.
-        stale_s: age of the hints that a gateway decides by, at most.
+        gateways: that sessions are shared out between. Admission tells a gateway of the worker it has chosen.
+        stale_s: age of its other hints, at most.
         seed: of everything that is drawn.
     """
 
@@ -80,6 +81,7 @@ class FleetLoad:
     fetch_bytes_per_s: float = 1.5e9
     held_tokens: int = 400_000
     utilisation: float = 0.9
+    gateways: int = 4
     stale_s: float = 0.5
     seed: int = 7
 
@@ -224,8 +226,7 @@ class Simulation:
         self.workers = [_Worker(index, load) for index in range(load.workers)]
         self.free_at = np.zeros(load.workers)
         """When each worker's queue is empty."""
-        self.shown_free_at = np.zeros(load.workers)
-        """The same, as gateways know it."""
+        self._shown_free_at = np.zeros((load.gateways, load.workers))
         self.holder: dict[int, int] = {}
         """The worker of each session's last turn."""
         self.document_holders: dict[int, dict[int, None]] = {}
@@ -242,7 +243,7 @@ class Simulation:
         for turn in self._turns:
             if turn.time_s - self._shown_at >= load.stale_s:
                 self._shown_at = turn.time_s
-                np.copyto(self.shown_free_at, self.free_at)
+                self._shown_free_at[:] = self.free_at
             before = base.get(turn.session, 0)
             given = (before or turn.document_tokens) + QUESTION_TOKENS
             worker = self.workers[choose(self, turn, before)]
@@ -250,6 +251,7 @@ class Simulation:
             fetched, spent_s = self._spend(max(0, before - found), given - found)
             start_s = max(turn.time_s, float(self.free_at[worker.index]))
             self.free_at[worker.index] = start_s + spent_s
+            self.shown(turn)[worker.index] = self.free_at[worker.index]
             worker.busy_s += spent_s
             waits.append(start_s + spent_s - turn.time_s)
             moved_bytes += fetched * SHAPE.kv_bytes_per_token
@@ -271,6 +273,11 @@ class Simulation:
             imbalance=float(busy.max() / busy.mean()),
         )
 
+    def shown(self, turn: Turn) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        """When each worker's queue is empty, as the turn's gateway knows it."""
+        row: np.ndarray[tuple[int], np.dtype[np.float64]] = self._shown_free_at[turn.session % self.load.gateways]
+        return row
+
     def _spend(self, stored: int, missing: int) -> tuple[int, float]:
         """Tokens that are fetched of the `stored` ones, and the seconds for all that is `missing`."""
         fetch_s = stored * SHAPE.kv_bytes_per_token / self.load.fetch_bytes_per_s
@@ -287,7 +294,7 @@ class Simulation:
 
 def by_placement(simulation: Simulation, turn: Turn, before: int) -> int:
     """`place`, on the session's holder, the least busy holder of its document, the least busy worker, and a few."""
-    free_at = simulation.shown_free_at
+    free_at = simulation.shown(turn)
     shortlist = {int(np.argmin(free_at)), *simulation.draw.integers(len(free_at), size=DRAWN).tolist()}
     holder = simulation.holder.get(turn.session, -1)
     if holder >= 0:
@@ -318,7 +325,7 @@ def by_chance(simulation: Simulation, turn: Turn, before: int) -> int:
 def by_least_load(simulation: Simulation, turn: Turn, before: int) -> int:
     """The worker with the shortest queue, as far as gateways know; of several any."""
     del before
-    queues = np.maximum(simulation.shown_free_at, turn.time_s)
+    queues = np.maximum(simulation.shown(turn), turn.time_s)
     shortest = np.flatnonzero(queues == queues.min())
     return int(shortest[simulation.draw.integers(len(shortest))])
 
@@ -352,7 +359,7 @@ def simulate(load: FleetLoad, turns: Sequence[Turn], policy: str) -> PolicyRow:
 
 def _view(simulation: Simulation, index: int, turn: Turn) -> WorkerView:
     load, worker = simulation.load, simulation.workers[index]
-    queue_s = max(0.0, float(simulation.shown_free_at[index]) - turn.time_s)
+    queue_s = max(0.0, float(simulation.shown(turn)[index]) - turn.time_s)
     # Sessions that nobody calls give way, so what is held is no obstacle, and its loss is in the hit rate.
     room = load.held_tokens * SHAPE.kv_bytes_per_token
     return WorkerView(

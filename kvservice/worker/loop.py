@@ -359,9 +359,10 @@ class EngineLoop:
         self._unchecked = True
         try:
             events = self._engine.step()
+            running = len(self._calls)
             outputs = self._take_events(events)
             self._deliver_step(outputs)
-            if any(isinstance(event, FinishedEvent | FailedEvent) for event in events):
+            if len(self._calls) < running:
                 self._tell_of_room([listener for listener, told in outputs.items() if told])
         except Exception:
             logger.exception("step_failed", extra={"running_calls": len(self._calls)})

@@ -22,19 +22,21 @@ from tests.unit.worker.scripted_engine import ScriptedEngine, ToyTokenizer
 
 class Hosted:
     def __init__(self, **settings) -> None:
-        self.engine = ScriptedEngine()
+        self.engine: ScriptedEngine
         self.handed_over = threading.Event()
         self._config = WorkerConfig(worker_id="hosted", **settings)
         self.host = HostedWorker(self.open)
+
+    def make_engine(self) -> ScriptedEngine:
+        self.engine = ScriptedEngine()
+        return self.engine
 
     @asynccontextmanager
     async def open(self):
         async def hand_over() -> None:
             self.handed_over.set()
 
-        server = WorkerServer(
-            self._config, lambda: self.engine, ToyTokenizer(), MemoryStateStore(), hand_over=hand_over
-        )
+        server = WorkerServer(self._config, self.make_engine, ToyTokenizer(), MemoryStateStore(), hand_over=hand_over)
         try:
             yield server
         finally:
