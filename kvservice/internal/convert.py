@@ -128,7 +128,7 @@ def headroom_to_proto(headroom: Headroom) -> worker_pb2.Headroom:
     )
 
 
-def headroom_from_proto(message: worker_pb2.Headroom, prefixes: tuple[int, ...]) -> Headroom:
+def headroom_from_proto(message: worker_pb2.Headroom, prefixes: tuple[int, ...] = ()) -> Headroom:
     """See `Headroom`. `prefixes` come in a message of their own, and seldom."""
     return Headroom(
         device_capacity_bytes=message.device_capacity_bytes,
