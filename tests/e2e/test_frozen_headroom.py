@@ -38,9 +38,13 @@ class WatchedEngine(Engine):
         return events
 
 
+async def connected(gateway: Gateway) -> None:
+    while not gateway.fleet.views():
+        await asyncio.sleep(0.02)
+
+
 async def test_two_gateways_on_frozen_headroom_never_over_commit(tmp_path, monkeypatch) -> None:
-    model = tiny_model(vocab_size=259)
-    shape = model.spec.shape
+    shape = tiny_model(vocab_size=259).spec.shape
     one = footprint(shape, DENSE, DOCUMENT_TOKENS + 40).device_bytes
     # Room for three of the eight sessions, beside the prefill workspace.
     config = EngineConfig(kv_bytes=3 * one + 3 * 2**20, host_bytes=one, step_tokens=128)
@@ -56,9 +60,7 @@ async def test_two_gateways_on_frozen_headroom_never_over_commit(tmp_path, monke
     settings = {"secret": b"0123456789abcdef", "port": 0, "discovery_interval_s": 0.05, "max_wait_s": 20.0}
     gateways = [Gateway(GatewayConfig(**settings), store, None) for _ in range(2)]
     addresses = [await gateway.start() for gateway in gateways]
-    for gateway in gateways:
-        while not gateway.fleet.views():
-            await asyncio.sleep(0.02)
+    await asyncio.gather(*(connected(gateway) for gateway in gateways))
     once = RetryPolicy(max_attempts=1)
     update, loop = WorkerLink._update, asyncio.get_running_loop()
     thaw_at = loop.time() + FROZEN_S
