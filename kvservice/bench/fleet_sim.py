@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvservice.config.recipes import DENSE
 from kvservice.errors import ConfigError
@@ -37,6 +38,8 @@ SHAPE = ModelShape(
 )
 """Of an 8B model: 131,072 bytes of KV a token."""
 MODEL = ModelInfo("simulated", SHAPE, (DENSE.name,), DENSE.name, "a simulation")
+
+Floats = NDArray[np.float64]
 
 QUESTION_TOKENS = 64
 ANSWER_TOKENS = 192
@@ -273,9 +276,9 @@ class Simulation:
             imbalance=float(busy.max() / busy.mean()),
         )
 
-    def shown(self, turn: Turn) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    def shown(self, turn: Turn) -> Floats:
         """When each worker's queue is empty, as the turn's gateway knows it."""
-        row: np.ndarray[tuple[int], np.dtype[np.float64]] = self._shown_free_at[turn.session % self.load.gateways]
+        row: Floats = self._shown_free_at[turn.session % self.load.gateways]
         return row
 
     def _spend(self, stored: int, missing: int) -> tuple[int, float]:
@@ -381,9 +384,9 @@ def _view(simulation: Simulation, index: int, turn: Turn) -> WorkerView:
     )
 
 
-def _zipf(count: int, skew: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    weights = 1.0 / np.arange(1, count + 1) ** skew
-    return weights / weights.sum()
+def _zipf(count: int, skew: float) -> Floats:
+    weights = np.power(np.arange(1, count + 1, dtype=np.float64), -skew)
+    return np.divide(weights, weights.sum(), dtype=np.float64)
 
 
 def _ring(workers: int) -> list[tuple[int, int]]:

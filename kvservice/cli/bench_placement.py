@@ -30,7 +30,7 @@ def placement(
         typer.Option("--trace", metavar="FILE", help="Recorded turns: CSV of time_s,session,document,document_tokens."),
     ] = None,
     policies: Annotated[
-        str, typer.Option("--policies", metavar="NAME,NAME")
+        str, typer.Option("--policies", metavar="NAME,NAME", help="Which to try.")
     ] = "placement,random,least_loaded,consistent_hash",
     seed: Annotated[int, typer.Option("--seed", help="Of everything that is drawn.")] = 7,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Also draw it, as a PNG.")] = None,
