@@ -385,8 +385,10 @@ def _view(simulation: Simulation, index: int, turn: Turn) -> WorkerView:
 
 
 def _zipf(count: int, skew: float) -> Floats:
-    weights = np.power(np.arange(1, count + 1, dtype=np.float64), -skew)
-    return np.divide(weights, weights.sum(), dtype=np.float64)
+    weights: Floats = np.arange(1, count + 1, dtype=np.float64)
+    weights **= -skew
+    weights /= weights.sum()
+    return weights
 
 
 def _ring(workers: int) -> list[tuple[int, int]]:
