@@ -11,6 +11,7 @@ KVServiceError
 │   └── BudgetTooSmall      FAILED_PRECONDITION  one sequence can never fit
 ├── Overloaded              RESOURCE_EXHAUSTED   no room now; try again
 ├── LimitExceeded           RESOURCE_EXHAUSTED   a limit of the service or of the tenant
+├── QuotaExceeded           RESOURCE_EXHAUSTED   a tenant's quota; it is free again later
 ├── Unavailable             UNAVAILABLE          draining, or no worker
 ├── DeadlineExceeded        DEADLINE_EXCEEDED
 ├── NotImplementedYet       UNIMPLEMENTED        named in the API, not in this release
@@ -129,6 +130,18 @@ class LimitExceeded(KVServiceError):
     default_reason = "limit_exceeded"
 
 
+QUOTA_KEY = "quota"
+"""In `metadata` of an error: the tenant's quota that was met. On the wire it becomes a QuotaFailure as well."""
+
+
+class QuotaExceeded(KVServiceError):
+    """A tenant has used what it may use in a minute, or at a time; `metadata` names the quota."""
+
+    status = "RESOURCE_EXHAUSTED"
+    retryable = True
+    default_reason = "quota_exceeded"
+
+
 class Unavailable(KVServiceError):
     """The service is draining, or no worker can be reached."""
 
@@ -187,6 +200,7 @@ _ON_THE_WIRE: tuple[type[KVServiceError], ...] = (
     BudgetTooSmall,
     Overloaded,
     LimitExceeded,
+    QuotaExceeded,
     Unavailable,
     DeadlineExceeded,
     NotImplementedYet,

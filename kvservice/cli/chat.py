@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvservice.cli.options import KvBytes, Recipe, api_key
+from kvservice.cli.options import KvBytes, Recipe, api_key, client_tls
 from kvservice.cli.output import hint, human_bytes, progress_bar
 from kvservice.cli.settings import read_file
 from kvservice.errors import ConfigError, KVServiceError
@@ -111,7 +111,7 @@ async def _chat(conversation: Conversation, address: str | None, serve_arguments
         if address is None:
             hint("starting a service for this chat")
             address = (await stack.enter_async_context(LocalService(serve_arguments))).address
-        client = await stack.enter_async_context(Client(address, api_key()))
+        client = await stack.enter_async_context(Client(address, api_key(), tls=client_tls()))
         await _talk(client, conversation)
 
 

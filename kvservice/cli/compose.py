@@ -196,6 +196,13 @@ def worker_settings(config: ServiceConfig) -> list[Settings]:
             "worker": {**common, "worker_id": f"worker-{index}"},
             "state_url": state_url,
             "log_level": config.log_level,
+            "telemetry": {**config.telemetry.model_dump(), "metrics_port": _worker_metrics_port(config, index)},
         }
         for index in range(config.workers)
     ]
+
+
+def _worker_metrics_port(config: ServiceConfig, index: int) -> int | None:
+    """The ports after the gateway's, or free ones if that is free."""
+    port = config.telemetry.metrics_port
+    return port + 1 + index if port else port

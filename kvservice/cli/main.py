@@ -10,7 +10,20 @@ from typing import Annotated, NoReturn
 import typer
 
 from kvservice import __version__
-from kvservice.cli import bench, calibrate, catalogue, chat, eval_indexes, evaluate, model, serve, sessions, size
+from kvservice.cli import (
+    bench,
+    calibrate,
+    catalogue,
+    chat,
+    eval_indexes,
+    evaluate,
+    model,
+    serve,
+    sessions,
+    size,
+    stats,
+    tenants,
+)
 from kvservice.cli.output import complain
 from kvservice.errors import ConfigError, KVServiceError, ModelError
 
@@ -35,7 +48,8 @@ app.command("worker")(serve.worker)
 app.command("ray")(serve.ray)
 app.command("chat")(chat.chat)
 app.add_typer(sessions.app, name="sessions")
-app.command("stats")(sessions.stats)
+app.add_typer(tenants.app, name="tenants")
+app.command("stats")(stats.stats)
 app.command("methods")(catalogue.methods)
 app.command("recipes")(catalogue.recipes)
 app.command("size")(size.size)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from kvservice.config.recipes import RECIPES, SERVED_RECIPES
+
+if TYPE_CHECKING:
+    from kvservice.internal.tls import PemFiles
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 DEFAULT_MODEL = "smollm2-135m"
@@ -57,6 +60,16 @@ def check_recipe(name: str | None) -> str | None:
 def api_key() -> str | None:
     """The caller's API key. Only from the environment: arguments are visible to every user of a machine."""
     return os.environ.get(API_KEY_VARIABLE) or None
+
+
+def client_tls() -> PemFiles | None:
+    """How to reach a service with TLS: from KVSERVICE_TLS_CA, and where it wants them KVSERVICE_TLS_CERT and _KEY."""
+    ca, cert, key = (os.environ.get(f"KVSERVICE_TLS_{name}") for name in ("CA", "CERT", "KEY"))
+    if not (ca or cert or key):
+        return None
+    from kvservice.internal.tls import PemFiles
+
+    return PemFiles(Path(cert) if cert else None, Path(key) if key else None, Path(ca) if ca else None)
 
 
 Address = Annotated[str, typer.Option("--address", metavar="HOST:PORT", help="The gateway to call.")]

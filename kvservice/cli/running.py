@@ -9,22 +9,26 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import SecretStr
 
-from kvservice.cli import compose
+from kvservice.cli import compose, telemetry
 from kvservice.cli.output import hint
 from kvservice.cli.processes import WorkerProcesses
 from kvservice.cli.settings import STATE_URL_VARIABLE
 from kvservice.cli.signals import StopSignals
-from kvservice.config.api_keys import load_api_keys
+from kvservice.config.api_keys import ApiKeyFile
 from kvservice.config.service import ServiceConfig
 from kvservice.errors import ConfigError
 from kvservice.gateway.server import Gateway
 from kvservice.store import open_state_store
 from kvservice.store.base import StateStore
 from kvservice.store.embedded import EmbeddedRedis, RedisRole
+from kvservice.store.rates import open_rate_store
+
+if TYPE_CHECKING:
+    from kvservice.worker.server import WorkerServer
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +97,17 @@ async def _until_second_signal(service: Callable[[StopSignals], Coroutine[Any, A
 
 async def _serve(config: ServiceConfig, announce: Announce, stop: StopSignals) -> int:
     async with contextlib.AsyncExitStack() as stack:
+        telemetry.start_tracing(config, "kvservice", stack)
         gateway, store, address = await _start_gateway(config, stack)
         workers = _workers(config, store)
         stack.push_async_callback(workers.stop)
+        if isinstance(workers, EmbeddedWorker):
+            embedded = workers
+            telemetry.start_metrics(
+                config, stack, gateway=gateway, worker_id=config.worker.worker_id, worker=lambda: embedded.server
+            )
+        else:
+            telemetry.start_metrics(config, stack, gateway=gateway)
         event, code = await _first(stop=stop.wait(), ended=workers.ended(1), ready=_connected(workers, gateway))
         if event == "ended":
             logger.error("worker_ended_at_start", extra={"exit_code": code})
@@ -117,7 +129,9 @@ async def _serve(config: ServiceConfig, announce: Announce, stop: StopSignals) -
 
 async def _gateway(config: ServiceConfig, announce: Announce, stop: StopSignals) -> int:
     async with contextlib.AsyncExitStack() as stack:
+        telemetry.start_tracing(config, "kvservice-gateway", stack)
         gateway, _, address = await _start_gateway(config, stack)
+        telemetry.start_metrics(config, stack, gateway=gateway)
         # Programs that start gateways ask health, which is SERVING once a worker is connected.
         announce(address)
         await stop.wait()
@@ -127,8 +141,10 @@ async def _gateway(config: ServiceConfig, announce: Announce, stop: StopSignals)
 
 async def _worker(config: ServiceConfig, announce: Announce, stop: StopSignals) -> int:
     async with contextlib.AsyncExitStack() as stack:
+        telemetry.start_tracing(config, "kvservice-worker", stack)
         store = await _open_store(config, stack)
         worker = await compose.worker(config.worker, store, stack)
+        telemetry.start_metrics(config, stack, worker_id=config.worker.worker_id, worker=lambda: worker)
         event, _ = await _first(stop=stop.wait(), ready=worker.start())
         if event == "ready":
             announce(worker.address)
@@ -142,9 +158,11 @@ async def _start_gateway(config: ServiceConfig, stack: contextlib.AsyncExitStack
     """A gateway that listens, its store and its address. Both are closed with `stack`."""
     if config.gateway is None:
         raise ConfigError("gateway: no settings; at least its secret must be set")
-    keys = load_api_keys(config.api_keys) if config.api_keys is not None else None
+    keys = ApiKeyFile(config.api_keys) if config.api_keys is not None else None
     store = await _open_store(config, stack)
-    gateway = Gateway(config.gateway, store, keys)
+    rates = await open_rate_store(config.state_url.get_secret_value() if config.state_url is not None else None)
+    stack.push_async_callback(rates.aclose)
+    gateway = Gateway(config.gateway, store, keys, rates=rates)
     stack.push_async_callback(gateway.stop)
     return gateway, store, await gateway.start()
 
@@ -176,11 +194,14 @@ class EmbeddedWorker:
         self._config = config
         self._store = store
         self._stack = contextlib.AsyncExitStack()
+        self.server: WorkerServer | None = None
+        """Once it has started."""
 
     async def start(self) -> None:
         """Loads the model, and serves. Ready when it returns."""
         worker = await compose.worker(self._config.worker, self._store, self._stack)
         await worker.start()
+        self.server = worker
 
     async def ended(self, num_workers: int) -> int:
         """Never returns: when it goes, the process goes."""
@@ -237,5 +258,5 @@ def _explain(config: ServiceConfig, address: str) -> None:
     where = "" if address.endswith(":50051") else f" --address {address}"
     hint(f"model {config.worker.model}; Ctrl-C drains and ends")
     hint(f"try: kvservice chat --document FILE{where}")
-    if config.api_keys is None:
+    if config.api_keys is None and (config.gateway is None or config.gateway.jwt is None):
         hint("no API keys: loopback only, everybody here is the operator of the tenant `local`")

@@ -63,6 +63,32 @@ HealthPort = Annotated[
     int | None,
     typer.Option("--health-port", min=0, max=65535, help="Second port with grpc.health.v1 only; 0: a free one."),
 ]
+TlsCert = Annotated[
+    Path | None,
+    typer.Option("--tls-cert", metavar="FILE", help="Certificate of the public API, PEM. Read again when it changes."),
+]
+TlsKey = Annotated[Path | None, typer.Option("--tls-key", metavar="FILE", help="Its private key.")]
+TlsClientCa = Annotated[
+    Path | None,
+    typer.Option("--tls-client-ca", metavar="FILE", help="Clients must show a certificate of this authority."),
+]
+InternalCert = Annotated[
+    Path | None,
+    typer.Option("--internal-cert", metavar="FILE", help="Certificate for gateways and workers among themselves."),
+]
+InternalKey = Annotated[Path | None, typer.Option("--internal-key", metavar="FILE", help="Its private key.")]
+InternalCa = Annotated[
+    Path | None,
+    typer.Option("--internal-ca", metavar="FILE", help="Authority of all gateways' and workers' certificates."),
+]
+MetricsPort = Annotated[
+    int | None,
+    typer.Option("--metrics-port", min=0, max=65535, help="Port for Prometheus, on loopback; 0: a free one."),
+]
+Traces = Annotated[
+    str | None, typer.Option("--traces", metavar="console|URL", help="Where traces go: an OTLP collector (gRPC).")
+]
+LogFormat = Annotated[str | None, typer.Option("--log-format", help="json, text, or auto: text on a terminal.")]
 SecretFile = Annotated[
     Path | None,
     typer.Option(
@@ -106,6 +132,12 @@ def serve(
     port: Port = None,
     health_port: HealthPort = None,
     api_keys: ApiKeys = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_client_ca: TlsClientCa = None,
+    internal_cert: InternalCert = None,
+    internal_key: InternalKey = None,
+    internal_ca: InternalCa = None,
     secret_file: SecretFile = None,
     redis_url: RedisUrl = None,
     state_url: StateUrl = None,
@@ -132,6 +164,9 @@ def serve(
     sharing: Sharing = None,
     skip_above: SkipAbove = None,
     grace_s: Grace = None,
+    metrics_port: MetricsPort = None,
+    traces: Traces = None,
+    log_format: LogFormat = None,
     log_level: LogLevel = None,
 ) -> None:
     """Run the service: a gateway and its workers. Prints `ready: HOST:PORT` once calls are answered.
@@ -150,6 +185,8 @@ def serve(
                 "health_port": health_port,
                 "default_recipe": recipe,
                 "grace_s": grace_s,
+                "tls": _given(cert=tls_cert, key=tls_key, client_ca=tls_client_ca),
+                "internal_tls": _given(cert=internal_cert, key=internal_key, ca=internal_ca),
             },
             "worker": {
                 "model": model,
@@ -168,6 +205,7 @@ def serve(
                 "device": device,
                 "redis_url": url_from(redis_url, REDIS_URL_VARIABLE),
                 "drain_grace_s": grace_s,
+                "tls": _given(cert=internal_cert, key=internal_key, ca=internal_ca),
             },
             "workers": workers,
             "ray": {} if ray or ray_config else None,
@@ -175,6 +213,7 @@ def serve(
             "data_dir": data_dir,
             "redis_bytes": redis_bytes,
             "api_keys": api_keys,
+            "telemetry": _given(metrics_port=metrics_port, traces=traces, log_format=log_format),
             "log_level": log_level,
         },
     )
@@ -196,9 +235,18 @@ def gateway(
     port: Port = None,
     health_port: HealthPort = None,
     api_keys: ApiKeys = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_client_ca: TlsClientCa = None,
+    internal_cert: InternalCert = None,
+    internal_key: InternalKey = None,
+    internal_ca: InternalCa = None,
     secret_file: SecretFile = None,
     recipe: Recipe = None,
     grace_s: Grace = None,
+    metrics_port: MetricsPort = None,
+    traces: Traces = None,
+    log_format: LogFormat = None,
     log_level: LogLevel = None,
 ) -> None:
     """Run a gateway alone, without torch. It finds workers by their leases in the state Redis."""
@@ -214,9 +262,12 @@ def gateway(
                 "health_port": health_port,
                 "default_recipe": recipe,
                 "grace_s": grace_s,
+                "tls": _given(cert=tls_cert, key=tls_key, client_ca=tls_client_ca),
+                "internal_tls": _given(cert=internal_cert, key=internal_key, ca=internal_ca),
             },
             "state_url": url_from(state_url, STATE_URL_VARIABLE),
             "api_keys": api_keys,
+            "telemetry": _given(metrics_port=metrics_port, traces=traces, log_format=log_format),
             "log_level": log_level,
         },
     )
@@ -255,9 +306,15 @@ def worker(
     sharing: Sharing = None,
     skip_above: SkipAbove = None,
     grace_s: Grace = None,
+    internal_cert: InternalCert = None,
+    internal_key: InternalKey = None,
+    internal_ca: InternalCa = None,
     stop_with_stdin: Annotated[
         bool, typer.Option("--stop-with-stdin", help="Drain when standard input ends, as at a signal.")
     ] = False,
+    metrics_port: MetricsPort = None,
+    traces: Traces = None,
+    log_format: LogFormat = None,
     log_level: LogLevel = None,
 ) -> None:
     """Run a worker alone: one engine behind the internal gRPC service, announced by a lease in the state Redis."""
@@ -285,8 +342,10 @@ def worker(
                 "device": device,
                 "redis_url": url_from(redis_url, REDIS_URL_VARIABLE),
                 "drain_grace_s": grace_s,
+                "tls": _given(cert=internal_cert, key=internal_key, ca=internal_ca),
             },
             "state_url": url_from(state_url, STATE_URL_VARIABLE),
+            "telemetry": _given(metrics_port=metrics_port, traces=traces, log_format=log_format),
             "log_level": log_level,
         },
     )
@@ -345,6 +404,12 @@ def ray(
     raise typer.Exit(run_ray(checked, _announce, stop_with_stdin=stop_with_stdin))
 
 
+def _given(**flags: object) -> Settings | None:
+    """A table of the flags that were given, or none."""
+    found = {name: value for name, value in flags.items() if value is not None}
+    return found or None
+
+
 def _secret_of(settings: Settings) -> object:
     table = settings.get("gateway")
     return table.get("secret") if isinstance(table, dict) else None
@@ -357,7 +422,8 @@ def _made_up_secret(settings: Settings) -> str:
 
 
 def _start_logging(config: ServiceConfig) -> None:
-    configure_logging(config.log_level, json=not sys.stderr.isatty())
+    form = config.telemetry.log_format
+    configure_logging(config.log_level, json=not sys.stderr.isatty() if form == "auto" else form == "json")
 
 
 def _announce(address: str) -> None:

@@ -1,21 +1,18 @@
-"""`kvservice sessions list|show|close` and `kvservice stats`: what a running service holds."""
+"""`kvservice sessions list|show|close`: a tenant's sessions."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvservice.cli.options import DEFAULT_ADDRESS, Address, api_key
+from kvservice.cli.calls import call_service
+from kvservice.cli.options import DEFAULT_ADDRESS, Address
 from kvservice.cli.output import human_bytes, show_table
 
 if TYPE_CHECKING:
-    from kvservice.client import Client, ServiceStats, SessionInfo, WorkerReport
-
-T = TypeVar("T")
+    from kvservice.client import Client, SessionInfo
 
 app = typer.Typer(
     help="List, show and close sessions. The API key is read from KVSERVICE_API_KEY.", no_args_is_help=True
@@ -27,7 +24,7 @@ SessionIds = Annotated[list[str], typer.Argument(help="Ids of sessions.", metava
 @app.command("list")
 def list_sessions(address: Address = DEFAULT_ADDRESS) -> None:
     """List the tenant's sessions."""
-    sessions = _call(address, _all_sessions)
+    sessions = call_service(address, _all_sessions)
     show_table(
         f"{len(sessions)} sessions",
         ("session", "tokens", "durable", "recipe", "state", "worker", "expires"),
@@ -52,7 +49,7 @@ def show(
     session_id: Annotated[str, typer.Argument(help="Id of the session.")], address: Address = DEFAULT_ADDRESS
 ) -> None:
     """Show one session."""
-    session = _call(address, lambda client: client.get(session_id))
+    session = call_service(address, lambda client: client.get(session_id))
     rows = {
         "session": session.session_id,
         "model": session.model,
@@ -86,72 +83,11 @@ def close(
                 f"{session_id}: freed {human_bytes(device_bytes)} on the device, {human_bytes(host_bytes)} in host"
             )
 
-    _call(address, close_all)
-
-
-def stats(address: Address = DEFAULT_ADDRESS) -> None:
-    """Show the service's counters and each worker's bytes by owner. Needs the role `operator`."""
-    report = _call(address, lambda client: client.stats())
-    state = "draining" if report.draining else "serving"
-    typer.echo(
-        f"{address}: version {report.version}, {state}; {report.sessions} sessions held, "
-        f"{report.running_calls} calls running, {report.waiting_calls} waiting"
-    )
-    if report.workers:
-        _print_workers(report)
-
-
-def _print_workers(report: ServiceStats) -> None:
-    columns = [_worker_rows(worker) for worker in report.workers]
-    show_table(
-        "Workers",
-        ("", *(worker.worker_id for worker in report.workers)),
-        [(name, *(column[name] for column in columns)) for name in columns[0]],
-        numeric=tuple(worker.worker_id for worker in report.workers),
-    )
-
-
-def _worker_rows(worker: WorkerReport) -> dict[str, str]:
-    hit_rate = worker.recall_hits / worker.recall_lookups if worker.recall_lookups else None
-    tier = "connected" if worker.tier.connected else "not connected"
-    return {
-        "address": worker.address,
-        "model": worker.model,
-        "device": worker.device,
-        "weights": human_bytes(worker.weight_bytes),
-        "KV: window": human_bytes(worker.window_bytes),
-        "KV: index": human_bytes(worker.index_bytes),
-        "KV: recall slots": human_bytes(worker.slot_bytes),
-        "KV: workspace": human_bytes(worker.workspace_bytes),
-        "device free": f"{human_bytes(worker.device_free_bytes)} of {human_bytes(worker.device_capacity_bytes)}",
-        "host": human_bytes(worker.host_bytes),
-        "host free": f"{human_bytes(worker.host_free_bytes)} of {human_bytes(worker.host_capacity_bytes)}",
-        "Redis": human_bytes(worker.redis_bytes),
-        "Redis state": f"{tier}, {worker.tier.pending_frames} frames waiting",
-        "sessions held": f"{worker.resident_sessions}",
-        "calls running": f"{worker.running_calls}",
-        "prefill tokens/s": f"{worker.prefill_tokens_per_s:,.0f}",
-        "decode tokens/s": f"{worker.decode_tokens_per_s:,.1f}",
-        "recall hit rate": "-" if hit_rate is None else f"{hit_rate:.1%}",
-        "recomputed tokens": f"{worker.recomputed_tokens:,}",
-        "made room": f"{worker.swapped_out:,} swapped out, {worker.forgotten:,} to be recomputed",
-        "idle made room": f"{worker.idle_swapped_out:,} swapped out, {worker.idle_dropped:,} dropped",
-        "steps": f"{worker.steps:,}",
-    }
+    call_service(address, close_all)
 
 
 async def _all_sessions(client: Client) -> list[SessionInfo]:
     return [session async for session in client.list()]
-
-
-def _call(address: str, call: Callable[[Client], Coroutine[Any, Any, T]]) -> T:
-    from kvservice.client import Client
-
-    async def run() -> T:
-        async with Client(address, api_key()) as client:
-            return await call(client)
-
-    return asyncio.run(run())
 
 
 def _time(unix_s: float) -> str:

@@ -30,6 +30,7 @@ from kvservice.client.retry import Attempts, RetryPolicy
 from kvservice.client.sampling import Sampling, sampling_to_proto
 from kvservice.errors import InternalError
 from kvservice.internal.convert import ON_MISS_CODES, PROMPT_FORMAT_CODES, model_from_proto
+from kvservice.internal.tls import PemFiles, channel_credentials
 from kvservice.types import ModelInfo, OnMiss, PromptFormat
 from kvservice.v1 import (
     admin_pb2,
@@ -89,13 +90,20 @@ class Client:
         *,
         retry: RetryPolicy | None = None,
         timeout_s: float = 60.0,
+        tls: PemFiles | None = None,
     ) -> None:
-        """`timeout_s` bounds calls that don't stream; those that do have a parameter of their own, by default none."""
+        """With `tls` the connection is encrypted, and the certificate and key in it, if any, are shown to the service.
+
+        `timeout_s` bounds calls that don't stream; those that do have a parameter of their own, by default none."""
         self._address = address
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key is not None else ()
         self._retry = retry or RetryPolicy()
         self._timeout_s = timeout_s
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._channel = (
+            grpc.aio.insecure_channel(address, options=_OPTIONS)
+            if tls is None
+            else grpc.aio.secure_channel(address, channel_credentials(tls), options=_OPTIONS)
+        )
         self._sessions: sessions_pb2_grpc.SessionServiceAsyncStub = sessions_pb2_grpc.SessionServiceStub(self._channel)
         self._inference: inference_pb2_grpc.InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(
             self._channel
@@ -345,6 +353,25 @@ class Client:
         """The service's counters, and each worker's."""
         request = admin_pb2.GetStatsRequest()
         return convert.service_stats(await self._unary(lambda: self._admin.GetStats(request, **self._call_options())))
+
+    async def set_quota(
+        self,
+        tenant: str,
+        *,
+        requests_per_minute: float | None = None,
+        tokens_per_minute: float | None = None,
+        concurrent_calls: int | None = None,
+        document_tokens: int | None = None,
+    ) -> None:
+        """Sets limits of a tenant; None leaves one as it is, 0 goes back to the service's default."""
+        request = admin_pb2.SetQuotaRequest(
+            tenant=tenant,
+            requests_per_minute=requests_per_minute,
+            tokens_per_minute=tokens_per_minute,
+            concurrent_calls=concurrent_calls,
+            document_tokens=document_tokens,
+        )
+        await self._unary(lambda: self._admin.SetQuota(request, **self._call_options()))
 
     async def drain(self, worker_id: str = "", *, grace_s: float | None = None) -> int:
         """Has a worker, or the whole service, take no new work; gives the number of running calls."""

@@ -10,6 +10,7 @@ from kvservice.client.results import (
     SessionInfo,
     SessionState,
     Started,
+    TenantReport,
     TierReport,
     Timings,
     TokenLogprobs,
@@ -146,11 +147,26 @@ def service_stats(message: admin_pb2.GetStatsResponse) -> ServiceStats:
     """See `ServiceStats`."""
     return ServiceStats(
         workers=tuple(_worker_report(worker) for worker in message.workers),
+        tenants=tuple(_tenant_report(tenant) for tenant in message.tenants),
         sessions=message.sessions,
         waiting_calls=message.waiting_calls,
         running_calls=message.running_calls,
         draining=message.draining,
         version=message.version,
+    )
+
+
+def _tenant_report(message: admin_pb2.TenantStats) -> TenantReport:
+    return TenantReport(
+        tenant=message.tenant,
+        requests=message.requests,
+        refused=message.refused,
+        tokens=message.tokens,
+        running_calls=message.running_calls,
+        requests_per_minute=message.requests_per_minute if message.HasField("requests_per_minute") else None,
+        tokens_per_minute=message.tokens_per_minute if message.HasField("tokens_per_minute") else None,
+        concurrent_calls=message.concurrent_calls if message.HasField("concurrent_calls") else None,
+        document_tokens=message.document_tokens if message.HasField("document_tokens") else None,
     )
 
 

@@ -12,7 +12,11 @@ from kvservice.errors import KVServiceError, Unavailable, error_class
 def error_from_rpc(error: grpc.aio.AioRpcError, address: str) -> KVServiceError:
     """The error that the service raised; one of the transport is Unavailable."""
     code = error.code().name
-    status = rpc_status.from_call(error)
+    try:
+        status = rpc_status.from_call(error)
+    except ValueError:
+        # grpc itself ended the call, after the service had: what came with it is of another status.
+        status = None
     if status is None:
         # Nothing of ours: grpc itself, on one side or the other.
         if code in ("UNAVAILABLE", "CANCELLED"):

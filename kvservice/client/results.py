@@ -190,10 +190,26 @@ class WorkerReport:
 
 
 @dataclass(frozen=True, slots=True)
+class TenantReport:
+    """A tenant as one gateway sees it since it started, and its limits over all gateways (None: no limit)."""
+
+    tenant: str
+    requests: int
+    refused: int
+    tokens: int
+    running_calls: int
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    concurrent_calls: int | None = None
+    document_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ServiceStats:
     """The service's counters. `sessions` are those whose KV a worker holds."""
 
     workers: tuple[WorkerReport, ...] = field(default_factory=tuple)
+    tenants: tuple[TenantReport, ...] = field(default_factory=tuple)
     sessions: int = 0
     waiting_calls: int = 0
     running_calls: int = 0

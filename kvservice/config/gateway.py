@@ -6,8 +6,24 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretBytes, model_validator
 
+from kvservice.config.identity import InternalTlsConfig, JwtConfig, TlsConfig
 from kvservice.config.limits import Limits
 from kvservice.config.recipes import SERVED_RECIPES
+
+
+class QuotaConfig(BaseModel):
+    """What each tenant may use that has no quota of its own (SetQuota). Unset: no limit."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    requests_per_minute: float | None = Field(None, gt=0, description="Calls of any kind; a minute's may come at once.")
+    tokens_per_minute: float | None = Field(
+        None, gt=0, description="Tokens read and generated; a call begins while some are left, and is paid at its end."
+    )
+    concurrent_calls: int | None = Field(None, ge=1, description="Appends and Generates at a time.")
+    document_tokens: int | None = Field(
+        None, ge=1, description="Tokens of one Append, or of the document of a Generate without a session."
+    )
 
 
 class GatewayConfig(BaseModel):
@@ -17,13 +33,16 @@ class GatewayConfig(BaseModel):
 
     secret: SecretBytes = Field(
         description="16 to 64 bytes; tenants' names are hidden behind it in stored keys. The same for every gateway of "
-        "one service and from start to start, else stored KV is not found again."
+        "one service and from start to start, else stored KV is not found again, and is computed anew."
     )
     host: str = Field("127.0.0.1", description="Address to listen on; without API keys only a loopback address.")
     port: int = Field(50051, ge=0, le=65535, description="Port of the public API; 0: a free one.")
     health_port: int | None = Field(
         None, ge=0, le=65535, description="Second port that serves grpc.health.v1 only; 0: a free one; unset: none."
     )
+    tls: TlsConfig | None = Field(None, description="TLS of the public API; unset: none. The health port has none.")
+    internal_tls: InternalTlsConfig | None = Field(None, description="Mutual TLS to the workers; unset: none.")
+    jwt: JwtConfig | None = Field(None, description="JSON web tokens that are taken for API keys; unset: none.")
     reflection: bool = Field(True, description="Serve gRPC reflection. Needs a key where keys are in use.")
     default_model: str = Field("", description="Model of a session created without one; empty: the only one there is.")
     default_recipe: str = Field("", description="Recipe of a session created without one; empty: the model's default.")
@@ -35,6 +54,9 @@ class GatewayConfig(BaseModel):
         30.0, gt=0, description="A session is free again this many seconds after the gateway that changed it was lost."
     )
     limits: Limits = Field(default_factory=Limits, description="Limits of the public API.")
+    quota: QuotaConfig = Field(
+        default_factory=lambda: QuotaConfig(), description="What each tenant may use that has no quota of its own."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

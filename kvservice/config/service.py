@@ -12,6 +12,31 @@ from kvservice.config.ray import RayConfig, RayDeployment
 from kvservice.config.worker import WorkerConfig
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+LogFormat = Literal["auto", "json", "text"]
+
+
+class TelemetryConfig(BaseModel):
+    """What a process says about itself, and to whom."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    metrics_host: str = Field("127.0.0.1", min_length=1, description="Address of the Prometheus endpoint.")
+    metrics_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="Port of the Prometheus endpoint; 0: a free one; unset: none. With `workers` their processes "
+        "take the ports after it.",
+    )
+    traces: str = Field(
+        "",
+        pattern=r"^(|console|https?://.+)$",
+        description="`console`, or an OTLP collector's URL (gRPC); empty: none.",
+    )
+    trace_ratio: float = Field(
+        1.0, gt=0, le=1, description="Part of all traces that is kept; the same for every process of the service."
+    )
+    log_format: LogFormat = Field("auto", description="`json`, `text`, or `auto`: text on a terminal, else JSON.")
 
 
 class ServiceConfig(BaseModel):
@@ -36,6 +61,9 @@ class ServiceConfig(BaseModel):
     )
     api_keys: Path | None = Field(None, description="File of hashed API keys. Unset: loopback only, one tenant.")
     log_level: LogLevel = Field("INFO", description="Least level of the service's log records.")
+    telemetry: TelemetryConfig = Field(
+        default_factory=lambda: TelemetryConfig(), description="Metrics, traces and the form of logs."
+    )
 
     def ray_deployments(self) -> tuple[RayDeployment, ...]:
         """Those that `ray` names, or one of the service's own worker."""

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, field_validator, model_validator
 
+from kvservice.config.identity import InternalTlsConfig
 from kvservice.config.recipes import DEFAULT_RECIPE, RECIPES, SERVED_RECIPES
 
 PositiveBytes = Annotated[ByteSize, Field(gt=0)]
@@ -54,8 +55,9 @@ class WorkerConfig(BaseModel):
     )
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="of weights and KV")
     device: Literal["cpu", "cuda"] = Field("cpu", description="where the engine computes")
-    host: str = Field("127.0.0.1", min_length=1, description="address to listen on; loopback in this release")
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on; without tls only loopback")
     port: int = Field(0, ge=0, le=65535, description="port to listen on; 0: any free one")
+    tls: InternalTlsConfig | None = Field(None, description="mutual TLS with the gateways; unset: none")
     lease_ttl_s: float = Field(10.0, gt=0, le=3600, description="a worker that hasn't renewed for so long is gone")
     drain_grace_s: float = Field(30.0, ge=0, description="how long running calls may go on when the worker drains")
     stream_queue_messages: int = Field(

@@ -14,6 +14,7 @@ from kvservice.gateway.catalogue import choose_model, choose_recipe, override_re
 from kvservice.gateway.dispatch import Order, Outcome, Stopwatch, carry_out, check_positions
 from kvservice.gateway.fleet import Fleet
 from kvservice.gateway.placement import PlacementRequest, WorkerView
+from kvservice.gateway.quotas import Account, Quotas
 from kvservice.gateway.repeats import Repeats, digest
 from kvservice.gateway.runs import Run, Runs
 from kvservice.gateway.sessions import Activity, Sessions
@@ -26,21 +27,29 @@ from kvservice.v1 import common_pb2, inference_pb2, sessions_pb2
 
 
 class EventLog:
-    """The events of one answer, numbered from 1. Those up to `after` the caller has already."""
+    """The events of one answer, numbered from 1. Those up to `after` the caller has already.
+
+    `account` is told of what has been computed, so that an answer that is cut short is paid too.
+    """
 
     def __init__(self, run: Run[common_pb2.GenerateEvent], after: int) -> None:
         self.events: list[common_pb2.GenerateEvent] = []
+        self.account: Account | None = None
         self._run = run
         self._after = after
 
-    def started(self, session_id: str, worker: WorkerView, recipe: str, seed: int) -> None:
+    def started(self, session_id: str, worker: WorkerView, plan: Plan) -> None:
         """The first event."""
-        started = common_pb2.Started(session_id=session_id, worker_id=worker.worker_id, recipe=recipe, seed=seed)
+        self._computed(len(plan.document) + len(plan.prompt))
+        started = common_pb2.Started(
+            session_id=session_id, worker_id=worker.worker_id, recipe=plan.recipe.name, seed=plan.sampling.seed
+        )
         self._add(common_pb2.GenerateEvent(started=started))
 
     def relay(self, event: worker_pb2.CallEvent) -> None:
         """Passes tokens on. Progress of the prefill is no event of an answer."""
         if event.WhichOneof("event") == "tokens":
+            self._computed(len(event.tokens.token_ids))
             self._add(common_pb2.GenerateEvent(tokens=event.tokens))
 
     def finished(self, finished: common_pb2.Finished) -> None:
@@ -56,6 +65,10 @@ class EventLog:
         self.events = [common_pb2.GenerateEvent.FromString(message) for message in kept]
         for event in self.events[:-1]:
             self._send(event)
+
+    def _computed(self, num_tokens: int) -> None:
+        if self.account is not None:
+            self.account.num_tokens += num_tokens
 
     def _add(self, event: common_pb2.GenerateEvent) -> None:
         event.sequence = len(self.events) + 1
@@ -103,7 +116,10 @@ class Answers:
         admission: Admission,
         runs: Runs,
         repeats: Repeats,
+        *,
+        quotas: Quotas,
     ) -> None:
+        self._quotas = quotas
         self._config = config
         self._limits = config.limits
         self._sessions = sessions
@@ -141,7 +157,10 @@ class Answers:
                         reason="not_resumable",
                     )
                 else:
-                    await self._ask(run, caller, request, sampling, log, watch)
+                    async with self._quotas.call(caller.tenant) as account:
+                        log.account = account
+                        finished = await self._ask(run, caller, request, sampling, log, watch)
+                        account.finished(finished.usage, finished.timings)
                     claim.keep(log.events)
             # Only now is the session free for the next call.
             log.flush()
@@ -156,7 +175,7 @@ class Answers:
         sampling: SamplingParams,
         log: EventLog,
         watch: Stopwatch,
-    ) -> None:
+    ) -> common_pb2.Finished:
         activity = Activity(sessions_pb2.SESSION_STATE_GENERATING)
         expected = request.expected_num_tokens if request.HasField("expected_num_tokens") else None
         async with self._sessions.changing(run, caller, request.session_id, activity, expected) as record:
@@ -177,7 +196,9 @@ class Answers:
                 order = _order(submit, Plan(model, recipe, (), prompt, sampling), log, record, deadline)
                 outcome = await carry_out(self._admission, order, watch)
             record = await self._sessions.commit(record, outcome)
-            log.finished(_finished(outcome, watch, len(record.token_ids), record.durable_tokens))
+            finished = _finished(outcome, watch, len(record.token_ids), record.durable_tokens)
+            log.finished(finished)
+            return finished
 
     # Without one
 
@@ -195,31 +216,39 @@ class Answers:
 
         async def body(run: Run[common_pb2.GenerateEvent]) -> None:
             log = EventLog(run, 0)
-            with run.cancellable():
-                model = choose_model(self._fleet, request.model, self._config.default_model)
-                recipe = choose_recipe(model, request.recipe, self._config.default_recipe)
-                read = await self._tokens(model, document, TextRole.DOCUMENT, prompt_format, first=True)
-                prompt = await self._tokens(model, question, TextRole.QUESTION, prompt_format, first=not read)
-                if not read and not prompt:
-                    raise InvalidRequest("document and prompt are empty: send one of them", field="prompt")
-                fitted = _fitted(model, request.sampling, sampling, 0, len(read) + len(prompt))
-                call_id = secrets.token_hex(16)
-                submit = worker_pb2.Submit(
-                    call_id=call_id,
-                    # No session; the worker still needs a name for the sequence.
-                    session_id=call_id,
-                    tenant_tag=self._sessions.tag(caller.tenant),
-                    recipe=recipe.name,
-                    retain=False,
-                    on_miss=common_pb2.ON_MISS_RECOMPUTE,
-                    priority=priority,
-                )
-                order = _order(submit, Plan(model, recipe, read, prompt, fitted), log, None, watch.deadline)
-                outcome = await carry_out(self._admission, order, watch)
-            log.finished(_finished(outcome, watch, 0, 0))
+            async with self._quotas.call(caller.tenant) as account:
+                log.account = account
+                with run.cancellable():
+                    model = choose_model(self._fleet, request.model, self._config.default_model)
+                    recipe = choose_recipe(model, request.recipe, self._config.default_recipe)
+                    read = await self._tokens(model, document, TextRole.DOCUMENT, prompt_format, first=True)
+                    account.check_document(len(read))
+                    prompt = await self._tokens(model, question, TextRole.QUESTION, prompt_format, first=not read)
+                    if not read and not prompt:
+                        raise InvalidRequest("document and prompt are empty: send one of them", field="prompt")
+                    fitted = _fitted(model, request.sampling, sampling, 0, len(read) + len(prompt))
+                    submit = self._sessionless(caller, recipe, priority)
+                    order = _order(submit, Plan(model, recipe, read, prompt, fitted), log, None, watch.deadline)
+                    outcome = await carry_out(self._admission, order, watch)
+                finished = _finished(outcome, watch, 0, 0)
+                account.finished(finished.usage, finished.timings)
+            log.finished(finished)
             log.flush()
 
         return self._runs.start(body)
+
+    def _sessionless(self, caller: Caller, recipe: RecipeSpec, priority: int) -> worker_pb2.Submit:
+        call_id = secrets.token_hex(16)
+        return worker_pb2.Submit(
+            call_id=call_id,
+            # No session; the worker still needs a name for the sequence.
+            session_id=call_id,
+            tenant_tag=self._sessions.tag(caller.tenant),
+            recipe=recipe.name,
+            retain=False,
+            on_miss=common_pb2.ON_MISS_RECOMPUTE,
+            priority=priority,
+        )
 
     # Both
 
@@ -262,7 +291,7 @@ def _order(
             prefixes=lengths_by_name(submit.tenant_tag, plan.recipe.name, given),
         ),
         submit=submit,
-        on_admitted=lambda worker: log.started(session_id, worker, plan.recipe.name, plan.sampling.seed),
+        on_admitted=lambda worker: log.started(session_id, worker, plan),
         on_event=log.relay,
         deadline=deadline,
     )

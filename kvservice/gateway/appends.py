@@ -16,6 +16,7 @@ from kvservice.gateway.auth import Caller
 from kvservice.gateway.dispatch import Order, Outcome, Stopwatch, carry_out, check_positions
 from kvservice.gateway.fleet import Fleet
 from kvservice.gateway.placement import PlacementRequest
+from kvservice.gateway.quotas import Account, Quotas
 from kvservice.gateway.repeats import Repeats, digest
 from kvservice.gateway.runs import Run, Runs
 from kvservice.gateway.sessions import Activity, Sessions
@@ -107,7 +108,15 @@ class Appends:
     """Carries out Appends."""
 
     def __init__(
-        self, sessions: Sessions, fleet: Fleet, admission: Admission, runs: Runs, repeats: Repeats, limits: Limits
+        self,
+        sessions: Sessions,
+        fleet: Fleet,
+        admission: Admission,
+        runs: Runs,
+        repeats: Repeats,
+        limits: Limits,
+        *,
+        quotas: Quotas,
     ) -> None:
         self._sessions = sessions
         self._fleet = fleet
@@ -115,6 +124,7 @@ class Appends:
         self._runs = runs
         self._repeats = repeats
         self._limits = limits
+        self._quotas = quotas
 
     def append(self, caller: Caller, upload: Upload, watch: Stopwatch) -> Run[sessions_pb2.AppendResponse]:
         """Begins to read an uploaded document into its session."""
@@ -125,7 +135,9 @@ class Appends:
                 if claim.kept is not None:
                     final = sessions_pb2.AppendResponse.FromString(claim.kept[0])
                 else:
-                    final = await self._append(run, caller, upload, watch)
+                    async with self._quotas.call(caller.tenant) as account:
+                        final = await self._append(run, caller, upload, watch, account)
+                        account.finished(final.finished.usage, final.finished.timings)
                     claim.keep([final])
             # Only now is the session free for the next call.
             run.emit(final)
@@ -133,14 +145,19 @@ class Appends:
         return self._runs.start(body, detached=start.detach)
 
     async def _append(
-        self, run: Run[sessions_pb2.AppendResponse], caller: Caller, upload: Upload, watch: Stopwatch
+        self,
+        run: Run[sessions_pb2.AppendResponse],
+        caller: Caller,
+        upload: Upload,
+        watch: Stopwatch,
+        account: Account,
     ) -> sessions_pb2.AppendResponse:
         start = upload.start
         activity = Activity(sessions_pb2.SESSION_STATE_APPENDING)
         expected = start.expected_num_tokens if start.HasField("expected_num_tokens") else None
         async with self._sessions.changing(run, caller, start.session_id, activity, expected) as record:
             with run.cancellable():
-                outcome = await self._read(run, record, upload, activity, watch)
+                outcome = await self._read(run, record, upload, activity, watch, account)
             record = await self._sessions.commit(record, outcome)
         finished = sessions_pb2.AppendFinished(
             num_tokens=len(record.token_ids),
@@ -158,15 +175,18 @@ class Appends:
         upload: Upload,
         activity: Activity,
         watch: Stopwatch,
+        account: Account,
     ) -> Outcome:
         """Has a worker read the document."""
         model = self._fleet.model(record.model)
         token_ids = await self._tokens(record, upload, model)
+        account.check_document(len(token_ids))
         num_tokens = len(record.token_ids) + len(token_ids)
         check_positions(model, held=len(record.token_ids), added=len(token_ids), max_new_tokens=0)
 
         def show(done_tokens: int, total_tokens: int) -> None:
             activity.done_tokens, activity.total_tokens = done_tokens, total_tokens
+            account.num_tokens = done_tokens
             progress = sessions_pb2.AppendProgress(done_tokens=done_tokens, total_tokens=total_tokens)
             run.emit(sessions_pb2.AppendResponse(progress=progress))
 

@@ -1,10 +1,14 @@
-"""What happens around every RPC: the caller is found, and errors become statuses. Knows no RPC by its meaning."""
+"""What happens around every RPC: the caller is found, counted and held to its quota, operators' calls are written down,
+and errors become statuses. Knows no RPC by its meaning.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any, Protocol
 
 import grpc
@@ -14,12 +18,19 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status  # type: ignore[import-untyped]
 
-from kvservice.errors import InternalError, KVServiceError
-from kvservice.gateway.auth import CALLER, OPEN_METHODS, Authenticator
+from kvservice.errors import QUOTA_KEY, InternalError, KVServiceError, Unauthenticated
+from kvservice.gateway.audit import audit
+from kvservice.gateway.auth import CALLER, OPEN_METHODS, OPERATOR_METHODS, Authenticator, Caller, check_role
+from kvservice.gateway.quotas import Quotas
+from kvservice.telemetry.logging import bind_log_fields
+from kvservice.telemetry.metrics import GatewayMetrics
+from kvservice.telemetry.tracing import TRACEPARENT, TRACING
 
 logger = logging.getLogger(__name__)
 
 DOMAIN = "kvservice"
+MAX_MESSAGE_BYTES = 1500
+"""Of an error's message, which goes out twice or three times, in trailers of at most 8 KB."""
 RETRYABLE = "retryable"
 """Key in ErrorInfo.metadata: `true` or `false`."""
 
@@ -46,8 +57,15 @@ def _packed(message: Message) -> AnyMessage:
     return packed
 
 
+def _clipped(message: str) -> str:
+    """A message may quote what the caller sent; the trailers have room for so much."""
+    data = message.encode()
+    return message if len(data) <= MAX_MESSAGE_BYTES else data[:MAX_MESSAGE_BYTES].decode(errors="ignore") + "…"
+
+
 def error_status(error: KVServiceError) -> grpc.Status:
     """The status of `error`, with google.rpc details in its trailers."""
+    message = _clipped(error.message)
     metadata = {**error.metadata, RETRYABLE: "true" if error.retryable else "false"}
     details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)]
     if error.retry_after_s is not None:
@@ -55,10 +73,13 @@ def error_status(error: KVServiceError) -> grpc.Status:
         delay.FromMilliseconds(round(error.retry_after_s * 1000))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     if error.field is not None:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if quota := error.metadata.get(QUOTA_KEY):
+        violations = [error_details_pb2.QuotaFailure.Violation(subject=quota, description=message)]
+        details.append(error_details_pb2.QuotaFailure(violations=violations))
     code = grpc.StatusCode[error.status]
-    status = status_pb2.Status(code=code.value[0], message=error.message, details=[_packed(each) for each in details])
+    status = status_pb2.Status(code=code.value[0], message=message, details=[_packed(each) for each in details])
     result: grpc.Status = rpc_status.to_status(status)
     return result
 
@@ -71,11 +92,37 @@ def _as_service_error(error: Exception, method: str) -> KVServiceError:
     return InternalError(f"{method} failed inside the service; its log says why")
 
 
+class _Rpc:
+    """One RPC from its receipt to its end: what is told of it afterwards."""
+
+    def __init__(self, method: str, context: Context, request: object) -> None:
+        self.method = method
+        self.code = grpc.StatusCode.OK.name
+        self.caller: Caller | None = None
+        self.metadata = tuple(context.invocation_metadata() or ())
+        self.peer = context.peer()
+        self.request = request
+
+    @property
+    def parent(self) -> str:
+        """The caller's trace context."""
+        values = [value for name, value in self.metadata if name == TRACEPARENT]
+        return values[0] if values and isinstance(values[0], str) else ""
+
+    def failed(self, error: Exception) -> KVServiceError:
+        """The error as the caller is told of it."""
+        found = _as_service_error(error, self.method)
+        self.code = found.status
+        return found
+
+
 class ServiceInterceptor(grpc.aio.ServerInterceptor):
     """Authenticates each RPC and turns each error into a status, in one place."""
 
-    def __init__(self, authenticator: Authenticator) -> None:
+    def __init__(self, authenticator: Authenticator, quotas: Quotas, metrics: GatewayMetrics) -> None:
         self._authenticator = authenticator
+        self._quotas = quotas
+        self._metrics = metrics
 
     async def intercept_service(
         self,
@@ -93,20 +140,22 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
         behaviour: Any
 
         async def unary(request: Any, context: Context) -> Message:  # noqa: ANN401
-            try:
-                CALLER.set(self._authenticator.caller(method, context.invocation_metadata() or ()))
-                response: Message = await behaviour(request, context)
-            except Exception as error:  # noqa: BLE001 - logged, or the caller's to know
-                await context.abort_with_status(error_status(_as_service_error(error, method)))
+            with self._watched(_Rpc(method, context, request)) as rpc:
+                try:
+                    await self._admit(rpc)
+                    response: Message = await behaviour(request, context)
+                except Exception as error:  # noqa: BLE001 - logged, or the caller's to know
+                    await context.abort_with_status(error_status(rpc.failed(error)))
             return response
 
         async def stream(request: Any, context: Context) -> None:  # noqa: ANN401
-            # Errors of `write` are the transport's: grpc itself deals with them.
-            async with aclosing(self._responses(behaviour, method, request, context)) as responses:
-                async for response in responses:
-                    if isinstance(response, KVServiceError):
-                        await context.abort_with_status(error_status(response))
-                    await context.write(response)
+            with self._watched(_Rpc(method, context, request)) as rpc:
+                # Errors of `write` are the transport's: grpc itself deals with them.
+                async with aclosing(self._responses(behaviour, rpc, context)) as responses:
+                    async for response in responses:
+                        if isinstance(response, KVServiceError):
+                            await context.abort_with_status(error_status(response))
+                        await context.write(response)
 
         serializers = {
             "request_deserializer": handler.request_deserializer,
@@ -126,18 +175,53 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
         )
         return make_unary(unary, **serializers)  # type: ignore[arg-type] # an asyncio behaviour
 
+    @contextmanager
+    def _watched(self, rpc: _Rpc) -> Iterator[_Rpc]:
+        """The time of an RPC: traced, counted, and written down if it is an operator's."""
+        started = time.perf_counter()
+        with TRACING.span(rpc.method.strip("/"), rpc.parent) as note:
+            try:
+                yield rpc
+            except asyncio.CancelledError:
+                rpc.code = grpc.StatusCode.CANCELLED.name
+                raise
+            finally:
+                note({"rpc.code": rpc.code})
+                self._metrics.note_rpc(rpc.method, rpc.code, time.perf_counter() - started)
+                if rpc.method.startswith(OPERATOR_METHODS):
+                    audit(rpc.method, rpc.caller, rpc.peer, rpc.code, rpc.request)
+
+    async def _admit(self, rpc: _Rpc) -> None:
+        """Lets the caller in, as the task's `CALLER`.
+
+        Raises:
+            KVServiceError: no key that holds, not the role for it, or no calls left in this minute.
+        """
+        try:
+            caller = rpc.caller = self._authenticator.identify(rpc.metadata)
+        except Unauthenticated:
+            self._metrics.note_auth_failure()
+            raise
+        bind_log_fields(tenant=caller.tenant)
+        session_id = getattr(rpc.request, "session_id", "")
+        if session_id:
+            bind_log_fields(session_id=session_id)
+        check_role(caller, rpc.method)
+        CALLER.set(caller)
+        if not rpc.method.startswith(OPERATOR_METHODS):
+            await self._quotas.count_request(caller.tenant)
+
     async def _responses(
         self,
         behaviour: Callable[[Any, Context], AsyncGenerator[Message]],
-        method: str,
-        request: Any,  # noqa: ANN401
+        rpc: _Rpc,
         context: Context,
     ) -> AsyncGenerator[Message | KVServiceError]:
         """The responses of a streaming RPC; an error comes as the last one."""
         try:
-            CALLER.set(self._authenticator.caller(method, context.invocation_metadata() or ()))
-            async with aclosing(behaviour(request, context)) as responses:
+            await self._admit(rpc)
+            async with aclosing(behaviour(rpc.request, context)) as responses:
                 async for response in responses:
                     yield response
         except Exception as error:  # noqa: BLE001 - logged, or the caller's to know
-            yield _as_service_error(error, method)
+            yield rpc.failed(error)

@@ -14,23 +14,28 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-un
 from grpc_health.v1.health import aio as aio_health  # type: ignore[import-untyped]
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
-from kvservice.config.api_keys import ApiKeys
 from kvservice.config.gateway import GatewayConfig
 from kvservice.errors import ConfigError
 from kvservice.gateway.admission import Admission
 from kvservice.gateway.answers import Answers
 from kvservice.gateway.appends import Appends
-from kvservice.gateway.auth import Authenticator
+from kvservice.gateway.auth import Authenticator, KeySource
 from kvservice.gateway.fleet import Fleet
 from kvservice.gateway.interceptors import ServiceInterceptor
+from kvservice.gateway.quotas import Quotas
 from kvservice.gateway.repeats import Repeats
 from kvservice.gateway.runs import Runs
 from kvservice.gateway.servicer_admin import AdminServicer
 from kvservice.gateway.servicer_inference import InferenceServicer
 from kvservice.gateway.servicer_sessions import SessionServicer
 from kvservice.gateway.sessions import Sessions
+from kvservice.gateway.web_tokens import WebTokens
+from kvservice.gateway.worker_link import CREDENTIALS, ChannelSecurity
+from kvservice.internal.tls import PemFiles, channel_credentials, server_credentials
 from kvservice.store.base import StateStore
+from kvservice.store.rates import MemoryRateStore, RateStore
 from kvservice.store.tasks import end_tasks
+from kvservice.telemetry.metrics import GatewayLevels, GatewayMetrics
 from kvservice.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc, sessions_pb2, sessions_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -48,34 +53,45 @@ STOP_GRACE_S = 5.0
 
 
 class Gateway:
-    """One gateway. The store and the keys are the caller's; `clock` gives unix seconds.
+    """One gateway. The stores and the keys are the caller's; `clock` gives unix seconds.
 
-    Without keys everybody is the operator of tenant `local`, and only loopback addresses are listened on.
+    `rates` counts what tenants use; without it this gateway counts alone. Without keys and tokens everybody is the
+    operator of tenant `local`, and only loopback addresses are listened on.
     """
 
     def __init__(
         self,
         config: GatewayConfig,
         store: StateStore,
-        keys: ApiKeys | None = None,
+        keys: KeySource | None = None,
         *,
+        rates: RateStore | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        if keys is None and not _is_loopback(config.host):
+        if keys is None and config.jwt is None and not _is_loopback(config.host):
             raise ConfigError(
                 f"host={config.host!r} without API keys: anybody could use the service. Give an API-key file, or "
                 "listen on 127.0.0.1"
             )
         limits = config.limits
         self._config = config
+        self._credentials = _server_credentials(config)
+        self.metrics = GatewayMetrics()
+        """What it counts."""
+        self._quotas = Quotas(rates or MemoryRateStore(clock), config.quota, self.metrics)
         self._runs = Runs()
         self._fleet = Fleet(store, f"gateway-{secrets.token_hex(4)}", config.discovery_interval_s)
         self._admission = Admission(self._fleet, max_waiting=limits.waiting_calls, max_wait_s=config.max_wait_s)
         repeats = Repeats(store, limits.request_memory_s)
         self._sessions = Sessions(config, store, self._fleet, self._runs, repeats, clock)
-        self._appends = Appends(self._sessions, self._fleet, self._admission, self._runs, repeats, limits)
-        self._answers = Answers(config, self._sessions, self._fleet, self._admission, self._runs, repeats)
-        self._interceptor = ServiceInterceptor(Authenticator(keys))
+        self._appends = Appends(
+            self._sessions, self._fleet, self._admission, self._runs, repeats, limits, quotas=self._quotas
+        )
+        self._answers = Answers(
+            config, self._sessions, self._fleet, self._admission, self._runs, repeats, quotas=self._quotas
+        )
+        tokens = WebTokens(config.jwt) if config.jwt is not None else None
+        self._interceptor = ServiceInterceptor(Authenticator(keys, tokens, clock), self._quotas, self.metrics)
         self._health = aio_health.HealthServicer()
         self._servers: list[grpc.aio.Server] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -89,6 +105,17 @@ class Gateway:
         """The workers it is connected to."""
         return self._fleet
 
+    def levels(self) -> GatewayLevels:
+        """What it does at this moment. For the event loop it runs in."""
+        return GatewayLevels(
+            running_calls=len(self._runs),
+            waiting_calls=self._admission.waiting,
+            connected_workers=len(self._fleet.views()),
+            draining=self._runs.draining,
+            failed_sweeps=self.failed_sweeps,
+            failed_looks=self._fleet.failed_looks,
+        )
+
     async def start(self) -> str:
         """Listens, and begins to look for workers; gives the address. Health is SERVING once a worker is connected.
 
@@ -99,7 +126,7 @@ class Gateway:
             await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
         server = self._public_server()
         self._servers.append(server)
-        address = _bind(server, self._config.host, self._config.port, "port")
+        address = _bind(server, self._config.host, self._config.port, "port", self._credentials)
         if self._config.health_port is not None:
             health_server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
             health_pb2_grpc.add_HealthServicer_to_server(self._health, health_server)
@@ -107,9 +134,13 @@ class Gateway:
             self.health_address = _bind(health_server, self._config.host, self._config.health_port, "health_port")
         for each in self._servers:
             await each.start()
+        # Read by the links that the fleet's tasks make.
+        CREDENTIALS.set(_worker_security(self._config))
         self._fleet.start()
         self._tasks = [asyncio.create_task(self._report_health()), asyncio.create_task(self._sweep())]
-        logger.info("gateway_started", extra={"address": address})
+        logger.info("gateway_started", extra={"address": address, "tls": self._credentials is not None})
+        if self._credentials is None and not _is_loopback(self._config.host):
+            logger.warning("listening_without_tls", extra={"address": address})
         return address
 
     def begin_drain(self, grace_s: float) -> None:
@@ -164,7 +195,10 @@ class Gateway:
             InferenceServicer(self._answers, self._fleet, self._config.default_model), server
         )
         admin_pb2_grpc.add_AdminServiceServicer_to_server(
-            AdminServicer(self._fleet, self._admission, self._runs, self.begin_drain, self._config.grace_s), server
+            AdminServicer(
+                self._fleet, self._admission, self._runs, self._quotas, self.begin_drain, self._config.grace_s
+            ),
+            server,
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._config.reflection:
@@ -199,10 +233,28 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _bind(server: grpc.aio.Server, host: str, port: int, setting: str) -> str:
+def _server_credentials(config: GatewayConfig) -> grpc.ServerCredentials | None:
+    tls = config.tls
+    return server_credentials(PemFiles(tls.cert, tls.key, tls.client_ca)) if tls is not None else None
+
+
+def _worker_security(config: GatewayConfig) -> ChannelSecurity | None:
+    """How workers are spoken to. The files are read at each connection, and now, to find a fault at the start."""
+    tls = config.internal_tls
+    if tls is None:
+        return None
+    files = PemFiles(tls.cert, tls.key, tls.ca)
+    channel_credentials(files)
+    return ChannelSecurity(files, tls.server_name)
+
+
+def _bind(
+    server: grpc.aio.Server, host: str, port: int, setting: str, credentials: grpc.ServerCredentials | None = None
+) -> str:
     bracketed = f"[{host}]" if ":" in host else host
+    wanted = f"{bracketed}:{port}"
     try:
-        bound = server.add_insecure_port(f"{bracketed}:{port}")
+        bound = server.add_insecure_port(wanted) if credentials is None else server.add_secure_port(wanted, credentials)
     except RuntimeError:
         bound = 0
     if bound == 0:

@@ -15,6 +15,7 @@ from kvservice.gateway.dispatch import Stopwatch
 from kvservice.gateway.interceptors import Context
 from kvservice.gateway.runs import Run
 from kvservice.gateway.sessions import Sessions
+from kvservice.telemetry.logging import bind_log_fields
 from kvservice.v1 import sessions_pb2
 from kvservice.v1.sessions_pb2_grpc import SessionServiceServicer
 
@@ -53,6 +54,7 @@ class SessionServicer(SessionServiceServicer):
     ) -> AsyncIterator[sessions_pb2.AppendResponse]:
         watch = Stopwatch(context.time_remaining())
         upload = await collect(request_iterator, self._limits)
+        bind_log_fields(session_id=upload.start.session_id)
         # A connection that broke looks like the end of the document. Writing to it fails, and so half a document isn't
         # taken for a whole one.
         yield sessions_pb2.AppendResponse(progress=sessions_pb2.AppendProgress())

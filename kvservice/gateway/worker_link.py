@@ -8,16 +8,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 
 import grpc
 
 from kvservice.errors import KVServiceError, Unavailable, error_class
 from kvservice.gateway.placement import WorkerView
 from kvservice.internal import convert
+from kvservice.internal.tls import PemFiles, channel_credentials, server_name_options
 from kvservice.internal.v1 import worker_pb2, worker_pb2_grpc
 from kvservice.store.base import WorkerRecord
 from kvservice.store.tasks import end_tasks
+from kvservice.telemetry.tracing import TRACING
 from kvservice.types import CallId, Headroom, PromptFormat, SessionId, TextRole, WorkerId
 from kvservice.v1 import admin_pb2
 
@@ -37,6 +40,26 @@ _OPTIONS = (
     # Each link has a connection of its own, so that a restarted worker isn't met with the backoff of its predecessor.
     ("grpc.use_local_subchannel_pool", 1),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelSecurity:
+    """Mutual TLS to workers; their certificates hold `server_name`."""
+
+    files: PemFiles
+    server_name: str
+
+
+CREDENTIALS: ContextVar[ChannelSecurity | None] = ContextVar("CREDENTIALS", default=None)
+"""Set by a gateway before it looks for workers, for all of its tasks. None: workers are on loopback, without TLS."""
+
+
+def _channel(address: str) -> grpc.aio.Channel:
+    security = CREDENTIALS.get()
+    if security is None:
+        return grpc.aio.insecure_channel(address, options=_OPTIONS)
+    options = (*_OPTIONS, *server_name_options(security.server_name))
+    return grpc.aio.secure_channel(address, channel_credentials(security.files), options=options)
 
 
 def failure_error(failure: worker_pb2.Failure) -> KVServiceError:
@@ -133,7 +156,7 @@ class WorkerLink:
         Raises:
             Unavailable: the worker can't be reached, or is another one than the lease says.
         """
-        self._channel = grpc.aio.insecure_channel(self.record.address, options=_OPTIONS)
+        self._channel = _channel(self.record.address)
         self._stub = worker_pb2_grpc.WorkerServiceStub(self._channel)
         self.send(worker_pb2.ConnectRequest(hello=worker_pb2.Hello(gateway_id=self._gateway_id)))
         stream = self._stub.Connect(self._requests())
@@ -161,6 +184,7 @@ class WorkerLink:
         """
         if self.closed:
             raise self._gone()
+        submit.traceparent = TRACING.traceparent()
         call_id = CallId(submit.call_id)
         call = WorkerCall(call_id, self)
         answer: asyncio.Future[worker_pb2.Admission] = asyncio.get_running_loop().create_future()

@@ -1,1 +1,1 @@
-"""What the service says about itself: logs. Knows nothing of what is logged."""
+"""What the service says about itself: logs, metrics, traces. Knows nothing of what is logged, counted or traced."""

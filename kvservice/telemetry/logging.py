@@ -4,6 +4,8 @@ An event is a constant string; what varies goes in `extra`:
 
     logger.info("call_refused", extra={"reason": error.reason})
 
+What holds for all that follows in a task, such as tenant and session, is bound once with `bind_log_fields`.
+
 Knows nothing of the events. Nobody logs token text, documents or keys.
 """
 
@@ -12,9 +14,26 @@ from __future__ import annotations
 import json as jsonlib
 import logging
 import sys
+from contextvars import ContextVar
 from datetime import UTC, datetime
+from types import MappingProxyType
 
 _OWN_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+_BOUND: ContextVar[MappingProxyType[str, str]] = ContextVar("_BOUND", default=MappingProxyType({}))
+
+
+def bind_log_fields(**fields: str) -> None:
+    """Adds fields to every record of the current task from here on, and of the tasks that it starts."""
+    _BOUND.set(MappingProxyType({**_BOUND.get(), **fields}))
+
+
+def _add_bound_fields(record: logging.LogRecord) -> bool:
+    for name, value in _BOUND.get().items():
+        # What the call itself says goes first.
+        vars(record).setdefault(name, value)
+    return True
 
 
 def event_fields(record: logging.LogRecord) -> dict[str, object]:
@@ -58,6 +77,7 @@ def configure_logging(level: str = "INFO", *, json: bool = False) -> None:
     Called once, by the command that runs. A second call replaces the first.
     """
     handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(_add_bound_fields)
     handler.setFormatter(JsonFormatter() if json else HumanFormatter())
     root = logging.getLogger()
     for old in root.handlers[:]:

@@ -89,6 +89,7 @@ class GetStatsResponse(_message.Message):
     RUNNING_CALLS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
     sessions: _builtins.int
     waiting_calls: _builtins.int
     running_calls: _builtins.int
@@ -96,6 +97,10 @@ class GetStatsResponse(_message.Message):
     version: _builtins.str
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerStats]: ...
+    @_builtins.property
+    def tenants(self) -> _containers.RepeatedCompositeFieldContainer[Global___TenantStats]:
+        """Those with a quota of their own, and those that have called this gateway since it started."""
+
     def __init__(
         self,
         *,
@@ -105,14 +110,78 @@ class GetStatsResponse(_message.Message):
         running_calls: _builtins.int = ...,
         draining: _builtins.bool = ...,
         version: _builtins.str = ...,
+        tenants: _abc.Iterable[Global___TenantStats] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "running_calls", b"running_calls", "sessions", b"sessions", "version", b"version", "waiting_calls", b"waiting_calls", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "running_calls", b"running_calls", "sessions", b"sessions", "tenants", b"tenants", "version", b"version", "waiting_calls", b"waiting_calls", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatsResponse: _TypeAlias = GetStatsResponse  # noqa: Y015
+
+@_typing.final
+class TenantStats(_message.Message):
+    """A tenant, as the gateway that answers sees it. Its limits hold over all gateways."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    RUNNING_CALLS_FIELD_NUMBER: _builtins.int
+    REQUESTS_PER_MINUTE_FIELD_NUMBER: _builtins.int
+    TOKENS_PER_MINUTE_FIELD_NUMBER: _builtins.int
+    CONCURRENT_CALLS_FIELD_NUMBER: _builtins.int
+    DOCUMENT_TOKENS_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    requests: _builtins.int
+    """Since the gateway started: calls of any kind, of these refused for a quota, and tokens charged."""
+    refused: _builtins.int
+    tokens: _builtins.int
+    running_calls: _builtins.int
+    """Appends and Generates that this gateway carries out."""
+    requests_per_minute: _builtins.float
+    """Unset: no limit."""
+    tokens_per_minute: _builtins.float
+    concurrent_calls: _builtins.int
+    document_tokens: _builtins.int
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        requests: _builtins.int = ...,
+        refused: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+        running_calls: _builtins.int = ...,
+        requests_per_minute: _builtins.float | None = ...,
+        tokens_per_minute: _builtins.float | None = ...,
+        concurrent_calls: _builtins.int | None = ...,
+        document_tokens: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_concurrent_calls", b"_concurrent_calls", "_document_tokens", b"_document_tokens", "_requests_per_minute", b"_requests_per_minute", "_tokens_per_minute", b"_tokens_per_minute", "concurrent_calls", b"concurrent_calls", "document_tokens", b"document_tokens", "requests_per_minute", b"requests_per_minute", "tokens_per_minute", b"tokens_per_minute"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_concurrent_calls", b"_concurrent_calls", "_document_tokens", b"_document_tokens", "_requests_per_minute", b"_requests_per_minute", "_tokens_per_minute", b"_tokens_per_minute", "concurrent_calls", b"concurrent_calls", "document_tokens", b"document_tokens", "refused", b"refused", "requests", b"requests", "requests_per_minute", b"requests_per_minute", "running_calls", b"running_calls", "tenant", b"tenant", "tokens", b"tokens", "tokens_per_minute", b"tokens_per_minute"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__concurrent_calls: _TypeAlias = _typing.Literal["concurrent_calls"]  # noqa: Y015
+    _WhichOneofArgType__concurrent_calls: _TypeAlias = _typing.Literal["_concurrent_calls", b"_concurrent_calls"]  # noqa: Y015
+    _WhichOneofReturnType__document_tokens: _TypeAlias = _typing.Literal["document_tokens"]  # noqa: Y015
+    _WhichOneofArgType__document_tokens: _TypeAlias = _typing.Literal["_document_tokens", b"_document_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__requests_per_minute: _TypeAlias = _typing.Literal["requests_per_minute"]  # noqa: Y015
+    _WhichOneofArgType__requests_per_minute: _TypeAlias = _typing.Literal["_requests_per_minute", b"_requests_per_minute"]  # noqa: Y015
+    _WhichOneofReturnType__tokens_per_minute: _TypeAlias = _typing.Literal["tokens_per_minute"]  # noqa: Y015
+    _WhichOneofArgType__tokens_per_minute: _TypeAlias = _typing.Literal["_tokens_per_minute", b"_tokens_per_minute"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__concurrent_calls) -> _WhichOneofReturnType__concurrent_calls | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__document_tokens) -> _WhichOneofReturnType__document_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__requests_per_minute) -> _WhichOneofReturnType__requests_per_minute | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tokens_per_minute) -> _WhichOneofReturnType__tokens_per_minute | None: ...
+
+Global___TenantStats: _TypeAlias = TenantStats  # noqa: Y015
 
 @_typing.final
 class WorkerStats(_message.Message):
@@ -265,6 +334,10 @@ Global___TierStats: _TypeAlias = TierStats  # noqa: Y015
 
 @_typing.final
 class SetQuotaRequest(_message.Message):
+    """What is unset stays as it is. For requests_per_minute, tokens_per_minute, concurrent_calls and document_tokens 0 takes
+    the tenant's own limit away: the service's default holds then.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TENANT_FIELD_NUMBER: _builtins.int
@@ -273,12 +346,20 @@ class SetQuotaRequest(_message.Message):
     REDIS_BYTES_FIELD_NUMBER: _builtins.int
     SESSIONS_FIELD_NUMBER: _builtins.int
     TOKENS_PER_MINUTE_FIELD_NUMBER: _builtins.int
+    REQUESTS_PER_MINUTE_FIELD_NUMBER: _builtins.int
+    CONCURRENT_CALLS_FIELD_NUMBER: _builtins.int
+    DOCUMENT_TOKENS_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     device_bytes: _builtins.int
     host_bytes: _builtins.int
     redis_bytes: _builtins.int
     sessions: _builtins.int
     tokens_per_minute: _builtins.float
+    requests_per_minute: _builtins.float
+    concurrent_calls: _builtins.int
+    """Appends and Generates at a time."""
+    document_tokens: _builtins.int
+    """Of one Append, or of the document of one Generate without a session."""
     def __init__(
         self,
         *,
@@ -288,27 +369,42 @@ class SetQuotaRequest(_message.Message):
         redis_bytes: _builtins.int | None = ...,
         sessions: _builtins.int | None = ...,
         tokens_per_minute: _builtins.float | None = ...,
+        requests_per_minute: _builtins.float | None = ...,
+        concurrent_calls: _builtins.int | None = ...,
+        document_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_device_bytes", b"_device_bytes", "_host_bytes", b"_host_bytes", "_redis_bytes", b"_redis_bytes", "_sessions", b"_sessions", "_tokens_per_minute", b"_tokens_per_minute", "device_bytes", b"device_bytes", "host_bytes", b"host_bytes", "redis_bytes", b"redis_bytes", "sessions", b"sessions", "tokens_per_minute", b"tokens_per_minute"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_concurrent_calls", b"_concurrent_calls", "_device_bytes", b"_device_bytes", "_document_tokens", b"_document_tokens", "_host_bytes", b"_host_bytes", "_redis_bytes", b"_redis_bytes", "_requests_per_minute", b"_requests_per_minute", "_sessions", b"_sessions", "_tokens_per_minute", b"_tokens_per_minute", "concurrent_calls", b"concurrent_calls", "device_bytes", b"device_bytes", "document_tokens", b"document_tokens", "host_bytes", b"host_bytes", "redis_bytes", b"redis_bytes", "requests_per_minute", b"requests_per_minute", "sessions", b"sessions", "tokens_per_minute", b"tokens_per_minute"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_device_bytes", b"_device_bytes", "_host_bytes", b"_host_bytes", "_redis_bytes", b"_redis_bytes", "_sessions", b"_sessions", "_tokens_per_minute", b"_tokens_per_minute", "device_bytes", b"device_bytes", "host_bytes", b"host_bytes", "redis_bytes", b"redis_bytes", "sessions", b"sessions", "tenant", b"tenant", "tokens_per_minute", b"tokens_per_minute"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_concurrent_calls", b"_concurrent_calls", "_device_bytes", b"_device_bytes", "_document_tokens", b"_document_tokens", "_host_bytes", b"_host_bytes", "_redis_bytes", b"_redis_bytes", "_requests_per_minute", b"_requests_per_minute", "_sessions", b"_sessions", "_tokens_per_minute", b"_tokens_per_minute", "concurrent_calls", b"concurrent_calls", "device_bytes", b"device_bytes", "document_tokens", b"document_tokens", "host_bytes", b"host_bytes", "redis_bytes", b"redis_bytes", "requests_per_minute", b"requests_per_minute", "sessions", b"sessions", "tenant", b"tenant", "tokens_per_minute", b"tokens_per_minute"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__concurrent_calls: _TypeAlias = _typing.Literal["concurrent_calls"]  # noqa: Y015
+    _WhichOneofArgType__concurrent_calls: _TypeAlias = _typing.Literal["_concurrent_calls", b"_concurrent_calls"]  # noqa: Y015
     _WhichOneofReturnType__device_bytes: _TypeAlias = _typing.Literal["device_bytes"]  # noqa: Y015
     _WhichOneofArgType__device_bytes: _TypeAlias = _typing.Literal["_device_bytes", b"_device_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__document_tokens: _TypeAlias = _typing.Literal["document_tokens"]  # noqa: Y015
+    _WhichOneofArgType__document_tokens: _TypeAlias = _typing.Literal["_document_tokens", b"_document_tokens"]  # noqa: Y015
     _WhichOneofReturnType__host_bytes: _TypeAlias = _typing.Literal["host_bytes"]  # noqa: Y015
     _WhichOneofArgType__host_bytes: _TypeAlias = _typing.Literal["_host_bytes", b"_host_bytes"]  # noqa: Y015
     _WhichOneofReturnType__redis_bytes: _TypeAlias = _typing.Literal["redis_bytes"]  # noqa: Y015
     _WhichOneofArgType__redis_bytes: _TypeAlias = _typing.Literal["_redis_bytes", b"_redis_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__requests_per_minute: _TypeAlias = _typing.Literal["requests_per_minute"]  # noqa: Y015
+    _WhichOneofArgType__requests_per_minute: _TypeAlias = _typing.Literal["_requests_per_minute", b"_requests_per_minute"]  # noqa: Y015
     _WhichOneofReturnType__sessions: _TypeAlias = _typing.Literal["sessions"]  # noqa: Y015
     _WhichOneofArgType__sessions: _TypeAlias = _typing.Literal["_sessions", b"_sessions"]  # noqa: Y015
     _WhichOneofReturnType__tokens_per_minute: _TypeAlias = _typing.Literal["tokens_per_minute"]  # noqa: Y015
     _WhichOneofArgType__tokens_per_minute: _TypeAlias = _typing.Literal["_tokens_per_minute", b"_tokens_per_minute"]  # noqa: Y015
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__concurrent_calls) -> _WhichOneofReturnType__concurrent_calls | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__device_bytes) -> _WhichOneofReturnType__device_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__document_tokens) -> _WhichOneofReturnType__document_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__host_bytes) -> _WhichOneofReturnType__host_bytes | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__redis_bytes) -> _WhichOneofReturnType__redis_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__requests_per_minute) -> _WhichOneofReturnType__requests_per_minute | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__sessions) -> _WhichOneofReturnType__sessions | None: ...
     @_typing.overload

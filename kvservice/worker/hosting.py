@@ -49,7 +49,7 @@ class HostedWorker:
         Raises:
             Unavailable: it has ended.
         """
-        return await self._ask(lambda: self._worker.stats())
+        return await asyncio.wrap_future(self._worker.stats())
 
     async def check(self, timeout_s: float) -> None:
         """Raises Unavailable unless the worker's engine advances within `timeout_s`."""

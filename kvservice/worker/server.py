@@ -9,7 +9,7 @@ import asyncio
 import ipaddress
 import logging
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import grpc
@@ -17,6 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[i
 
 from kvservice.config.worker import WorkerConfig
 from kvservice.errors import ConfigError, Unavailable
+from kvservice.internal.tls import PemFiles, server_credentials
 from kvservice.internal.v1 import worker_pb2
 from kvservice.internal.v1.worker_pb2_grpc import add_WorkerServiceServicer_to_server
 from kvservice.types import Grammar, ModelInfo, WorkerId, WorkerStats
@@ -101,15 +102,18 @@ class WorkerServer:
         """Binds, makes the engine, registers, serves. On an error everything is taken back.
 
         Raises:
-            ConfigError: the host isn't loopback, or the port is taken.
+            ConfigError: the host isn't loopback and there is no TLS, its files can't be used, or the port is taken.
         """
-        _check_loopback(self._config.host)
+        tls = self._config.tls
+        if tls is None:
+            _check_loopback(self._config.host)
+        credentials = server_credentials(PemFiles(tls.cert, tls.key, tls.ca)) if tls is not None else None
         self._event_loop = asyncio.get_running_loop()
         self._grpc = grpc.aio.server(options=_SERVER_OPTIONS)
         add_WorkerServiceServicer_to_server(self._servicer, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         try:
-            self.address = _bind(self._grpc, self._config.host, self._config.port)
+            self.address = _bind(self._grpc, self._config.host, self._config.port, credentials)
             model = await asyncio.wrap_future(self._engine.start())
             self._model = replace(model, default_recipe=self._config.recipe)
             await self._registration.start(self.address)
@@ -122,6 +126,10 @@ class WorkerServer:
             "worker_started",
             extra={"worker_id": self._worker_id, "address": self.address, "model": self._model.name},
         )
+
+    def stats(self) -> Future[WorkerStats]:
+        """The engine's counters; may be called from any thread. Holds Unavailable once the worker has stopped."""
+        return self._engine.stats()
 
     async def drain(self, grace_s: float | None = None) -> None:
         """Lets running calls end within the grace (None: the configured one), cancels the rest, stops."""
@@ -144,14 +152,6 @@ class WorkerServer:
             logger.info("drain_started", extra={"running_calls": running, "grace_s": grace_s})
             self._drain = asyncio.create_task(self._finish_drain(grace_s), name="worker drain")
         return running
-
-    async def stats(self) -> WorkerStats:
-        """The engine's counters.
-
-        Raises:
-            Unavailable: the worker has stopped.
-        """
-        return await asyncio.wrap_future(self._engine.stats())
 
     async def check(self, timeout_s: float) -> None:
         """Returns if the engine's loop advances.
@@ -226,16 +226,17 @@ def _check_loopback(host: str) -> None:
         is_loopback = False
     if not is_loopback:
         raise ConfigError(
-            f"worker host {host!r}: workers listen on loopback only until their channel has TLS; "
-            "use 127.0.0.1, ::1 or localhost",
+            f"worker host {host!r}: without TLS workers listen on loopback only; set worker.tls, or use 127.0.0.1, "
+            "::1 or localhost",
             field="host",
         )
 
 
-def _bind(server: grpc.aio.Server, host: str, port: int) -> str:
+def _bind(server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None) -> str:
     name = f"[{host}]" if ":" in host else host
+    wanted = f"{name}:{port}"
     try:
-        bound = server.add_insecure_port(f"{name}:{port}")
+        bound = server.add_insecure_port(wanted) if credentials is None else server.add_secure_port(wanted, credentials)
     except RuntimeError as error:
         raise ConfigError(
             f"can't listen on {name}:{port}: the port is taken or not allowed; choose another, or 0 for any free one",

@@ -200,6 +200,7 @@ class Servicer(WorkerServiceServicer):
         except KVServiceError as error:
             self._engine.refuse(stream, call_id, error)
         else:
+            stream.trace(call_id, submit.traceparent, submit.session_id)
             self._engine.submit(stream, call)
 
 

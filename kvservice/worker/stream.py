@@ -16,6 +16,7 @@ from kvservice.internal.convert import headroom_to_proto, model_to_proto
 from kvservice.internal.v1 import worker_pb2
 from kvservice.types import CallId, Headroom, ModelInfo, WorkerId
 from kvservice.worker import convert
+from kvservice.worker.call_spans import CallSpans
 from kvservice.worker.outputs import Admission, Connected, Output, Released, Stepped
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ class GatewayStream:
         """Made in the event loop that will read `messages`. `key` tells this stream's calls from other streams'."""
         self.gateway_id = gateway_id
         self._prefix = f"{key}:"
+        self._worker_id = worker_id
+        self._spans = CallSpans()
         self._welcome = worker_pb2.Welcome(worker_id=worker_id, epoch=epoch, model=model_to_proto(model))
         self._max_messages = max_messages
         self._waiting: deque[tuple[Output, Headroom]] = deque()
@@ -53,6 +56,10 @@ class GatewayStream:
     def internal_id(self, call_id: str) -> CallId:
         """The worker's own name of the gateway's `call_id`."""
         return CallId(self._prefix + call_id)
+
+    def trace(self, call_id: CallId, parent: str, session_id: str) -> None:
+        """Has a call traced that is about to be submitted, if its gateway traces it."""
+        self._spans.begin(call_id, parent, worker=self._worker_id, session_id=session_id)
 
     def deliver(self, output: Output, headroom: Headroom) -> None:
         """See `Listener`."""
@@ -75,6 +82,7 @@ class GatewayStream:
         while True:
             self._news.clear()
             while self._waiting:
+                self._spans.take(self._waiting[0][0])
                 yield self._message(*self._waiting.popleft())
             if self._has_ended:
                 return

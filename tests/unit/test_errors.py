@@ -36,4 +36,4 @@ def test_what_callers_are_told_is_kept() -> None:
 
 def test_only_errors_that_may_pass_are_retryable() -> None:
     retryable = {error.__name__ for error in all_errors() if error.retryable}
-    assert retryable == {"Conflict", "Overloaded", "Unavailable"}
+    assert retryable == {"Conflict", "Overloaded", "QuotaExceeded", "Unavailable"}

@@ -111,6 +111,7 @@ class Submit(_message.Message):
     ON_MISS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     DEADLINE_S_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     call_id: _builtins.str
     session_id: _builtins.str
     tenant_tag: _builtins.bytes
@@ -122,6 +123,8 @@ class Submit(_message.Message):
     priority: _builtins.int
     deadline_s: _builtins.float
     """Seconds that the call has left; 0: as long as it takes."""
+    traceparent: _builtins.str
+    """W3C trace context of the gateway's span; empty: the call isn't traced."""
     @_builtins.property
     def base_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """All tokens of the session before this call. KV that the worker doesn't hold is computed again."""
@@ -144,10 +147,11 @@ class Submit(_message.Message):
         on_miss: _common_pb2.OnMiss.ValueType = ...,
         priority: _builtins.int = ...,
         deadline_s: _builtins.float = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["append", b"append", "generate", b"generate", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["append", b"append", "base_token_ids", b"base_token_ids", "call_id", b"call_id", "deadline_s", b"deadline_s", "generate", b"generate", "on_miss", b"on_miss", "priority", b"priority", "recipe", b"recipe", "retain", b"retain", "session_id", b"session_id", "tenant_tag", b"tenant_tag", "work", b"work"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["append", b"append", "base_token_ids", b"base_token_ids", "call_id", b"call_id", "deadline_s", b"deadline_s", "generate", b"generate", "on_miss", b"on_miss", "priority", b"priority", "recipe", b"recipe", "retain", b"retain", "session_id", b"session_id", "tenant_tag", b"tenant_tag", "traceparent", b"traceparent", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_work: _TypeAlias = _typing.Literal["append", "generate"]  # noqa: Y015
     _WhichOneofArgType_work: _TypeAlias = _typing.Literal["work", b"work"]  # noqa: Y015

@@ -264,6 +264,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             decode_ms=2.5,
         )
         done.usage.cached_tokens = len(submit.base_token_ids)
+        done.usage.prompt_tokens = len(submit.append.token_ids) + len(submit.generate.prompt_token_ids)
         done.usage.completion_tokens = len(produced)
         done.kv.bytes.device_window = 4096
         return worker_pb2.CallEvent(call_id=submit.call_id, done=done)

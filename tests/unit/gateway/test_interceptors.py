@@ -7,9 +7,13 @@ import pytest
 
 from kvservice import errors
 from kvservice.client.errors import error_from_rpc
+from kvservice.config.gateway import QuotaConfig
 from kvservice.errors import InternalError, KVServiceError, PermissionDenied, Unauthenticated
-from kvservice.gateway.auth import Authenticator, tenant_tag
+from kvservice.gateway.auth import Authenticator, secret_key_id, tenant_tag
 from kvservice.gateway.interceptors import ServiceInterceptor, error_status
+from kvservice.gateway.quotas import Quotas
+from kvservice.store.rates import MemoryRateStore
+from kvservice.telemetry.metrics import GatewayMetrics
 from kvservice.types import Role, TenantId
 from kvservice.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 from tests.unit.gateway.conftest import keys, running
@@ -39,7 +43,9 @@ class Raising(inference_pb2_grpc.InferenceServiceServicer):
 @pytest.fixture
 async def raising():
     servicer = Raising()
-    server = grpc.aio.server(interceptors=[ServiceInterceptor(Authenticator(None))])
+    metrics = GatewayMetrics()
+    quotas = Quotas(MemoryRateStore(), QuotaConfig(), metrics)
+    server = grpc.aio.server(interceptors=[ServiceInterceptor(Authenticator(None), quotas, metrics)])
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -131,8 +137,10 @@ async def test_operators_calls_need_an_operators_key() -> None:
         async with grpc.aio.insecure_channel(service.address) as channel:
             stub = admin_pb2_grpc.AdminServiceStub(channel)
             bearer = (("authorization", "Bearer operator-key"),)
-            error = await raised(stub.SetQuota(admin_pb2.SetQuotaRequest(), metadata=bearer))
+            error = await raised(stub.SetQuota(admin_pb2.SetQuotaRequest(redis_bytes=1), metadata=bearer))
             assert error.status == "UNIMPLEMENTED"
+            error = await raised(stub.SetQuota(admin_pb2.SetQuotaRequest(), metadata=bearer))
+            assert error.field == "tenant"
             error = await raised(stub.Verify(admin_pb2.VerifyRequest(), metadata=bearer))
             assert error.status == "UNIMPLEMENTED"
 
@@ -142,3 +150,6 @@ def test_tags_of_tenants_differ_and_depend_on_the_secret() -> None:
     tags = {tenant_tag(secret, TenantId("a")), tenant_tag(secret, TenantId("b")), tenant_tag(other, TenantId("a"))}
     assert len(tags) == 3
     assert {len(tag) for tag in tags} == {16}
+    # The first two bytes say which secret a tag was made with.
+    assert {tag[:2] for tag in tags} == {secret_key_id(secret), secret_key_id(other)}
+    assert secret_key_id(secret) != secret_key_id(other)
