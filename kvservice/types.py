@@ -318,6 +318,27 @@ def further_answer(shape: ModelShape, recipe: RecipeSpec, shared_tokens: int, nu
 
 
 @dataclass(frozen=True, slots=True)
+class FrameRef:
+    """A frame as a manifest names it.
+
+    Attributes:
+        layer_group: index of the layer group.
+        role: what its payload is, a value of `tier.wire.FrameRole`.
+        start: first token position.
+        stop: one past the last token position.
+        chunk_hash: stands for the tokens up to `stop`.
+        stored_bytes: of the whole value as it lies in the tier; 0: not known yet.
+    """
+
+    layer_group: int
+    role: str
+    start: int
+    stop: int
+    chunk_hash: bytes
+    stored_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """A model as a worker announces it."""
 
@@ -393,6 +414,45 @@ class KvTelemetry:
 
 
 @dataclass(frozen=True, slots=True)
+class Reached:
+    """How the KV of a session's leading tokens was computed: what it takes to compute it again bit for bit.
+
+    Attributes:
+        num_computed: leading tokens that have KV.
+        selected: spans of those that attended to a selection; the others attended to everything before them.
+    """
+
+    num_computed: int = 0
+    selected: tuple[tuple[int, int], ...] = ()
+
+    def until(self, num_tokens: int) -> Reached:
+        """Of the first `num_tokens` tokens."""
+        return Reached(
+            min(self.num_computed, num_tokens),
+            tuple((start, min(stop, num_tokens)) for start, stop in self.selected if start < num_tokens),
+        )
+
+
+NOTHING_REACHED = Reached()
+"""Of a session without KV."""
+
+
+@dataclass(frozen=True, slots=True)
+class RestoredKv:
+    """KV of a session that was brought from a tier.
+
+    Attributes:
+        num_groups: leading groups of 64 tokens.
+        memory: theirs, `[num_groups, layers, kv, 64, 2, d]` in the model's dtype, on the CPU.
+        reached: how the session's tokens were computed.
+    """
+
+    num_groups: int
+    memory: memoryview
+    reached: Reached
+
+
+@dataclass(frozen=True, slots=True)
 class EngineCall:
     """One call on a sequence: read `document_tokens`, then `prompt_tokens`, then generate.
 
@@ -417,6 +477,8 @@ class EngineCall:
     """Calls of a higher one go first, and may take the memory of running calls of a lower one for a while."""
     deadline: float | None = None
     """When the call fails if it still runs; seconds of the engine's clock."""
+    restored: RestoredKv | None = None
+    """KV of `base_tokens`, for an engine that doesn't hold it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -460,6 +522,8 @@ class FinishedEvent:
     appended_tokens: tuple[int, ...]
     prefill_ms: float
     decode_ms: float
+    reached: Reached = NOTHING_REACHED
+    """Of the session after the call."""
 
     @property
     def finish_reason(self) -> FinishReason:

@@ -8,8 +8,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import importlib
+import logging
 import os
+import time
+from collections.abc import Callable
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,15 +21,23 @@ from kvservice.cli.settings import Settings
 from kvservice.config.engine import EngineConfig
 from kvservice.config.service import ServiceConfig
 from kvservice.config.worker import WorkerConfig
+from kvservice.errors import ConfigError
 from kvservice.store.base import StateStore
+from kvservice.types import WorkerId
 
 if TYPE_CHECKING:
     from kvservice.compression.sharing import SharingPlan
     from kvservice.engine import Engine
     from kvservice.engine.grammar import GrammarCompiler
     from kvservice.models.base import Model, ModelSpec
+    from kvservice.tier.groups import FrameSet
+    from kvservice.tier.journal import FrameJournal
+    from kvservice.tier.restore import GroupReader
     from kvservice.tier.writer import WriteBehind
     from kvservice.worker.server import WorkerServer
+    from kvservice.worker.stored import StoredKv
+
+logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 5.0
 """What the last frames get to reach Redis in when the worker ends."""
@@ -45,14 +57,19 @@ async def worker(config: WorkerConfig, store: StateStore, stack: AsyncExitStack)
 
     folder = await asyncio.to_thread(resolve, config.model, None)
     tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
-    frames = await _open_frames(config, stack)
+    tier = await _open_tier(config, store, stack)
     grammars = Grammars(tokenizer, tokenizer.vocab_size)
     server = WorkerServer(
         config,
-        lambda: make_engine(config, folder, frames, grammars),
+        lambda: (
+            make_engine(config, folder, None, grammars)
+            if tier is None
+            else make_engine(config, folder, tier.frames, grammars, tier.describe)
+        ),
         tokenizer,
         store,
         compile_grammar=grammars.compile,
+        stored=tier.stored if tier is not None else None,
     )
     stack.push_async_callback(server.stop)
     return server
@@ -64,17 +81,64 @@ def load_libraries() -> None:
     importlib.import_module("kvservice.models.loader")
 
 
-async def _open_frames(config: WorkerConfig, stack: AsyncExitStack) -> WriteBehind | None:
-    """The way to the kv Redis, found to be there; none when no Redis was named."""
-    from kvservice.tier.base import open_tier
-    from kvservice.tier.writer import WriteBehind
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """A worker's way to the kv Redis.
+
+    Attributes:
+        frames: writes.
+        journal: knows what was written.
+        reader: reads.
+        stored: publishes, and brings back.
+    """
+
+    frames: WriteBehind
+    journal: FrameJournal
+    reader: GroupReader
+    stored: StoredKv
+
+    def describe(self, frame_set: FrameSet) -> None:
+        """The model is loaded: this is what its frames look like."""
+        self.journal.describe(frame_set.fingerprint, frame_set.codec, frame_set.chunk_groups)
+        self.reader.serve(frame_set)
+
+
+async def _open_tier(config: WorkerConfig, store: StateStore, stack: AsyncExitStack) -> Tier | None:
+    """The way to the kv Redis, found to be there and fit, and what publishes it; none when no Redis was named."""
+    from kvservice.store.blobs import RedisBlobs
+    from kvservice.tier.base import open_source, open_tier
+    from kvservice.tier.journal import FrameJournal, JournaledWriter
+    from kvservice.tier.reader import FrameReader
+    from kvservice.tier.restore import GroupReader
+    from kvservice.worker.resuming import Resumer
+    from kvservice.worker.stored import StoredKv
 
     if config.redis_url is None:
         return None
-    frames = WriteBehind(open_tier(config.redis_url.get_secret_value()))
+    url = config.redis_url.get_secret_value()
+    blobs = RedisBlobs(url)
+    stack.push_async_callback(blobs.aclose)
+    for problem in await blobs.check():
+        if problem.fatal:
+            raise ConfigError(problem.message, reason="kv_server")
+        logger.warning("kv_server_unfit", extra={"why": problem.message})
+    journal = FrameJournal()
+    frames = JournaledWriter(open_tier(url), journal, ttl_s=config.kv_ttl_s)
     await asyncio.to_thread(frames.start)
     stack.push_async_callback(asyncio.to_thread, frames.close, CLOSE_TIMEOUT_S)
-    return frames
+    frame_reader = FrameReader(open_source(url))
+    stack.push_async_callback(asyncio.to_thread, frame_reader.close)
+    reader = GroupReader(frame_reader)
+    stored = StoredKv(
+        WorkerId(config.worker_id),
+        store,
+        blobs,
+        journal,
+        ttl_s=config.kv_ttl_s,
+        scrub_interval_s=config.scrub_interval_s,
+        resumer=Resumer(reader, time.monotonic),
+    )
+    return Tier(frames, journal, reader, stored)
 
 
 def open_model(config: WorkerConfig, folder: Path) -> Model:
@@ -97,7 +161,11 @@ def open_model(config: WorkerConfig, folder: Path) -> Model:
 
 
 def make_engine(
-    config: WorkerConfig, folder: Path, frames: WriteBehind | None = None, grammars: GrammarCompiler | None = None
+    config: WorkerConfig,
+    folder: Path,
+    frames: WriteBehind | None = None,
+    grammars: GrammarCompiler | None = None,
+    on_frames: Callable[[FrameSet], None] | None = None,
 ) -> Engine:
     """Loads the model and makes its engine. Blocks for as long as that takes; called in the engine's thread.
 
@@ -106,6 +174,7 @@ def make_engine(
         folder: of the model.
         frames: where KV is written behind to; None: nowhere.
         grammars: for answers held to one; without it such calls are refused.
+        on_frames: told what the frames look like, before the first is written.
 
     Raises:
         ModelError: the model can't be used, or its layers can't share keys and a map was named.
@@ -135,6 +204,8 @@ def make_engine(
         **({"sharing": sharing.digest} if sharing else {}),
     )
     frame_set = FrameSet(fingerprint, layout.group_shape, layout.dtype)
+    if on_frames is not None:
+        on_frames(frame_set)
     writer = GroupFrames(frames, frame_set)
     return Engine(model, engine_config(config), writer, grammars, sharing=sharing)
 

@@ -170,7 +170,7 @@ async def _start_gateway(config: ServiceConfig, stack: contextlib.AsyncExitStack
 async def _open_store(config: ServiceConfig, stack: contextlib.AsyncExitStack) -> StateStore:
     if config.state_url is None:
         raise ConfigError(f"no state Redis: give --state-url, or set {STATE_URL_VARIABLE}")
-    store = await open_state_store(config.state_url.get_secret_value())
+    store = await open_state_store(config.state_url.get_secret_value(), config.worker.tenant_stored_bytes)
     stack.push_async_callback(store.aclose)
     return store
 

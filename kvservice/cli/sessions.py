@@ -1,4 +1,4 @@
-"""`kvservice sessions list|show|close`: a tenant's sessions."""
+"""`kvservice sessions list|show|fork|move|truncate|close`: a tenant's sessions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from kvservice.client import Client, SessionInfo
 
 app = typer.Typer(
-    help="List, show and close sessions. The API key is read from KVSERVICE_API_KEY.", no_args_is_help=True
+    help="List, show, fork, move, truncate and close sessions. The API key is read from KVSERVICE_API_KEY.",
+    no_args_is_help=True,
 )
 
 SessionIds = Annotated[list[str], typer.Argument(help="Ids of sessions.", metavar="ID...")]
@@ -66,6 +67,37 @@ def show(
         "last error": session.last_error or "none",
     }
     show_table("Session", ("field", "value"), list(rows.items()))
+
+
+@app.command("fork")
+def fork(
+    session_id: Annotated[str, typer.Argument(help="Id of the session.")], address: Address = DEFAULT_ADDRESS
+) -> None:
+    """Begin a session with all tokens of another, and print its id."""
+    forked = call_service(address, lambda client: client.fork_session(session_id))
+    typer.echo(forked.session_id)
+
+
+@app.command("move")
+def move(
+    session_id: Annotated[str, typer.Argument(help="Id of the session.")],
+    worker: Annotated[str, typer.Option("--worker", help="Where to; by default the service chooses.")] = "",
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
+    """Hand a session to another worker. Needs the role `operator`."""
+    moved = call_service(address, lambda client: client.move_session(session_id, worker))
+    typer.echo(f"{session_id}: at {moved.worker_id}")
+
+
+@app.command("truncate")
+def truncate(
+    session_id: Annotated[str, typer.Argument(help="Id of the session.")],
+    to_tokens: Annotated[int, typer.Argument(help="Tokens that stay.", min=0)],
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
+    """Take a session back to its first tokens."""
+    left = call_service(address, lambda client: client.truncate_session(session_id, to_tokens))
+    typer.echo(f"{session_id}: {left.num_tokens:,} tokens")
 
 
 @app.command("close")

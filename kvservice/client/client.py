@@ -283,6 +283,42 @@ class Client:
         response = await self._unary(lambda: self._sessions.Close(request, **self._call_options()))
         return response.freed_device_bytes, response.freed_host_bytes
 
+    async def truncate_session(
+        self,
+        session_id: str,
+        to_tokens: int,
+        *,
+        expected_num_tokens: int | None = None,
+        request_id: str | None = None,
+    ) -> SessionInfo:
+        """Takes a session back to its first `to_tokens` tokens."""
+        request = sessions_pb2.TruncateRequest(
+            session_id=session_id,
+            request_id=request_id or _new_id(),
+            expected_num_tokens=expected_num_tokens,
+            to_tokens=to_tokens,
+        )
+        response = await self._unary(lambda: self._sessions.Truncate(request, **self._call_options()))
+        return convert.session(response.session)
+
+    async def fork_session(
+        self, session_id: str, *, expected_num_tokens: int | None = None, request_id: str | None = None
+    ) -> SessionInfo:
+        """Begins a session with all tokens of another; gives the new one. They share what is stored of them."""
+        request = sessions_pb2.ForkRequest(
+            session_id=session_id, request_id=request_id or _new_id(), expected_num_tokens=expected_num_tokens
+        )
+        response = await self._unary(lambda: self._sessions.Fork(request, **self._call_options()))
+        return convert.session(response.session)
+
+    async def move_session(self, session_id: str, worker_id: str = "", *, request_id: str | None = None) -> SessionInfo:
+        """Hands a session to another worker, to one that the service chooses if none is named. Role operator."""
+        request = sessions_pb2.MoveRequest(
+            session_id=session_id, request_id=request_id or _new_id(), worker_id=worker_id
+        )
+        response = await self._unary(lambda: self._sessions.Move(request, **self._call_options()))
+        return convert.session(response.session)
+
     # Without a session
 
     async def complete(

@@ -65,6 +65,16 @@ class WorkerConfig(BaseModel):
     )
     redis_url: SecretStr | None = Field(None, description="the kv Redis; unset: KV goes no further than host memory")
 
+    kv_ttl_s: float = Field(
+        3600.0, ge=60, description="stored KV that nobody has used or renewed for so long is gone; workers renew theirs"
+    )
+    scrub_interval_s: float = Field(
+        60.0, gt=0, description="between two rounds that compare the ledger with what the kv Redis holds"
+    )
+    tenant_stored_bytes: PositiveBytes = Field(
+        default=ByteSize(64 * 2**30), description="most bytes in the kv Redis of a tenant without a quota of its own"
+    )
+
     @field_validator("recipe")
     @classmethod
     def _recipe_is_served(cls, name: str) -> str:

@@ -7,14 +7,14 @@ from itertools import count
 
 from kvservice.engine.calls import Calls
 from kvservice.engine.demand import Wish
-from kvservice.engine.finding import check_tokens, find, num_given, usable
+from kvservice.engine.finding import Found, check_tokens, find, num_given, usable
 from kvservice.engine.grammar import GrammarCompiler
 from kvservice.engine.room import Room
 from kvservice.engine.running import RunningSequence
 from kvservice.engine.sampler import SamplerRow
 from kvservice.engine.sequences import HeldSequences
 from kvservice.errors import Conflict, FailedPrecondition, InvalidRequest, Overloaded
-from kvservice.types import EngineCall, ModelShape, OnMiss
+from kvservice.types import GROUP_TOKENS, SINK_TOKENS, Distant, EngineCall, ModelShape, OnMiss, Reached, RestoredKv
 
 
 class Admission:
@@ -56,14 +56,20 @@ class Admission:
         tokens = [*call.base_tokens, *call.document_tokens, *call.prompt_tokens]
         rows = self._sampler_rows(call, tokens)
         found = find(call, tokens, self._sequences)
-        if found.num_missing and call.on_miss is OnMiss.FAIL:
+        brought = call.restored if found.num_missing else None
+        takes_kv = brought is not None and _is_more(brought, found, call)
+        if found.num_missing and call.on_miss is OnMiss.FAIL and not takes_kv:
             raise FailedPrecondition(
                 f"KV of {found.num_missing} tokens is held nowhere and on_miss is fail; allow recompute",
                 reason="kv_missing",
             )
+        if takes_kv:
+            found = Found(self._sequences.new(call.recipe), None, 0, len(call.base_tokens), 0)
+        reached = _reached(brought, call) if brought is not None else None
+        # What is known to have had KV is counted when it is computed again.
+        num_known = max(found.num_kept, reached.num_computed if reached is not None else 0)
+        num_missing = found.num_missing if reached is None else _num_beyond(call, num_known)
         documents_end = len(call.base_tokens) + len(call.document_tokens)
-        # Going on from tokens that all have KV: the last is computed again, for its logits.
-        start = min(found.num_kept, len(tokens) - 1)
         sequence = RunningSequence(
             call=call,
             session_id=call.session_id,
@@ -71,10 +77,13 @@ class Admission:
             memory=found.memory if found.donor is None else self._sequences.fork_prefix(found.donor),
             rank=(-call.priority, next(self._numbers)),
             tokens=tokens,
-            kept=start,
-            full_until=documents_end if found.num_missing or call.document_tokens else start,
+            # Going on from tokens that all have KV: the last is computed again, for its logits.
+            kept=min(found.num_kept, len(tokens) - 1),
+            full_until=documents_end if num_missing or call.document_tokens else min(num_known, len(tokens) - 1),
             row=rows[0] if rows else None,
-            recomputed_tokens=found.num_missing,
+            recomputed_tokens=num_missing,
+            reached=reached,
+            restored=brought if takes_kv else None,
         )
         self._room.admit(sequence, found, rows[1:])
 
@@ -109,3 +118,23 @@ class Admission:
             raise InvalidRequest("this engine was started without grammars", field="sampling.grammar")
         compiled = [self._grammars.compile(sampling.grammar) for _ in range(sampling.n)]
         return [SamplerRow(sampling, index, tokens, matcher) for index, matcher in enumerate(compiled)]
+
+
+def _is_more(brought: RestoredKv, found: Found, call: EngineCall) -> bool:
+    """Whether KV that was brought for a call is more than what is held."""
+    num_tokens = SINK_TOKENS + brought.num_groups * GROUP_TOKENS
+    # Frames have keys of every layer.
+    is_kept = call.recipe.distant is not Distant.RESIDENT and not call.recipe.shares_keys
+    return is_kept and brought.num_groups > 0 and found.num_kept < num_tokens <= len(call.base_tokens)
+
+
+def _reached(brought: RestoredKv, call: EngineCall) -> Reached:
+    """How the session's tokens were computed, and will be again. Without an index nothing can select."""
+    reached = brought.reached.until(len(call.base_tokens))
+    return reached if call.recipe.distant is Distant.RECALL else Reached(reached.num_computed)
+
+
+def _num_beyond(call: EngineCall, num_known: int) -> int:
+    """Tokens of a session behind those known to have had KV, less one that never had: the last one of an answer."""
+    beyond = len(call.base_tokens) - num_known
+    return 0 if beyond <= 1 else beyond

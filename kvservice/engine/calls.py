@@ -131,6 +131,7 @@ class Calls:
                 appended_tokens=tuple(main.memory.state.tokens[len(call.base_tokens) :]) if keeps else (),
                 prefill_ms=(first - running.admitted_at) * 1e3,
                 decode_ms=(now - first) * 1e3,
+                reached=main.memory.reaches.reached(len(main.memory.state.tokens if keeps else call.base_tokens)),
             )
         )
         self._meters.note_recompute(usage.recomputed_tokens)

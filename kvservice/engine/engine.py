@@ -54,6 +54,7 @@ from kvservice.recall.reach import Reach
 from kvservice.tier.link import HostLink
 from kvservice.types import (
     GROUP_TOKENS,
+    SINK_TOKENS,
     CallId,
     Distant,
     EngineCall,
@@ -208,6 +209,9 @@ class Engine:
             raise Conflict(f"session {fork_id} is held already", reason="exists")
         have = memory.state.num_computed
         tokens = have if num_tokens is None else num_tokens
+        if num_tokens is None and not self._sequences.is_busy(session_id):
+            # The last token of an answer has no KV, and is the fork's all the same.
+            have = tokens = len(memory.state.tokens)
         if not 0 < tokens <= have:
             raise NotFound(f"num_tokens={tokens}: the session has KV of {have}", reason="beyond_end")
         twin = memory.fork()
@@ -301,7 +305,13 @@ class Engine:
         # Answers beyond the first belong to nobody's session. Frames are of one layer: those that share keys have none.
         if groups is not None and not memory.shared and call.retain and call.tenant_tag and sequence.index == 0:
             tokens = memory.state.tokens[: memory.state.window_start]
-            self._writer.write(call.tenant_tag, call.session_id, first_group, tokens, groups)
+            begin = self._writer.begins_at(call.tenant_tag, call.session_id, first_group)
+            if begin < first_group:
+                groups = torch.cat([memory.distant.load(begin, first_group), groups])
+            self._writer.write(call.tenant_tag, call.session_id, begin, tokens, groups)
+        if sequence.restored is not None and memory.num_computed >= SINK_TOKENS:
+            restored, sequence.restored = sequence.restored, None
+            memory.adopt(self._sequences.groups_of(restored))
 
     def _wait(self) -> None:
         """Nothing can be computed now: waits for bytes on their way, or for the tier."""

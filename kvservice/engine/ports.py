@@ -35,6 +35,10 @@ class GroupWriter(Protocol):
         """
         ...
 
+    def begins_at(self, tenant_tag: bytes, session_id: SessionId, first_group: int) -> int:
+        """From which group on `write` wants groups, when `first_group` is the first new one: that one or an earlier."""
+        ...
+
     def checkpoint(self, tenant_tag: bytes, session_id: SessionId) -> None:
         """Writes what of a session's groups still waits for more of them."""
         ...
@@ -66,6 +70,10 @@ class NoWriter:
         self, tenant_tag: bytes, session_id: SessionId, first_group: int, token_ids: Sequence[int], groups: Tensor
     ) -> None:
         """Forgets."""
+
+    def begins_at(self, tenant_tag: bytes, session_id: SessionId, first_group: int) -> int:  # noqa: ARG002 -- part of the protocol
+        """The new ones."""
+        return first_group
 
     def checkpoint(self, tenant_tag: bytes, session_id: SessionId) -> None:
         """Nothing waits."""

@@ -16,6 +16,7 @@ from kvservice.engine.sampler import SamplerRow
 from kvservice.engine.sequences import HeldSequences
 from kvservice.errors import InternalError, Overloaded
 from kvservice.recall.parking import Place
+from kvservice.recall.reach import ReachLog
 from kvservice.types import SessionId
 
 GROWTH_TOKENS = 64
@@ -120,6 +121,8 @@ class Room:
             if memory.num_computed > sequence.kept:
                 self._sequences.unpublish(sequence.session_id)
             memory.truncate(sequence.kept)
+            if sequence.reached is not None:
+                memory.reaches = ReachLog.of(sequence.reached)
             memory.state.tokens = list(sequence.tokens)
             self._sequences.begin(sequence.session_id)
             sequence.prefill_from = memory.state.num_computed

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from kvservice.engine.sampler import SamplerRow
 from kvservice.recall.memory import RecallCounters, SequenceMemory
 from kvservice.recall.reach import Reach
-from kvservice.types import CallId, Distant, EngineCall, FinishReason, SessionId
+from kvservice.types import SINK_TOKENS, CallId, Distant, EngineCall, FinishReason, Reached, RestoredKv, SessionId
 
 Rank = tuple[int, int]
 """Lower goes first: (-priority, number of the call)."""
@@ -30,6 +30,8 @@ class RunningSequence:
         row: what sampling knows of the answer; None if the call generates nothing.
         has_begun: its memory stands for `tokens`, and the bytes it needs are reserved.
         recomputed_tokens: tokens computed again because their KV wasn't held, or had to make room.
+        reached: how tokens were computed whose KV was lost, if that is known.
+        restored: KV that takes its place once the sinks are computed.
         has_ended: the answer is complete; others of the call may not be.
         order: its place among all sequences: lower goes first.
         most_tokens: the most that it can come to hold.
@@ -45,6 +47,8 @@ class RunningSequence:
     full_until: int
     row: SamplerRow | None
     recomputed_tokens: int = 0
+    reached: Reached | None = None
+    restored: RestoredKv | None = None
     counters_before: RecallCounters = field(default_factory=RecallCounters)
     has_begun: bool = False
     has_ended: bool = False
@@ -87,6 +91,8 @@ class RunningSequence:
         if reach is Reach.SELECT:
             # All queries of a SELECT step see one window.
             count = min(count, memory.recipe.tokens_until_slide(position))
+        if self.restored is not None and position < SINK_TOKENS:
+            count = min(count, SINK_TOKENS - position)
         return reach, count
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from kvservice.compression.sharing import SharingPlan
 from kvservice.config.engine import EngineConfig
@@ -28,7 +29,7 @@ from kvservice.recall.parking import Place
 from kvservice.recall.sharing import SharedCells
 from kvservice.tier.host import HostTier
 from kvservice.tier.swap import SwapSpace
-from kvservice.types import BLOCK_TOKENS, Headroom, ModelShape, RecipeSpec, SessionId
+from kvservice.types import BLOCK_TOKENS, Headroom, ModelShape, RecipeSpec, RestoredKv, SessionId
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +140,11 @@ class HeldSequences:
     def new(self, recipe: RecipeSpec) -> SequenceMemory:
         """A sequence without tokens. It is held once it is `add`ed."""
         return SequenceMemory(recipe, self._store)
+
+    def groups_of(self, restored: RestoredKv) -> Tensor:
+        """KV from a tier as groups `[n, layers, kv, 64, 2, d]`."""
+        layout = self.arena.layout
+        return torch.frombuffer(restored.memory, dtype=layout.dtype).view(-1, *layout.group_shape)
 
     def add(self, session_id: SessionId, memory: SequenceMemory) -> None:
         """Holds a sequence from now on, busy, in place of one of the same name."""

@@ -17,7 +17,7 @@ from kvservice.gateway.worker_link import RETRY_AFTER_S, WorkerCall, WorkerLink
 from kvservice.internal.v1 import worker_pb2
 from kvservice.store.base import StateStore, WorkerRecord
 from kvservice.store.tasks import end_tasks
-from kvservice.types import ModelInfo, PromptFormat, SessionId, TextRole, WorkerId
+from kvservice.types import ModelInfo, PromptFormat, SessionId, TenantId, TextRole, WorkerId
 from kvservice.v1 import admin_pb2
 
 logger = logging.getLogger(__name__)
@@ -114,6 +114,31 @@ class Fleet:
         links = sorted((link for link in self._links.values() if not link.closed), key=lambda link: link.worker_id)
         answers = await asyncio.gather(*(link.stats() for link in links), return_exceptions=True)
         return _that_answered(links, answers)
+
+    async def verify(self, tenant: TenantId, tenant_tag: bytes, session_id: str) -> admin_pb2.VerifyResponse:
+        """What is stored of a tenant, by the worker that has the least to do.
+
+        Raises:
+            Unavailable: no worker is connected.
+            FailedPrecondition: it has no kv Redis.
+        """
+        views = self.views()
+        if not views:
+            raise Unavailable("no worker is connected; try again", reason="no_worker", retry_after_s=RETRY_AFTER_S)
+        least_busy = min(views, key=lambda view: (view.headroom.running_calls, view.worker_id))
+        return await self._link(least_busy.worker_id).verify(tenant, tenant_tag, session_id)
+
+    async def fork(self, worker_id: WorkerId, request: worker_pb2.ForkRequest) -> worker_pb2.ForkResponse:
+        """See `WorkerLink.fork`."""
+        return await self._link(worker_id).fork(request)
+
+    async def hand_over(self, worker_id: WorkerId, session_id: SessionId) -> bool:
+        """See `WorkerLink.hand_over`."""
+        return await self._link(worker_id).hand_over(session_id)
+
+    async def take_on(self, worker_id: WorkerId, tenant: TenantId, tenant_tag: bytes, session_id: SessionId) -> bool:
+        """See `WorkerLink.take_on`."""
+        return await self._link(worker_id).take_on(tenant, tenant_tag, session_id)
 
     async def drain(self, worker_id: WorkerId, grace_s: float) -> int:
         """Drains one worker; gives the number of its running calls."""

@@ -22,6 +22,7 @@ from kvservice.gateway.appends import Appends
 from kvservice.gateway.auth import Authenticator, KeySource
 from kvservice.gateway.fleet import Fleet
 from kvservice.gateway.interceptors import ServiceInterceptor
+from kvservice.gateway.operations import Operations
 from kvservice.gateway.quotas import Quotas
 from kvservice.gateway.repeats import Repeats
 from kvservice.gateway.runs import Runs
@@ -79,6 +80,7 @@ class Gateway:
         self.metrics = GatewayMetrics()
         """What it counts."""
         self._quotas = Quotas(rates or MemoryRateStore(clock), config.quota, self.metrics)
+        self._ledger = store.ledger
         self._runs = Runs()
         self._fleet = Fleet(store, f"gateway-{secrets.token_hex(4)}", config.discovery_interval_s)
         self._admission = Admission(self._fleet, max_waiting=limits.waiting_calls, max_wait_s=config.max_wait_s)
@@ -87,6 +89,7 @@ class Gateway:
         self._appends = Appends(
             self._sessions, self._fleet, self._admission, self._runs, repeats, limits, quotas=self._quotas
         )
+        self._operations = Operations(self._sessions, self._fleet, self._runs, repeats, limits)
         self._answers = Answers(
             config, self._sessions, self._fleet, self._admission, self._runs, repeats, quotas=self._quotas
         )
@@ -189,14 +192,21 @@ class Gateway:
         server = grpc.aio.server(interceptors=[self._interceptor], options=options)
         limits = self._config.limits
         sessions_pb2_grpc.add_SessionServiceServicer_to_server(
-            SessionServicer(self._sessions, self._appends, self._answers, limits), server
+            SessionServicer(self._sessions, self._operations, self._appends, self._answers, limits), server
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
             InferenceServicer(self._answers, self._fleet, self._config.default_model), server
         )
         admin_pb2_grpc.add_AdminServiceServicer_to_server(
             AdminServicer(
-                self._fleet, self._admission, self._runs, self._quotas, self.begin_drain, self._config.grace_s
+                self._fleet,
+                self._ledger,
+                admission=self._admission,
+                runs=self._runs,
+                quotas=self._quotas,
+                tag=self._sessions.tag,
+                begin_drain=self.begin_drain,
+                grace_s=self._config.grace_s,
             ),
             server,
         )

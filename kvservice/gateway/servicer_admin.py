@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from kvservice import __version__
-from kvservice.errors import NotImplementedYet
+from kvservice.errors import InvalidRequest, NotImplementedYet
 from kvservice.gateway import convert
 from kvservice.gateway.admission import Admission
 from kvservice.gateway.fleet import Fleet
 from kvservice.gateway.interceptors import Context
 from kvservice.gateway.quotas import Quotas
 from kvservice.gateway.runs import Runs
-from kvservice.types import WorkerId
+from kvservice.store.ledger import KvLedger
+from kvservice.types import TenantId, WorkerId
 from kvservice.v1 import admin_pb2
 from kvservice.v1.admin_pb2_grpc import AdminServiceServicer
 
-NOT_LIMITED_YET = ("device_bytes", "host_bytes", "redis_bytes", "sessions")
+NOT_LIMITED_YET = ("device_bytes", "host_bytes", "sessions")
 """Of SetQuota."""
+
+SESSION_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class AdminServicer(AdminServiceServicer):
-    """Drain, GetStats and SetQuota; Verify is not in this release. `begin_drain` returns at once."""
+    """Drains, shows, limits and verifies. `begin_drain` returns at once; `tag` stands for a tenant in stored keys."""
 
     def __init__(
         self,
         fleet: Fleet,
+        ledger: KvLedger,
+        *,
         admission: Admission,
         runs: Runs,
         quotas: Quotas,
+        tag: Callable[[TenantId], bytes],
         begin_drain: Callable[[float], None],
         grace_s: float,
     ) -> None:
+        self._ledger = ledger
+        self._tag = tag
         self._fleet = fleet
         self._admission = admission
         self._runs = runs
@@ -63,11 +72,25 @@ class AdminServicer(AdminServiceServicer):
         )
 
     async def SetQuota(self, request: admin_pb2.SetQuotaRequest, context: Context) -> admin_pb2.SetQuotaResponse:  # noqa: ARG002, D102
+        _check_tenant(request.tenant)
         asked = [field.name for field, _ in request.ListFields() if field.name in NOT_LIMITED_YET]
         if asked:
             raise NotImplementedYet(f"SetQuota of {', '.join(asked)} is not in this release: leave it out")
         await self._quotas.change(request)
+        if request.HasField("redis_bytes"):
+            await self._ledger.set_quota(TenantId(request.tenant), request.redis_bytes or None)
         return admin_pb2.SetQuotaResponse()
 
     async def Verify(self, request: admin_pb2.VerifyRequest, context: Context) -> admin_pb2.VerifyResponse:  # noqa: ARG002, D102
-        raise NotImplementedYet("Verify is not in this release: frames are checked whenever they are read")
+        _check_tenant(request.tenant)
+        if request.session_id and not SESSION_ID.fullmatch(request.session_id):
+            raise InvalidRequest(
+                f"session_id={request.session_id!r}: it must be 1 to 64 letters, digits, '_' or '-'", field="session_id"
+            )
+        tenant = TenantId(request.tenant)
+        return await self._fleet.verify(tenant, self._tag(tenant), request.session_id)
+
+
+def _check_tenant(tenant: str) -> None:
+    if not tenant:
+        raise InvalidRequest("tenant is empty: name the tenant", field="tenant")

@@ -7,12 +7,12 @@ from contextlib import aclosing
 from typing import TypeVar
 
 from kvservice.config.limits import Limits
-from kvservice.errors import NotImplementedYet
 from kvservice.gateway.answers import Answers
 from kvservice.gateway.appends import Appends, collect
 from kvservice.gateway.auth import CALLER
 from kvservice.gateway.dispatch import Stopwatch
 from kvservice.gateway.interceptors import Context
+from kvservice.gateway.operations import Operations
 from kvservice.gateway.runs import Run
 from kvservice.gateway.sessions import Sessions
 from kvservice.telemetry.logging import bind_log_fields
@@ -30,10 +30,13 @@ async def only_message(run: Run[T]) -> T:
 
 
 class SessionServicer(SessionServiceServicer):
-    """Create, Get, List, Append, Generate and Close; the others are not in this release."""
+    """All calls on sessions."""
 
-    def __init__(self, sessions: Sessions, appends: Appends, answers: Answers, limits: Limits) -> None:
+    def __init__(
+        self, sessions: Sessions, operations: Operations, appends: Appends, answers: Answers, limits: Limits
+    ) -> None:
         self._sessions = sessions
+        self._operations = operations
         self._appends = appends
         self._answers = answers
         self._limits = limits
@@ -74,15 +77,13 @@ class SessionServicer(SessionServiceServicer):
                 yield sessions_pb2.SessionServiceGenerateResponse(event=event)
 
     async def Truncate(self, request: sessions_pb2.TruncateRequest, context: Context) -> sessions_pb2.TruncateResponse:  # noqa: ARG002, D102
-        raise NotImplementedYet(
-            "Truncate is not in this release: create a new session with the tokens you want to keep"
-        )
+        return await only_message(self._operations.truncate(CALLER.get(), request))
 
     async def Fork(self, request: sessions_pb2.ForkRequest, context: Context) -> sessions_pb2.ForkResponse:  # noqa: ARG002, D102
-        raise NotImplementedYet("Fork is not in this release: create a second session and append the document again")
+        return await only_message(self._operations.fork(CALLER.get(), request))
 
     async def Move(self, request: sessions_pb2.MoveRequest, context: Context) -> sessions_pb2.MoveResponse:  # noqa: ARG002, D102
-        raise NotImplementedYet("Move is not in this release: drain the worker, its sessions go on at another one")
+        return await only_message(self._operations.move(CALLER.get(), request))
 
     async def Close(self, request: sessions_pb2.CloseRequest, context: Context) -> sessions_pb2.CloseResponse:  # noqa: ARG002, D102
         return await only_message(self._sessions.close(CALLER.get(), request))

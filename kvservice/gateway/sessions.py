@@ -35,6 +35,10 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SWEEP_BATCH = 100
+RENEWED_BELOW = 0.9
+"""Get moves the expiry when less than this share of the time to live is left: most calls then write nothing."""
+SOON_BELOW = 0.1
+"""Of the time to live: when less is left, the session is shown to expire soon."""
 
 
 @dataclass(slots=True)
@@ -113,8 +117,15 @@ class Sessions:
         return self._runs.start(body)
 
     async def get(self, caller: Caller, session_id: str) -> sessions_pb2.Session:
-        """One session, with the progress of the call that is changing it."""
-        return self._show(await self.find(caller, session_id))
+        """One session, with the progress of the call that is changing it. Moves its expiry, like any call on it."""
+        record = await self.find(caller, session_id)
+        now = self._clock()
+        if record.expires_at - now < record.ttl_s * RENEWED_BELOW:
+            try:
+                record = await self._store.renew_session(record, now + record.ttl_s)
+            except Unavailable as error:
+                logger.warning("session_not_renewed", extra={"session_id": session_id, "why": error.message})
+        return self._show(record)
 
     async def list(self, caller: Caller, request: sessions_pb2.ListRequest) -> sessions_pb2.ListResponse:
         """A page of the tenant's sessions, ordered by id."""
@@ -140,10 +151,8 @@ class Sessions:
                     return
                 record = await self.find(caller, request.session_id)
                 async with hold_session(self._store, record.session_id, secrets.token_hex(8), self._config.lock_ttl_s):
-                    # Bytes first: should that fail, the session is still there to be closed again.
-                    device, host = await self._fleet.release(
-                        record.session_id, self.tag(record.tenant), purge=request.purge
-                    )
+                    # The record last: should something fail, the session is still there to be closed again.
+                    device, host = await self._let_go(record, purge=request.purge)
                     await self._store.delete_session(record.session_id)
                 response = sessions_pb2.CloseResponse(freed_device_bytes=device, freed_host_bytes=host)
                 claim.keep([response])
@@ -163,6 +172,7 @@ class Sessions:
             call_id=secrets.token_hex(16),
             session_id=record.session_id,
             tenant_tag=self.tag(record.tenant),
+            tenant=record.tenant,
             recipe=recipe,
             base_token_ids=record.token_ids,
             retain=True,
@@ -216,14 +226,31 @@ class Sessions:
             expires_at=self._clock() + record.ttl_s,
             last_error="",
         )
+        return await self.write(record, wanted)
+
+    async def write(self, record: SessionRecord, wanted: SessionRecord) -> SessionRecord:
+        """Puts `wanted` in the place of `record`, whose lock the caller holds."""
         try:
             return await self._store.update_session(wanted)
         except Unavailable:
             # The write may have been made, and only its answer lost.
             current = await self._store.get_session(record.session_id)
-            if current is None or current.version != record.version + 1 or current.token_ids != wanted.token_ids:
+            if current is None or current.version != record.version + 1 or _content(current) != _content(wanted):
                 raise
             return current
+
+    async def add(self, record: SessionRecord) -> SessionRecord:
+        """Keeps a new session. Raises LimitExceeded if its tenant has too many."""
+        await self._check_quota(record.tenant)
+        return await self._store.create_session(record)
+
+    def now(self) -> float:
+        """Unix seconds."""
+        return self._clock()
+
+    def show(self, record: SessionRecord) -> sessions_pb2.Session:
+        """The session as callers see it."""
+        return self._show(record)
 
     # For the sweeper
 
@@ -235,15 +262,29 @@ class Sessions:
             for record in records:
                 if await self._store.delete_session(record.session_id, version=record.version):
                     deleted += 1
-                    await self._fleet.release(record.session_id, self.tag(record.tenant), purge=False)
+                    await self._let_go(record, purge=False)
                     logger.info("session_expired", extra={"session_id": record.session_id})
             swept += deleted
             if not deleted:
                 break
         return swept
 
+    async def _let_go(self, record: SessionRecord, *, purge: bool) -> tuple[int, int]:
+        """Has workers drop a session, forgets its manifest, and deletes its blobs; gives device and host bytes freed.
+
+        In this order: a worker that has dropped it publishes no more, and a reader that finds no manifest looks for no
+        blobs. Those that a fork still reads stay; without `purge` all stay until their time is up.
+        """
+        tag = self.tag(record.tenant)
+        freed = await self._fleet.release(record.session_id, tag, purge=False)
+        for home in await self._store.ledger.delete_manifest(record.tenant, record.session_id):
+            if purge:
+                await self._fleet.release(home, tag, purge=True)
+        return freed
+
     def _show(self, record: SessionRecord) -> sessions_pb2.Session:
         session = convert.session_to_proto(record)
+        session.expires_soon = record.expires_at - self._clock() < record.ttl_s * SOON_BELOW
         activity = self._activities.get(record.session_id)
         if activity is not None:
             session.state = activity.state
@@ -284,6 +325,11 @@ class Sessions:
     def _page_mac(self, tenant: TenantId, last: str) -> bytes:
         # NUL can't be in a session id, so tenant and id can't be shifted into one another.
         return hashlib.blake2b(f"page\0{last}\0{tenant}".encode(), digest_size=16, key=self._secret).digest()
+
+
+def _content(record: SessionRecord) -> tuple[object, ...]:
+    """What a write is told by."""
+    return record.token_ids, record.worker_id, record.worker_epoch
 
 
 def _check_expected(record: SessionRecord, expected: int | None) -> None:

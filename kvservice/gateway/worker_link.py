@@ -21,7 +21,7 @@ from kvservice.internal.v1 import worker_pb2, worker_pb2_grpc
 from kvservice.store.base import WorkerRecord
 from kvservice.store.tasks import end_tasks
 from kvservice.telemetry.tracing import TRACING
-from kvservice.types import CallId, Headroom, PromptFormat, SessionId, TextRole, WorkerId
+from kvservice.types import CallId, Headroom, PromptFormat, SessionId, TenantId, TextRole, WorkerId
 from kvservice.v1 import admin_pb2
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ UNARY_TIMEOUT_S = 60.0
 """The longest a worker takes to tokenise the largest document."""
 ADMISSION_TIMEOUT_S = 60.0
 """A worker answers between two steps of its engine; a step is never longer than this."""
+VERIFY_TIMEOUT_S = 600.0
+"""The longest a worker takes to read all that is stored of a tenant."""
 RETRY_AFTER_S = 1.0
 
 _OPTIONS = (
@@ -246,6 +248,40 @@ class WorkerLink:
         except grpc.aio.AioRpcError as error:
             raise _rpc_error(error, self.worker_id) from None
         return response.stats
+
+    async def verify(self, tenant: TenantId, tenant_tag: bytes, session_id: str) -> admin_pb2.VerifyResponse:
+        """What is stored of a tenant, frames read back; takes time in proportion to it."""
+        request = worker_pb2.VerifyRequest(tenant=tenant, tenant_tag=tenant_tag, session_id=session_id)
+        try:
+            response = await self._connected().Verify(request, timeout=VERIFY_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise _rpc_error(error, self.worker_id) from None
+        return response.findings
+
+    async def fork(self, request: worker_pb2.ForkRequest) -> worker_pb2.ForkResponse:
+        """Makes a session's KV known under one more name."""
+        try:
+            return await self._connected().Fork(request, timeout=UNARY_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise _rpc_error(error, self.worker_id) from None
+
+    async def hand_over(self, session_id: SessionId) -> bool:
+        """The worker publishes what is left of a session and lets it go. Whether a manifest has all of it."""
+        request = worker_pb2.HandOverRequest(session_id=session_id)
+        try:
+            response = await self._connected().HandOver(request, timeout=UNARY_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise _rpc_error(error, self.worker_id) from None
+        return response.is_stored
+
+    async def take_on(self, tenant: TenantId, tenant_tag: bytes, session_id: SessionId) -> bool:
+        """The worker acquires a session. Whether there is a manifest."""
+        request = worker_pb2.TakeOnRequest(session_id=session_id, tenant=tenant, tenant_tag=tenant_tag)
+        try:
+            response = await self._connected().TakeOn(request, timeout=UNARY_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise _rpc_error(error, self.worker_id) from None
+        return response.is_stored
 
     async def drain(self, grace_s: float) -> int:
         """Tells the worker to take no new calls and to end its running ones within the grace; gives their number."""

@@ -214,6 +214,11 @@ class SequenceState:
         self._set_table(torch.cat([table[:, :1], blocks, table[:, 1:]], dim=1))
         self.window_start -= groups.shape[0] * GROUP_TOKENS
 
+    def skip(self, num_groups: int) -> None:
+        """Counts in groups behind the sinks whose KV is in the tier. The window must be empty."""
+        self.num_computed += num_groups * GROUP_TOKENS
+        self.window_start += num_groups * GROUP_TOKENS
+
     def shrink(self, num_computed: int) -> None:
         """Forgets the KV of all positions from `num_computed` on. Those must lie in the window or the sinks.
 

@@ -72,6 +72,10 @@ class DistantKV:
         """A copy of the last `count` groups, or of the first `first` of those."""
         return self._host.load(self._numbers[-count:][:first])
 
+    def load(self, first: int, stop: int) -> Tensor:
+        """A copy of the groups from `first` to `stop - 1`."""
+        return self._host.load(self._numbers[first:stop])
+
     def drop_last(self, count: int) -> None:
         """Frees the last `count` groups."""
         if count:

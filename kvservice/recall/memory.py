@@ -24,6 +24,9 @@ from kvservice.tier.host import HostTier
 from kvservice.tier.swap import SwapSpace
 from kvservice.types import BLOCK_TOKENS, GROUP_TOKENS, SINK_TOKENS, Distant, RecipeSpec
 
+ADOPTED_GROUPS = 8
+"""Groups that are indexed at a time when KV is restored: bounds the memory that it takes."""
+
 
 class RecallCounters:
     """What recall did, since the sequence began.
@@ -348,6 +351,30 @@ class SequenceMemory:
         start = self.distant.num_groups - count
         keys = self._kept_keys.of(range(start, start + first))
         return None if keys is None else self.shared.groups.unpack(groups, keys)
+
+    def adopt(self, groups: Tensor) -> None:
+        """Takes the KV of the groups behind the sinks, which are all that is computed yet, as if it had computed them.
+
+        Args:
+            groups: `[n, layers, kv, 64, 2, d]` on the CPU, from group 0 on.
+
+        Raises:
+            InternalError: something else than the sinks is computed.
+        """
+        state = self.state
+        if state.num_computed != SINK_TOKENS or self.place is not Place.DEVICE:
+            raise InternalError(f"KV of {state.num_computed} tokens is held: only behind the sinks is there a place")
+        num_groups = groups.shape[0]
+        num_far = self.recipe.distant_groups(SINK_TOKENS + num_groups * GROUP_TOKENS)
+        for first in range(0, num_far, ADOPTED_GROUPS):
+            some = groups[first : min(first + ADOPTED_GROUPS, num_far)]
+            if self.index:
+                self.index.append(some.to(self._store.arena.device))
+            self.distant.append(some)
+        state.skip(num_groups)
+        if num_far < num_groups:
+            state.restore_groups(groups[num_far:])
+        self.check()
 
     def fork(self) -> SequenceMemory:
         """The same sequence once more. Nothing is copied: what both hold is shared until one of them writes to it."""

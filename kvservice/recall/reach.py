@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import Enum
 
+from kvservice.types import Reached
+
 
 class Reach(Enum):
     """What of the distant tokens a query attends to."""
@@ -19,6 +21,17 @@ class ReachLog:
         self.end = 0
         """Positions before it are recorded."""
         self._selected: list[tuple[int, int]] = []
+
+    @classmethod
+    def of(cls, reached: Reached) -> ReachLog:
+        """The log that `reached` was made of."""
+        log = cls()
+        log.end, log._selected = reached.num_computed, list(reached.selected)
+        return log
+
+    def reached(self, num_tokens: int) -> Reached:
+        """The record of the first `num_tokens` positions."""
+        return Reached(self.end, tuple(self._selected)).until(num_tokens)
 
     @property
     def full_prefix(self) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvservice.errors import Conflict, InvalidRequest, NotFound
+from kvservice.store.ledger import KvLedger
 from kvservice.types import OnMiss, PromptFormat, SessionId, TenantId, WorkerId
 
 
@@ -83,6 +84,11 @@ class StateStore(Protocol):
 
     durable: bool
 
+    @property
+    def ledger(self) -> KvLedger:
+        """What of the sessions' KV is stored in the tier, and whose bytes they are."""
+        ...
+
     async def create_session(self, record: SessionRecord) -> SessionRecord:
         """Keeps a new session. Returns it as kept, at version 1.
 
@@ -93,6 +99,17 @@ class StateStore(Protocol):
 
     async def get_session(self, session_id: SessionId) -> SessionRecord | None:
         """The session, of whichever tenant; None if there is none or it has expired."""
+        ...
+
+    async def existing_sessions(self, session_ids: Sequence[SessionId]) -> set[SessionId]:
+        """Those that have a record, which may have expired a moment ago. Reads no record."""
+        ...
+
+    async def renew_session(self, record: SessionRecord, expires_at: float) -> SessionRecord:
+        """Moves a session's end, unless a call is changing it, which will do so itself, or it has moved on.
+
+        Returns the record as it is then.
+        """
         ...
 
     async def update_session(self, record: SessionRecord) -> SessionRecord:

@@ -18,6 +18,8 @@ from kvservice.store.base import (
     stale_epoch,
     version_moved,
 )
+from kvservice.store.ledger import DEFAULT_QUOTA_BYTES
+from kvservice.store.memory_ledger import MemoryLedger
 from kvservice.types import SessionId, TenantId, WorkerId
 
 
@@ -33,11 +35,13 @@ class MemoryStateStore:
 
     Args:
         clock: unix seconds.
+        default_quota_bytes: stored bytes of a tenant without a quota of its own.
     """
 
     durable = False
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, clock: Callable[[], float] = time.time, default_quota_bytes: int = DEFAULT_QUOTA_BYTES) -> None:
+        self.ledger = MemoryLedger(clock, default_quota_bytes)
         self._clock = clock
         self._sessions: dict[SessionId, SessionRecord] = {}
         self._locks: dict[SessionId, tuple[str, float]] = {}
@@ -55,6 +59,17 @@ class MemoryStateStore:
         """See `StateStore.get_session`."""
         record = self._sessions.get(session_id)
         return record if record is not None and record.expires_at > self._clock() else None
+
+    async def existing_sessions(self, session_ids: Sequence[SessionId]) -> set[SessionId]:
+        """See `StateStore.existing_sessions`."""
+        return self._sessions.keys() & set(session_ids)
+
+    async def renew_session(self, record: SessionRecord, expires_at: float) -> SessionRecord:
+        """See `StateStore.renew_session`."""
+        kept = self._sessions.get(record.session_id)
+        if kept is None or kept.version != record.version or self._is_locked(record.session_id):
+            return kept or record
+        return self._keep(replace(kept, expires_at=expires_at), version=kept.version + 1)
 
     async def update_session(self, record: SessionRecord) -> SessionRecord:
         """See `StateStore.update_session`."""

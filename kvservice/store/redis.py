@@ -7,6 +7,8 @@
     kvs:{request:<tenant>:<id>}:claim, :messages   hash and list                     PX
     kvs:{fleet}:epoch, :workers, :worker:<id>      counter, set, hash                the last with PX
 
+and what `redis_ledger` says.
+
 What must change together has one hash tag, so it stays together on a cluster. A session's record is written before
 the sets that name it and deleted before them: a name without a record is a leftover, and dropped by who finds it.
 """
@@ -37,6 +39,9 @@ from kvservice.store.base import (
     stale_epoch,
     version_moved,
 )
+from kvservice.store.ledger import DEFAULT_QUOTA_BYTES
+from kvservice.store.redis_ledger import RedisLedger
+from kvservice.store.servers import ServerFacts, problems_of_state
 from kvservice.tier.redis import FAULTS, connect, redacted, unavailable
 from kvservice.types import OnMiss, PromptFormat, SessionId, TenantId, WorkerId
 
@@ -70,6 +75,12 @@ if version ~= ARGV[2] then return tonumber(version) end
 redis.call('HSET', KEYS[1], unpack(ARGV, 3))
 redis.call('PEXPIREAT', KEYS[1], ARGV[1])
 return 0
+"""
+RENEW_SESSION = """
+if redis.call('EXISTS', KEYS[2]) == 1 or redis.call('HGET', KEYS[1], 'version') ~= ARGV[1] then return 0 end
+redis.call('HINCRBY', KEYS[1], 'version', 1)
+redis.call('HSET', KEYS[1], 'expires_at', ARGV[2])
+return redis.call('PEXPIREAT', KEYS[1], ARGV[3])
 """
 DELETE_SESSION = """
 local tenant = redis.call('HGET', KEYS[1], 'tenant')
@@ -140,6 +151,9 @@ return 0
 Command = tuple[Any, ...]
 # Asked in the same round trip as a record, so the answer is of the server that has the record.
 DURABILITY: Command = ("CONFIG GET", "*append*")
+FACTS: tuple[Command, ...] = (("INFO", "server"), ("INFO", "memory"), ("CONFIG GET", "maxmemory*"))
+MAY_BE_REFUSED = (DURABILITY, *FACTS)
+"""Managed servers don't let everybody ask."""
 
 
 class RedisStateStore:
@@ -149,24 +163,33 @@ class RedisStateStore:
         url: redis, rediss or unix URL.
         clock: unix seconds; the gateways' clocks must agree to well within a session's time to live.
         timeout_s: limit of one round trip, connecting included.
+        default_quota_bytes: stored bytes of a tenant without a quota of its own.
     """
 
-    def __init__(self, url: str, *, clock: Callable[[], float] = time.time, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        clock: Callable[[], float] = time.time,
+        timeout_s: float = TIMEOUT_S,
+        default_quota_bytes: int = DEFAULT_QUOTA_BYTES,
+    ) -> None:
         self.durable = False
+        self.ledger = RedisLedger(self._run, self.next_epoch, clock, default_quota_bytes)
         self._redis = connect(url, timeout_s=timeout_s, max_connections=MAX_CONNECTIONS)
         self._where = redacted(url)
         self._clock = clock
         self._timeout_s = timeout_s
 
     async def check(self) -> None:
-        """Sees that the server is there and lets us in, and whether its writes are durable.
+        """Sees that the server is there, lets us in and is fit for its role, and whether its writes are durable.
 
         Raises:
-            ConfigError: it refuses the password.
+            ConfigError: it refuses the password, is too old, or evicts.
             Unavailable: it can't be reached or isn't ready.
         """
         try:
-            _, settings = await self._answers([("PING",), DURABILITY])
+            _, settings, *facts = await self._answers([("PING",), DURABILITY, *FACTS])
         except FAULTS as error:
             fault = unavailable(error, self._where, prefix="state_")
             if isinstance(error, AuthenticationError):
@@ -175,6 +198,10 @@ class RedisStateStore:
         self._note_durability(settings)
         if not self.durable:
             logger.warning("state_store_not_durable", extra={"where": self._where})
+        for problem in problems_of_state(ServerFacts.of(*facts), self._where):
+            if problem.fatal:
+                raise ConfigError(problem.message, reason="state_server")
+            logger.warning("state_server_unfit", extra={"why": problem.message})
 
     async def create_session(self, record: SessionRecord) -> SessionRecord:
         """See `StateStore.create_session`."""
@@ -200,6 +227,25 @@ class RedisStateStore:
             return None
         record = _unpacked(session_id, fields)
         return self._with_durability(record) if record.expires_at > self._clock() else None
+
+    async def existing_sessions(self, session_ids: Sequence[SessionId]) -> set[SessionId]:
+        """See `StateStore.existing_sessions`."""
+        if not session_ids:
+            return set()
+        found = await self._run(*(("EXISTS", _record_key(session_id)) for session_id in session_ids))
+        return {session_id for session_id, there in zip(session_ids, found, strict=True) if there}
+
+    async def renew_session(self, record: SessionRecord, expires_at: float) -> SessionRecord:
+        """See `StateStore.renew_session`."""
+        kept = replace(record, expires_at=expires_at, version=record.version + 1)
+        (renewed,) = await self._run(
+            _script(
+                RENEW_SESSION,
+                [_record_key(record.session_id), _lock_key(record.session_id)],
+                [record.version, expires_at, _dropped_at_ms(kept)],
+            )
+        )
+        return kept if renewed else record
 
     async def update_session(self, record: SessionRecord) -> SessionRecord:
         """See `StateStore.update_session`."""
@@ -394,7 +440,7 @@ class RedisStateStore:
                 pipeline.execute_command(*command)
             answers: list[Any] = await pipeline.execute(raise_on_error=False)
         for command, answer in zip(commands, answers, strict=True):
-            if isinstance(answer, Exception) and command is not DURABILITY:
+            if isinstance(answer, Exception) and command not in MAY_BE_REFUSED:
                 raise answer
         return answers
 

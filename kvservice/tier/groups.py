@@ -108,6 +108,11 @@ class Chunk:
     stop_group: int
     name: bytes
 
+    @property
+    def start(self) -> int:
+        """Its first token position."""
+        return SINK_TOKENS + self.first_group * GROUP_TOKENS
+
 
 def layer_memory(group: Tensor) -> list[memoryview]:
     """The memory of each layer of a contiguous group `[layers, ...]` on the CPU, to be read or written. No copy."""
@@ -200,6 +205,16 @@ class GroupFrames:
         kept = tail.stop_group - max(first_group, tail.first_group)
         tail.groups[len(tail.groups) - kept :] = [group.clone() for group in tail.groups[len(tail.groups) - kept :]]
         self._keep(session, tail)
+
+    def begins_at(self, tenant_tag: bytes, session_id: SessionId, first_group: int) -> int:
+        """From which group on `write` wants groups: from the start of a chunk, if what comes before isn't waiting here.
+
+        So that chunks are the same for a session that was taken back, restored or forked.
+        """
+        tail = self._tails.get((tenant_tag, session_id))
+        if tail is not None and tail.first_group < first_group <= tail.stop_group:
+            return first_group
+        return first_group // self._chunk_groups * self._chunk_groups
 
     def checkpoint(self, tenant_tag: bytes, session_id: SessionId) -> None:
         """Queues what there is of a session's last chunk, unless it was queued before. May block like `write`."""

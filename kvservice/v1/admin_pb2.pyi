@@ -211,6 +211,7 @@ class WorkerStats(_message.Message):
     FORGOTTEN_FIELD_NUMBER: _builtins.int
     IDLE_SWAPPED_OUT_FIELD_NUMBER: _builtins.int
     IDLE_DROPPED_FIELD_NUMBER: _builtins.int
+    LEDGER_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     address: _builtins.str
     epoch: _builtins.int
@@ -240,6 +241,8 @@ class WorkerStats(_message.Message):
     def bytes(self) -> _common_pb2.KvBytes: ...
     @_builtins.property
     def tier(self) -> Global___TierStats: ...
+    @_builtins.property
+    def ledger(self) -> Global___LedgerStats: ...
     def __init__(
         self,
         *,
@@ -267,14 +270,191 @@ class WorkerStats(_message.Message):
         forgotten: _builtins.int = ...,
         idle_swapped_out: _builtins.int = ...,
         idle_dropped: _builtins.int = ...,
+        ledger: Global___LedgerStats | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "tier", b"tier"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "ledger", b"ledger", "tier", b"tier"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "bytes", b"bytes", "decode_tokens_per_s", b"decode_tokens_per_s", "device", b"device", "device_capacity_bytes", b"device_capacity_bytes", "device_free_bytes", b"device_free_bytes", "epoch", b"epoch", "forgotten", b"forgotten", "host_capacity_bytes", b"host_capacity_bytes", "host_free_bytes", b"host_free_bytes", "idle_dropped", b"idle_dropped", "idle_swapped_out", b"idle_swapped_out", "model", b"model", "prefill_tokens_per_s", b"prefill_tokens_per_s", "recall_hits", b"recall_hits", "recall_lookups", b"recall_lookups", "recomputed_tokens", b"recomputed_tokens", "resident_sessions", b"resident_sessions", "running_calls", b"running_calls", "steps", b"steps", "swapped_out", b"swapped_out", "tier", b"tier", "weight_bytes", b"weight_bytes", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "bytes", b"bytes", "decode_tokens_per_s", b"decode_tokens_per_s", "device", b"device", "device_capacity_bytes", b"device_capacity_bytes", "device_free_bytes", b"device_free_bytes", "epoch", b"epoch", "forgotten", b"forgotten", "host_capacity_bytes", b"host_capacity_bytes", "host_free_bytes", b"host_free_bytes", "idle_dropped", b"idle_dropped", "idle_swapped_out", b"idle_swapped_out", "ledger", b"ledger", "model", b"model", "prefill_tokens_per_s", b"prefill_tokens_per_s", "recall_hits", b"recall_hits", "recall_lookups", b"recall_lookups", "recomputed_tokens", b"recomputed_tokens", "resident_sessions", b"resident_sessions", "running_calls", b"running_calls", "steps", b"steps", "swapped_out", b"swapped_out", "tier", b"tier", "weight_bytes", b"weight_bytes", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerStats: _TypeAlias = WorkerStats  # noqa: Y015
+
+@_typing.final
+class LedgerStats(_message.Message):
+    """What a worker publishes of its sessions' stored KV."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class FailuresEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    HELD_SESSIONS_FIELD_NUMBER: _builtins.int
+    PUBLISHED_MANIFESTS_FIELD_NUMBER: _builtins.int
+    FENCED_SESSIONS_FIELD_NUMBER: _builtins.int
+    FAILURES_FIELD_NUMBER: _builtins.int
+    LAST_SCRUB_FIELD_NUMBER: _builtins.int
+    RESUMED_FIELD_NUMBER: _builtins.int
+    held_sessions: _builtins.int
+    """Sessions that it owns in the ledger."""
+    published_manifests: _builtins.int
+    fenced_sessions: _builtins.int
+    """Sessions that it found another worker to have acquired."""
+    @_builtins.property
+    def failures(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Publications that failed and were left for later, by reason."""
+
+    @_builtins.property
+    def last_scrub(self) -> Global___ScrubReport:
+        """The last whole pass of the scrubber on this worker; unset before the first."""
+
+    @_builtins.property
+    def resumed(self) -> Global___ResumeStats: ...
+    def __init__(
+        self,
+        *,
+        held_sessions: _builtins.int = ...,
+        published_manifests: _builtins.int = ...,
+        fenced_sessions: _builtins.int = ...,
+        failures: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        last_scrub: Global___ScrubReport | None = ...,
+        resumed: Global___ResumeStats | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["last_scrub", b"last_scrub", "resumed", b"resumed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failures", b"failures", "fenced_sessions", b"fenced_sessions", "held_sessions", b"held_sessions", "last_scrub", b"last_scrub", "published_manifests", b"published_manifests", "resumed", b"resumed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LedgerStats: _TypeAlias = LedgerStats  # noqa: Y015
+
+@_typing.final
+class ScrubReport(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASES_FIELD_NUMBER: _builtins.int
+    LEDGER_BYTES_FIELD_NUMBER: _builtins.int
+    MENDED_BYTES_FIELD_NUMBER: _builtins.int
+    NAMED_FRAMES_FIELD_NUMBER: _builtins.int
+    MISSING_FRAMES_FIELD_NUMBER: _builtins.int
+    WRONG_SIZE_FRAMES_FIELD_NUMBER: _builtins.int
+    MET_FRAMES_FIELD_NUMBER: _builtins.int
+    MET_BYTES_FIELD_NUMBER: _builtins.int
+    ORPHAN_FRAMES_FIELD_NUMBER: _builtins.int
+    ORPHAN_BYTES_FIELD_NUMBER: _builtins.int
+    REMOVED_FRAMES_FIELD_NUMBER: _builtins.int
+    DRIFT_BYTES_FIELD_NUMBER: _builtins.int
+    leases: _builtins.int
+    ledger_bytes: _builtins.int
+    """Charged by them, and by how much tenants' sums were off; those have been set right."""
+    mended_bytes: _builtins.int
+    named_frames: _builtins.int
+    """Frames that manifests name; of these, gone, or of another size than the manifest says."""
+    missing_frames: _builtins.int
+    wrong_size_frames: _builtins.int
+    met_frames: _builtins.int
+    """Frames in the kv Redis; of these, without a lease; of these, deleted."""
+    met_bytes: _builtins.int
+    orphan_frames: _builtins.int
+    orphan_bytes: _builtins.int
+    removed_frames: _builtins.int
+    drift_bytes: _builtins.int
+    """What lies there under a lease, less what is charged for it."""
+    def __init__(
+        self,
+        *,
+        leases: _builtins.int = ...,
+        ledger_bytes: _builtins.int = ...,
+        mended_bytes: _builtins.int = ...,
+        named_frames: _builtins.int = ...,
+        missing_frames: _builtins.int = ...,
+        wrong_size_frames: _builtins.int = ...,
+        met_frames: _builtins.int = ...,
+        met_bytes: _builtins.int = ...,
+        orphan_frames: _builtins.int = ...,
+        orphan_bytes: _builtins.int = ...,
+        removed_frames: _builtins.int = ...,
+        drift_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drift_bytes", b"drift_bytes", "leases", b"leases", "ledger_bytes", b"ledger_bytes", "mended_bytes", b"mended_bytes", "met_bytes", b"met_bytes", "met_frames", b"met_frames", "missing_frames", b"missing_frames", "named_frames", b"named_frames", "orphan_bytes", b"orphan_bytes", "orphan_frames", b"orphan_frames", "removed_frames", b"removed_frames", "wrong_size_frames", b"wrong_size_frames"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScrubReport: _TypeAlias = ScrubReport  # noqa: Y015
+
+@_typing.final
+class ResumeStats(_message.Message):
+    """How sessions that a worker didn't hold were brought back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class MissesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    FETCHED_SESSIONS_FIELD_NUMBER: _builtins.int
+    RECOMPUTED_SESSIONS_FIELD_NUMBER: _builtins.int
+    RESTORED_TOKENS_FIELD_NUMBER: _builtins.int
+    MISSES_FIELD_NUMBER: _builtins.int
+    fetched_sessions: _builtins.int
+    """Times that stored KV was fetched, and that computing it was predicted to be faster."""
+    recomputed_sessions: _builtins.int
+    restored_tokens: _builtins.int
+    """Tokens whose KV was fetched."""
+    @_builtins.property
+    def misses(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Frames that were missing, damaged or late, by reason."""
+
+    def __init__(
+        self,
+        *,
+        fetched_sessions: _builtins.int = ...,
+        recomputed_sessions: _builtins.int = ...,
+        restored_tokens: _builtins.int = ...,
+        misses: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fetched_sessions", b"fetched_sessions", "misses", b"misses", "recomputed_sessions", b"recomputed_sessions", "restored_tokens", b"restored_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeStats: _TypeAlias = ResumeStats  # noqa: Y015
 
 @_typing.final
 class TierStats(_message.Message):
@@ -435,6 +615,7 @@ class VerifyRequest(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     session_id: _builtins.str
+    """Empty: all of the tenant."""
     def __init__(
         self,
         *,
@@ -456,20 +637,94 @@ class VerifyResponse(_message.Message):
     CHECKED_FRAMES_FIELD_NUMBER: _builtins.int
     MISSING_FRAMES_FIELD_NUMBER: _builtins.int
     CORRUPT_FRAMES_FIELD_NUMBER: _builtins.int
+    SESSIONS_FIELD_NUMBER: _builtins.int
+    STORED_BYTES_FIELD_NUMBER: _builtins.int
+    RESERVED_BYTES_FIELD_NUMBER: _builtins.int
+    QUOTA_BYTES_FIELD_NUMBER: _builtins.int
     checked_frames: _builtins.int
+    """Frames that manifests name and that were found; of all named, those that are gone; of those found, those that fail
+    their checks or are of another size than the manifest says.
+    """
     missing_frames: _builtins.int
     corrupt_frames: _builtins.int
+    stored_bytes: _builtins.int
+    """What the tenant is charged with, what it has reserved, and the most that both may be."""
+    reserved_bytes: _builtins.int
+    quota_bytes: _builtins.int
+    @_builtins.property
+    def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionFindings]:
+        """Everything of which there is something: nothing is left of a tenant if it is empty."""
+
     def __init__(
         self,
         *,
         checked_frames: _builtins.int = ...,
         missing_frames: _builtins.int = ...,
         corrupt_frames: _builtins.int = ...,
+        sessions: _abc.Iterable[Global___SessionFindings] | None = ...,
+        stored_bytes: _builtins.int = ...,
+        reserved_bytes: _builtins.int = ...,
+        quota_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checked_frames", b"checked_frames", "corrupt_frames", b"corrupt_frames", "missing_frames", b"missing_frames"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checked_frames", b"checked_frames", "corrupt_frames", b"corrupt_frames", "missing_frames", b"missing_frames", "quota_bytes", b"quota_bytes", "reserved_bytes", b"reserved_bytes", "sessions", b"sessions", "stored_bytes", b"stored_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___VerifyResponse: _TypeAlias = VerifyResponse  # noqa: Y015
+
+@_typing.final
+class SessionFindings(_message.Message):
+    """What there is of one session, or of a shared document."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    HAS_RECORD_FIELD_NUMBER: _builtins.int
+    HAS_LEASE_FIELD_NUMBER: _builtins.int
+    MANIFEST_VERSION_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    CHARGED_BYTES_FIELD_NUMBER: _builtins.int
+    NAMED_FRAMES_FIELD_NUMBER: _builtins.int
+    MISSING_FRAMES_FIELD_NUMBER: _builtins.int
+    WRONG_SIZE_FRAMES_FIELD_NUMBER: _builtins.int
+    CORRUPT_FRAMES_FIELD_NUMBER: _builtins.int
+    OWN_FRAMES_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    has_record: _builtins.bool
+    has_lease: _builtins.bool
+    manifest_version: _builtins.int
+    """Of its manifest; 0: it has none."""
+    num_tokens: _builtins.int
+    """That the manifest was published for."""
+    charged_bytes: _builtins.int
+    """Its part of the tenant's stored bytes."""
+    named_frames: _builtins.int
+    missing_frames: _builtins.int
+    wrong_size_frames: _builtins.int
+    corrupt_frames: _builtins.int
+    own_frames: _builtins.int
+    """Frames that lie under its id, named by a manifest or not."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        has_record: _builtins.bool = ...,
+        has_lease: _builtins.bool = ...,
+        manifest_version: _builtins.int = ...,
+        num_tokens: _builtins.int = ...,
+        charged_bytes: _builtins.int = ...,
+        named_frames: _builtins.int = ...,
+        missing_frames: _builtins.int = ...,
+        wrong_size_frames: _builtins.int = ...,
+        corrupt_frames: _builtins.int = ...,
+        own_frames: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["charged_bytes", b"charged_bytes", "corrupt_frames", b"corrupt_frames", "has_lease", b"has_lease", "has_record", b"has_record", "manifest_version", b"manifest_version", "missing_frames", b"missing_frames", "named_frames", b"named_frames", "num_tokens", b"num_tokens", "own_frames", b"own_frames", "session_id", b"session_id", "wrong_size_frames", b"wrong_size_frames"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SessionFindings: _TypeAlias = SessionFindings  # noqa: Y015

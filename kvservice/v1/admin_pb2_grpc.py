@@ -79,7 +79,7 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Verify(self, request, context):
-        """Reads stored KV back and checks it.
+        """Says what is stored of a tenant: records, leases, manifests, frames; reads every named frame back and checks it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -63,6 +63,7 @@ class Session(_message.Message):
     EXPIRES_AT_FIELD_NUMBER: _builtins.int
     WORKER_ID_FIELD_NUMBER: _builtins.int
     LAST_ERROR_FIELD_NUMBER: _builtins.int
+    EXPIRES_SOON_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     model: _builtins.str
     recipe: _builtins.str
@@ -77,11 +78,13 @@ class Session(_message.Message):
     worker_id: _builtins.str
     last_error: _builtins.str
     """Why the last detached Append failed, if it did."""
+    expires_soon: _builtins.bool
+    """Less than a tenth of its time to live is left. Seen in List, which renews nothing."""
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def expires_at(self) -> _timestamp_pb2.Timestamp:
-        """Each call on the session moves it."""
+        """Each call on the session moves it: Get, Append, Generate."""
 
     def __init__(
         self,
@@ -100,10 +103,11 @@ class Session(_message.Message):
         expires_at: _timestamp_pb2.Timestamp | None = ...,
         worker_id: _builtins.str = ...,
         last_error: _builtins.str = ...,
+        expires_soon: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "expires_at", b"expires_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "durable_tokens", b"durable_tokens", "expires_at", b"expires_at", "last_error", b"last_error", "model", b"model", "num_tokens", b"num_tokens", "on_miss", b"on_miss", "prefill_done_tokens", b"prefill_done_tokens", "prefill_total_tokens", b"prefill_total_tokens", "prompt_format", b"prompt_format", "recipe", b"recipe", "session_id", b"session_id", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "durable_tokens", b"durable_tokens", "expires_at", b"expires_at", "expires_soon", b"expires_soon", "last_error", b"last_error", "model", b"model", "num_tokens", b"num_tokens", "on_miss", b"on_miss", "prefill_done_tokens", b"prefill_done_tokens", "prefill_total_tokens", b"prefill_total_tokens", "prompt_format", b"prompt_format", "recipe", b"recipe", "session_id", b"session_id", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

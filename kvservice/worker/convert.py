@@ -6,6 +6,7 @@ from kvservice.config.recipes import get_recipe
 from kvservice.errors import InternalError, InvalidRequest, KVServiceError, NotFound
 from kvservice.internal import convert
 from kvservice.internal.v1 import worker_pb2
+from kvservice.store.verify import TenantFindings
 from kvservice.types import (
     CallId,
     EngineCall,
@@ -16,8 +17,9 @@ from kvservice.types import (
     SessionId,
     TokenLogprob,
 )
-from kvservice.v1 import common_pb2
+from kvservice.v1 import admin_pb2, common_pb2
 from kvservice.worker.outputs import CallOutput, TextEvent
+from kvservice.worker.stored import StoredKv
 
 
 def engine_call(submit: worker_pb2.Submit, call_id: CallId, info: ModelInfo, now: float) -> EngineCall:
@@ -65,6 +67,74 @@ def engine_call(submit: worker_pb2.Submit, call_id: CallId, info: ModelInfo, now
         tenant_tag=submit.tenant_tag,
         priority=submit.priority,
         deadline=now + submit.deadline_s if submit.deadline_s > 0 else None,
+    )
+
+
+def ledger_stats(stored: StoredKv) -> admin_pb2.LedgerStats:
+    """What a worker has published, and what its scrubber found."""
+    stats, scrub = stored.publisher.stats(), stored.last_scrub
+    message = admin_pb2.LedgerStats(
+        held_sessions=stats.held_sessions,
+        published_manifests=stats.published,
+        fenced_sessions=stats.fenced,
+        failures=stats.failures,
+    )
+    if stored.resumer is not None:
+        resumed = stored.resumer.stats()
+        message.resumed.CopyFrom(
+            admin_pb2.ResumeStats(
+                fetched_sessions=resumed.fetched_sessions,
+                recomputed_sessions=resumed.recomputed_sessions,
+                restored_tokens=resumed.restored_tokens,
+                misses=resumed.misses,
+            )
+        )
+    if scrub is not None:
+        message.last_scrub.CopyFrom(
+            admin_pb2.ScrubReport(
+                leases=scrub.leases,
+                ledger_bytes=scrub.ledger_bytes,
+                mended_bytes=scrub.mended_bytes,
+                named_frames=scrub.named_frames,
+                missing_frames=scrub.missing_frames,
+                wrong_size_frames=scrub.wrong_size_frames,
+                met_frames=scrub.met_frames,
+                met_bytes=scrub.met_bytes,
+                orphan_frames=scrub.orphan_frames,
+                orphan_bytes=scrub.orphan_bytes,
+                removed_frames=scrub.removed_frames,
+                drift_bytes=scrub.drift_bytes,
+            )
+        )
+    return message
+
+
+def findings(found: TenantFindings) -> admin_pb2.VerifyResponse:
+    """What there is of a tenant, as operators get it."""
+    sessions = found.sessions
+    return admin_pb2.VerifyResponse(
+        checked_frames=sum(each.named_frames - each.missing_frames for each in sessions),
+        missing_frames=sum(each.missing_frames for each in sessions),
+        corrupt_frames=sum(max(each.corrupt_frames, each.wrong_size_frames) for each in sessions),
+        sessions=[
+            admin_pb2.SessionFindings(
+                session_id=each.session_id,
+                has_record=each.has_record,
+                has_lease=each.has_lease,
+                manifest_version=each.version,
+                num_tokens=each.num_tokens,
+                charged_bytes=each.charged_bytes,
+                named_frames=each.named_frames,
+                missing_frames=each.missing_frames,
+                wrong_size_frames=each.wrong_size_frames,
+                corrupt_frames=each.corrupt_frames,
+                own_frames=each.own_frames,
+            )
+            for each in sessions
+        ],
+        stored_bytes=found.tenant_bytes.stored_bytes,
+        reserved_bytes=found.tenant_bytes.reserved_bytes,
+        quota_bytes=found.tenant_bytes.quota_bytes,
     )
 
 

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
-from kvservice.errors import Conflict, InternalError, KVServiceError, Unavailable
+from kvservice.errors import Conflict, InternalError, KVServiceError, NotFound, Overloaded, Unavailable
 from kvservice.types import (
     CallId,
     EngineCall,
@@ -51,6 +51,9 @@ T = TypeVar("T")
 MAX_FAULTS_IN_A_ROW = 3
 """After so many steps that went wrong inside, with no call served between them, the engine gets no more work."""
 
+KV_MISSING = "kv_missing"
+"""Reason of an engine's refusal of a call that must not compute anything again."""
+
 CHECK_INTERVAL_S = 1.0
 """An engine that falls idle more often isn't checked each time."""
 
@@ -77,6 +80,9 @@ class EngineLike(Protocol):
 
     def release(self, session_id: SessionId, tenant_tag: bytes, *, purge: bool) -> tuple[int, int]:
         """Drops a session's KV, with `purge` its stored blobs too: (device, host) bytes freed."""
+
+    def fork(self, session_id: SessionId, fork_id: SessionId) -> None:
+        """Makes a session's KV known under one more name. Raises NotFound or Overloaded if that can't be."""
 
     def step(self) -> Sequence[EngineEvent]:
         """One batch step. Failures of a call are FailedEvents; an exception is a fault of the engine."""
@@ -125,8 +131,14 @@ class EngineLoop:
         detokenizer: Detokenizer,
         on_unhealthy: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
+        on_ended: Callable[[CallId, FinishedEvent | None], None] | None = None,
     ) -> None:
-        """`engine_factory` is called in the engine thread; `on_unhealthy` too, once, when the engine is given up."""
+        """`engine_factory` is called in the engine thread; `on_unhealthy` too, once, when the engine is given up.
+
+        `on_ended` is called there for each call that was submitted, once it was refused or has ended, with its end if
+        it ended well. It must neither block nor raise.
+        """
+        self._on_ended = on_ended or _nobody_asked
         self._engine_factory = engine_factory
         self._engine: EngineLike
         self._detokenizer = detokenizer
@@ -165,9 +177,24 @@ class EngineLoop:
         """Cancels the listener's calls and forgets it; nothing more is delivered to it."""
         self._tell(lambda: self._disconnect(listener))
 
-    def submit(self, listener: Listener, call: EngineCall) -> None:
-        """Submits a call; answered by an Admission."""
-        self._tell(lambda: self._submit(listener, call))
+    def submit(self, listener: Listener, call: EngineCall, on_probed: Callable[[bool], None] | None = None) -> None:
+        """Submits a call; answered by an Admission.
+
+        Args:
+            listener: who hears of it.
+            call: the call.
+            on_probed: the call is a probe, which fails when KV is missing. Called in the engine thread with whether it
+                is; then that is all the answer. Must neither block nor raise.
+        """
+        self._tell(lambda: self._submit(listener, call, on_probed))
+
+    def fork(self, session_id: SessionId, fork_id: SessionId) -> Future[bool]:
+        """Makes a session's KV known under one more name; False if it isn't held where that is possible."""
+        return self._ask(lambda: self._fork(session_id, fork_id))
+
+    def drop(self, session_id: SessionId) -> Future[None]:
+        """Drops a session's KV, whoever holds it."""
+        return self._ask(lambda: self._drop(session_id))
 
     def refuse(self, listener: Listener, call_id: CallId, error: KVServiceError) -> None:
         """Answers a call that never reaches the engine, with fresh headroom like any refusal."""
@@ -288,9 +315,10 @@ class EngineLoop:
         for call_id in [call_id for call_id, call in self._calls.items() if call.listener is listener]:
             del self._calls[call_id]
             self._engine.cancel(call_id)
+            self._on_ended(call_id, None)
         self._tell_of_room(())
 
-    def _submit(self, listener: Listener, call: EngineCall) -> None:
+    def _submit(self, listener: Listener, call: EngineCall, on_probed: Callable[[bool], None] | None) -> None:
         refusal: KVServiceError | None = None
         try:
             self._admit(listener, call)
@@ -299,8 +327,14 @@ class EngineLoop:
         except Exception:
             logger.exception("submit_failed", extra={"call_id": call.call_id})
             refusal = InternalError("the engine failed to take the call; the worker's log says why")
+        is_missing = refusal is not None and refusal.reason == KV_MISSING
+        if on_probed is not None:
+            on_probed(is_missing)
+            if is_missing:
+                return
         if refusal is not None:
             logger.info("call_refused", extra={"call_id": call.call_id, "reason": refusal.reason})
+            self._on_ended(call.call_id, None)
         self._deliver(listener, Admission(call.call_id, refusal))
 
     def _admit(self, listener: Listener, call: EngineCall) -> None:
@@ -326,6 +360,17 @@ class EngineLoop:
         if device_bytes or host_bytes:
             self._tell_of_room((listener,))
 
+    def _fork(self, session_id: SessionId, fork_id: SessionId) -> bool:
+        try:
+            self._engine.fork(session_id, fork_id)
+        except (NotFound, Overloaded) as error:
+            logger.info("session_not_forked_here", extra={"session_id": session_id, "why": error.message})
+            return False
+        return True
+
+    def _drop(self, session_id: SessionId) -> None:
+        self._engine.release(session_id, b"", purge=False)
+
     def _stats(self) -> WorkerStats:
         return replace(self._engine.stats(), headroom=self._headroom())
 
@@ -348,6 +393,7 @@ class EngineLoop:
         outputs: dict[Listener, list[CallOutput]] = {}
         for call_id, call in calls.items():
             outputs.setdefault(call.listener, []).append(FailedEvent(call_id, error))
+            self._on_ended(call_id, None)
             try:
                 self._engine.cancel(call_id)
             except Exception:
@@ -414,6 +460,7 @@ class EngineLoop:
             outputs.setdefault(call.listener, []).extend(call_outputs(event, call.answers))
             if isinstance(event, FinishedEvent | FailedEvent):
                 del self._calls[event.call_id]
+                self._on_ended(event.call_id, event if isinstance(event, FinishedEvent) else None)
             elif isinstance(event, TokenEvent) and _is_stopped(answer) and not was_stopped:
                 stopped.append((event.call_id, event.index))
         for call_id, index in stopped:
@@ -459,6 +506,10 @@ class EngineLoop:
         self._abandon_commands()
         self._wake_idle_waiters()
         _resolve(self._stopped, None)
+
+
+def _nobody_asked(_call_id: CallId, _end: FinishedEvent | None) -> None:
+    """Nobody wants to know that a call has ended."""
 
 
 def _is_stopped(answer: AnswerText | None) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
@@ -25,6 +25,7 @@ from kvservice.worker.grammars import GrammarDesk
 from kvservice.worker.loop import EngineLike, EngineLoop
 from kvservice.worker.registration import LeaseStore, Registration
 from kvservice.worker.servicer import Identity, Servicer, TokenizerLike
+from kvservice.worker.stored import StoredKv
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +61,11 @@ class WorkerServer:
         tokenizer: TokenizerLike,
         store: LeaseStore,
         compile_grammar: Callable[[Grammar], object] | None = None,
-        hand_over: Callable[[], Awaitable[None]] | None = None,
+        stored: StoredKv | None = None,
     ) -> None:
         """`engine_factory` is called once, in the engine's own thread. The caller closes `store`.
 
-        `hand_over` makes the sessions held here fit to go on elsewhere; it is awaited in a drain, between the end of
-        the last call and the stop, within the drain's grace.
+        `stored` is started and stopped with the worker; without it nothing of a session's KV is published.
 
         `compile_grammar` is called in a thread beside, so that the engine finds what it has made, or that it refused it
         with InvalidRequest.
@@ -73,9 +73,14 @@ class WorkerServer:
         self._config = config
         self._worker_id = WorkerId(config.worker_id)
         self._tokenizer = tokenizer
-        self._hand_over = hand_over
         self._registration = Registration(store, self._worker_id, config.lease_ttl_s)
-        self._engine = EngineLoop(engine_factory, tokenizer, self._on_unhealthy)
+        self._stored = stored
+        self._engine = EngineLoop(
+            engine_factory,
+            tokenizer,
+            self._on_unhealthy,
+            on_ended=stored.ended if stored is not None else None,
+        )
         self._tokenizer_threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenizer")
         # One thread: what a hostile grammar takes is taken from other grammars alone.
         self._grammar_thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
@@ -87,6 +92,7 @@ class WorkerServer:
             begin_drain=self.begin_drain,
             grammar_desk=GrammarDesk(compile_grammar, self._grammar_thread),
             stream_queue_messages=config.stream_queue_messages,
+            stored=stored,
         )
         self._health = health.aio.HealthServicer()
         self._grpc: grpc.aio.Server | None = None
@@ -117,6 +123,8 @@ class WorkerServer:
             model = await asyncio.wrap_future(self._engine.start())
             self._model = replace(model, default_recipe=self._config.recipe)
             await self._registration.start(self.address)
+            if self._stored is not None:
+                self._stored.start()
             await self._grpc.start()
             await self._health.set(SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
         except BaseException:
@@ -181,16 +189,11 @@ class WorkerServer:
         try:
             async with asyncio.timeout(grace_s):
                 await asyncio.wrap_future(self._engine.idle())
-                if self._hand_over is not None:
-                    await self._hand_over()
         except TimeoutError:
             logger.warning("drain_grace_over", extra={"grace_s": grace_s})
             self._engine.fail_running(
                 Unavailable("the worker drained and the call took longer than its grace: call again", reason="draining")
             )
-        except Exception:
-            # What isn't handed over is computed again; a worker that is to go must go.
-            logger.exception("hand_over_failed")
         await self.stop()
 
     async def _stop_all(self) -> None:
@@ -198,6 +201,8 @@ class WorkerServer:
             await self._health.enter_graceful_shutdown()
             await self._registration.stop()
             await asyncio.wrap_future(self._engine.stop())
+            if self._stored is not None:
+                await self._stored.stop()
             self._servicer.end_streams()
             if self._grpc is not None:
                 await self._grpc.stop(STREAMS_END_S)

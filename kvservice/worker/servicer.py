@@ -8,27 +8,43 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NoReturn, Protocol
 
 import grpc
 
-from kvservice.errors import InvalidRequest, KVServiceError
+from kvservice.errors import FailedPrecondition, InvalidRequest, KVServiceError, Unavailable
 from kvservice.internal.convert import PROMPT_FORMATS, TEXT_ROLES, stats_to_proto
 from kvservice.internal.v1 import worker_pb2
 from kvservice.internal.v1.worker_pb2_grpc import WorkerServiceServicer
-from kvservice.types import ModelInfo, PromptFormat, SessionId, TextRole, WorkerId
+from kvservice.store.manifests import Manifest
+from kvservice.types import (
+    CallId,
+    EngineCall,
+    ModelInfo,
+    OnMiss,
+    PromptFormat,
+    SessionId,
+    TenantId,
+    TextRole,
+    WorkerId,
+)
 from kvservice.worker import convert
 from kvservice.worker.answer import TokenStream
 from kvservice.worker.grammars import GrammarDesk
 from kvservice.worker.loop import EngineLoop
+from kvservice.worker.stored import StoredKv
 from kvservice.worker.stream import GatewayStream
 
 logger = logging.getLogger(__name__)
 
 TokenizeContext = grpc.aio.ServicerContext[worker_pb2.TokenizeRequest, worker_pb2.TokenizeResponse]
 StatsContext = grpc.aio.ServicerContext[worker_pb2.GetStatsRequest, worker_pb2.GetStatsResponse]
+VerifyContext = grpc.aio.ServicerContext[worker_pb2.VerifyRequest, worker_pb2.VerifyResponse]
+ForkContext = grpc.aio.ServicerContext[worker_pb2.ForkRequest, worker_pb2.ForkResponse]
+HandOverContext = grpc.aio.ServicerContext[worker_pb2.HandOverRequest, worker_pb2.HandOverResponse]
+TakeOnContext = grpc.aio.ServicerContext[worker_pb2.TakeOnRequest, worker_pb2.TakeOnResponse]
 DrainContext = grpc.aio.ServicerContext[worker_pb2.DrainRequest, worker_pb2.DrainResponse]
 ConnectContext = grpc.aio.ServicerContext[worker_pb2.ConnectRequest, worker_pb2.ConnectResponse]
 
@@ -57,6 +73,17 @@ class Identity:
     model: ModelInfo
 
 
+@dataclass(slots=True)
+class _Probe:
+    """A call that may have to wait for its session's KV."""
+
+    stream: GatewayStream
+    call: EngineCall
+    manifest: Manifest
+    is_cancelled: bool = False
+    task: asyncio.Task[None] | None = None
+
+
 class Servicer(WorkerServiceServicer):
     """Carries commands to the engine loop and its outputs back."""
 
@@ -70,6 +97,7 @@ class Servicer(WorkerServiceServicer):
         begin_drain: Callable[[float | None], Awaitable[int]],
         grammar_desk: GrammarDesk,
         stream_queue_messages: int,
+        stored: StoredKv | None = None,
     ) -> None:
         """`begin_drain` takes the grace in seconds (None: the default) and gives the number of running calls."""
         self._engine = engine
@@ -79,7 +107,9 @@ class Servicer(WorkerServiceServicer):
         self._begin_drain = begin_drain
         self._grammar_desk = grammar_desk
         self._stream_queue_messages = stream_queue_messages
+        self._stored = stored
         self._streams: set[GatewayStream] = set()
+        self._probes: dict[CallId, _Probe] = {}
         self._stream_keys = itertools.count()
 
     def end_streams(self) -> None:
@@ -118,7 +148,63 @@ class Servicer(WorkerServiceServicer):
         stats.epoch = identity.epoch
         stats.model = identity.model.name
         stats.device = identity.device
+        if self._stored is not None:
+            stats.ledger.CopyFrom(convert.ledger_stats(self._stored))
         return worker_pb2.GetStatsResponse(stats=stats)
+
+    async def Verify(self, request: worker_pb2.VerifyRequest, context: VerifyContext) -> worker_pb2.VerifyResponse:
+        """See worker.proto."""
+        try:
+            if self._stored is None:
+                raise FailedPrecondition(
+                    "this worker stores nothing: it was given no kv Redis (--redis-url)", reason="no_tier"
+                )
+            found = await self._stored.verify(TenantId(request.tenant), request.tenant_tag, request.session_id)
+        except KVServiceError as error:
+            await _abort(context, error)
+        return worker_pb2.VerifyResponse(findings=convert.findings(found))
+
+    async def Fork(self, request: worker_pb2.ForkRequest, context: ForkContext) -> worker_pb2.ForkResponse:
+        """See worker.proto."""
+        session_id, fork_id = SessionId(request.session_id), SessionId(request.fork_id)
+        try:
+            is_held = await asyncio.wrap_future(self._engine.fork(session_id, fork_id))
+            is_stored = False
+            if self._stored is not None:
+                is_stored = await self._stored.fork(
+                    TenantId(request.tenant), request.tenant_tag, session_id, fork_id, request.num_tokens
+                )
+        except KVServiceError as error:
+            await _abort(context, error)
+        return worker_pb2.ForkResponse(is_held=is_held, is_stored=is_stored)
+
+    async def HandOver(
+        self, request: worker_pb2.HandOverRequest, context: HandOverContext
+    ) -> worker_pb2.HandOverResponse:
+        """See worker.proto."""
+        session_id = SessionId(request.session_id)
+        try:
+            is_stored = False
+            if self._stored is not None:
+                is_stored = await self._stored.publisher.publish(session_id)
+                await self._stored.publisher.release(session_id)
+            await asyncio.wrap_future(self._engine.drop(session_id))
+        except KVServiceError as error:
+            await _abort(context, error)
+        return worker_pb2.HandOverResponse(is_stored=is_stored)
+
+    async def TakeOn(self, request: worker_pb2.TakeOnRequest, context: TakeOnContext) -> worker_pb2.TakeOnResponse:
+        """See worker.proto."""
+        session_id = SessionId(request.session_id)
+        try:
+            is_stored = False
+            if self._stored is not None:
+                is_stored = await self._stored.publisher.acquire(
+                    TenantId(request.tenant), request.tenant_tag, session_id
+                )
+        except KVServiceError as error:
+            await _abort(context, error)
+        return worker_pb2.TakeOnResponse(is_stored=is_stored)
 
     async def Drain(self, request: worker_pb2.DrainRequest, context: DrainContext) -> worker_pb2.DrainResponse:
         """See worker.proto. Answers when the drain has begun, not when it is over."""
@@ -169,6 +255,9 @@ class Servicer(WorkerServiceServicer):
                 task.result()
         finally:
             self._engine.disconnect(stream)
+            for call_id, probe in list(self._probes.items()):
+                if probe.stream is stream:
+                    self._cancel(call_id)
             self._streams.discard(stream)
             for task in tasks:
                 task.cancel()
@@ -182,9 +271,11 @@ class Servicer(WorkerServiceServicer):
                 case "submit":
                     await self._submit(request.submit, stream)
                 case "cancel":
-                    self._engine.cancel(stream.internal_id(request.cancel.call_id))
+                    self._cancel(stream.internal_id(request.cancel.call_id))
                 case "release":
                     release = request.release
+                    if self._stored is not None:
+                        await self._stored.publisher.release(SessionId(release.session_id))
                     self._engine.release(stream, SessionId(release.session_id), release.tenant_tag, purge=release.purge)
                 case "hello":
                     raise InvalidRequest("Hello comes once, as the first message of a stream", field="command")
@@ -197,11 +288,65 @@ class Servicer(WorkerServiceServicer):
         try:
             call = convert.engine_call(submit, call_id, self._identity().model, time.monotonic())
             await self._grammar_desk.check(call)
+            manifest: Manifest | None = None
+            if self._stored is not None:
+                shape = self._identity().model.shape
+                manifest = await self._stored.publisher.begin(call, TenantId(submit.tenant), shape)
         except KVServiceError as error:
             self._engine.refuse(stream, call_id, error)
-        else:
-            stream.trace(call_id, submit.traceparent, submit.session_id)
+            return
+        stream.trace(call_id, submit.traceparent, submit.session_id)
+        if manifest is None or not call.base_tokens or self._stored is None or self._stored.resumer is None:
             self._engine.submit(stream, call)
+            return
+        self._probes[call_id] = _Probe(stream, call, manifest)
+        loop = asyncio.get_running_loop()
+
+        def on_probed(is_missing: bool) -> None:
+            loop.call_soon_threadsafe(self._probed, call_id, is_missing)
+
+        # Most sessions are held: only when KV is missing is it worth a look at what is stored.
+        self._engine.submit(stream, replace(call, on_miss=OnMiss.FAIL), on_probed)
+
+    def _probed(self, call_id: CallId, is_missing: bool) -> None:
+        probe = self._probes[call_id]
+        if not is_missing:
+            del self._probes[call_id]
+        elif probe.is_cancelled:
+            self._give_up(call_id)
+        else:
+            probe.task = asyncio.create_task(self._resume(call_id, probe), name=f"resume {call_id}")
+            probe.task.add_done_callback(lambda task: self._give_up(call_id) if task.cancelled() else None)
+
+    async def _resume(self, call_id: CallId, probe: _Probe) -> None:
+        """Submits a call whose session isn't held, with what is stored of it."""
+        assert self._stored is not None
+        assert self._stored.resumer is not None
+        try:
+            restored = await self._stored.resumer.restore(probe.call, probe.manifest)
+        except Exception:
+            # Without what is stored the call is right all the same.
+            logger.exception("resume_failed", extra={"session_id": probe.call.session_id})
+            restored = None
+        del self._probes[call_id]
+        self._engine.submit(probe.stream, replace(probe.call, restored=restored))
+
+    def _cancel(self, call_id: CallId) -> None:
+        probe = self._probes.get(call_id)
+        if probe is not None:
+            probe.is_cancelled = True
+            if probe.task is not None:
+                probe.task.cancel()
+                return
+        self._engine.cancel(call_id)
+
+    def _give_up(self, call_id: CallId) -> None:
+        """A call was cancelled before the engine had it."""
+        assert self._stored is not None
+        probe = self._probes.pop(call_id)
+        self._stored.ended(call_id, None)
+        cancelled = Unavailable("the call was cancelled while its session was brought back", reason="cancelled")
+        self._engine.refuse(probe.stream, call_id, cancelled)
 
 
 async def _write(stream: GatewayStream, context: ConnectContext) -> None:

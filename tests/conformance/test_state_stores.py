@@ -205,6 +205,34 @@ async def test_renewed_session_is_not_swept_before_its_new_time(store, clock):
     assert [r.session_id for r in await store.expired_sessions(clock(), 10)] == ["s"]
 
 
+async def test_renewal_moves_the_end_and_the_version_and_nothing_else(store, clock):
+    kept = await store.create_session(record("s", clock))
+    renewed = await store.renew_session(kept, clock() + 5 * TTL_S)
+    assert renewed == replace(kept, expires_at=clock() + 5 * TTL_S, version=2)
+    assert await store.get_session(SessionId("s")) == renewed
+    clock.now += TTL_S
+    assert await store.expired_sessions(clock(), 10) == []
+
+
+async def test_session_that_a_call_holds_or_that_moved_on_is_not_renewed(store, clock):
+    kept = await store.create_session(record("s", clock))
+    assert await store.lock_session(SessionId("s"), "call", LEASE_S)
+    assert await store.renew_session(kept, clock() + 5 * TTL_S) == kept
+    await store.unlock_session(SessionId("s"), "call")
+    moved = await store.update_session(kept)
+    await store.renew_session(kept, clock() + 5 * TTL_S)
+    assert await store.get_session(SessionId("s")) == moved
+    await store.delete_session(SessionId("s"))
+    await store.renew_session(moved, clock() + 5 * TTL_S)
+    assert await store.get_session(SessionId("s")) is None
+
+
+async def test_existing_sessions_are_told_apart(store, clock):
+    await store.create_session(record("s", clock))
+    assert await store.existing_sessions([SessionId("s"), SessionId("t")]) == {"s"}
+    assert await store.existing_sessions([]) == set()
+
+
 async def test_expired_session_that_a_call_holds_is_not_swept_and_can_be_renewed(store, clock):
     kept = await store.create_session(record("s", clock))
     assert await store.lock_session(SessionId("s"), "call", 1000)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+from contextlib import asynccontextmanager
 
+import grpc
 import psutil
 import pytest
 import pytest_asyncio
@@ -12,9 +14,10 @@ import pytest_asyncio
 from kvservice.client import Client, LocalService
 from kvservice.client.results import Tokens
 from kvservice.config.recipes import RECIPES as RECIPES_BY_NAME
-from kvservice.errors import BudgetTooSmall, Conflict, FailedPrecondition, NotFound, PromptTooLong
+from kvservice.errors import BudgetTooSmall, Conflict, FailedPrecondition, LimitExceeded, NotFound, PromptTooLong
 from kvservice.kernels import cpu
 from kvservice.types import FinishReason, footprint
+from kvservice.v1 import admin_pb2, admin_pb2_grpc
 
 RECIPES = ("dense", "exact", "recall")
 PATIENCE_S = 60.0
@@ -182,6 +185,14 @@ async def test_sessions_outlive_the_worker_that_held_them(model, document):
         sessions = [(await loaded(client, "recall", text))[0] for text in (document, document[1:])]
         expected = await client.ask(sessions[0], "x ", request_id="a", max_new_tokens=4, ignore_eos=True)
         holder = (await client.get(sessions[0])).worker_id
+
+        async def all_turns_are_published():
+            async with grpc.aio.insecure_channel(service.address) as channel:
+                report = await admin_pb2_grpc.AdminServiceStub(channel).GetStats(admin_pb2.GetStatsRequest())
+            # Both documents, and a question.
+            return sum(worker.ledger.published_manifests for worker in report.workers) >= 3
+
+        await until(all_turns_are_published)
         workers = psutil.Process(service.pid).children()
         # As an out-of-memory killer would.
         next(worker for worker in workers if f"{holder}.json" in " ".join(worker.cmdline())).kill()
@@ -191,5 +202,56 @@ async def test_sessions_outlive_the_worker_that_held_them(model, document):
 
         await until(it_is_gone)
         answer = await client.ask(sessions[0], "y ", max_new_tokens=4, ignore_eos=True)
-        assert answer.finished.usage.recomputed_tokens == expected.finished.num_tokens
+        # Brought back from Redis, all but the window.
+        assert 0 < answer.finished.usage.recomputed_tokens < expected.finished.num_tokens / 2
         assert answer.started.worker_id != holder
+
+
+@asynccontextmanager
+async def operated(model):
+    """A client of a service of its own, and the operator's side."""
+    async with (
+        LocalService(arguments(model)) as service,
+        Client(service.address) as client,
+        grpc.aio.insecure_channel(service.address) as channel,
+    ):
+        yield client, admin_pb2_grpc.AdminServiceStub(channel)
+
+
+async def test_stored_bytes_are_published_verified_and_purged_without_a_trace(model, document):
+    async with operated(model) as (client, admin):
+
+        async def verified():
+            return await admin.Verify(admin_pb2.VerifyRequest(tenant="local"))
+
+        async def is_published():
+            return any(each.manifest_version for each in (await verified()).sessions)
+
+        async def is_clean():
+            left = await verified()
+            return not left.sessions and left.stored_bytes == 0
+
+        session, _ = await loaded(client, "recall", document)
+        await until(is_published)
+        found = await verified()
+        (only,) = found.sessions
+        assert (only.session_id, only.has_record, only.has_lease) == (session, True, True)
+        assert only.named_frames == only.own_frames == found.checked_frames > 0
+        assert (found.missing_frames, found.corrupt_frames, found.reserved_bytes) == (0, 0, 0)
+        assert only.charged_bytes == found.stored_bytes > 0
+        await client.ask(session, "and then?", max_new_tokens=4)
+        (worker,) = (await admin.GetStats(admin_pb2.GetStatsRequest())).workers
+        assert worker.ledger.held_sessions == 1
+        assert not worker.ledger.failures
+        await client.close_session(session, purge=True)
+        await until(is_clean)
+
+
+async def test_tenant_without_room_is_refused_and_told(model, document):
+    async with operated(model) as (client, admin):
+        await admin.SetQuota(admin_pb2.SetQuotaRequest(tenant="local", redis_bytes=1000))
+        with pytest.raises(LimitExceeded, match="close sessions, or raise the quota"):
+            await loaded(client, "recall", document)
+        await loaded(client, "dense", document)
+        await admin.SetQuota(admin_pb2.SetQuotaRequest(tenant="local"))
+        await loaded(client, "recall", document)

@@ -54,6 +54,26 @@ class WorkerServiceStub:
                 request_serializer=kvservice_dot_internal_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
                 response_deserializer=kvservice_dot_internal_dot_v1_dot_worker__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.Fork = channel.unary_unary(
+                '/kvservice.internal.v1.WorkerService/Fork',
+                request_serializer=kvservice_dot_internal_dot_v1_dot_worker__pb2.ForkRequest.SerializeToString,
+                response_deserializer=kvservice_dot_internal_dot_v1_dot_worker__pb2.ForkResponse.FromString,
+                _registered_method=True)
+        self.HandOver = channel.unary_unary(
+                '/kvservice.internal.v1.WorkerService/HandOver',
+                request_serializer=kvservice_dot_internal_dot_v1_dot_worker__pb2.HandOverRequest.SerializeToString,
+                response_deserializer=kvservice_dot_internal_dot_v1_dot_worker__pb2.HandOverResponse.FromString,
+                _registered_method=True)
+        self.TakeOn = channel.unary_unary(
+                '/kvservice.internal.v1.WorkerService/TakeOn',
+                request_serializer=kvservice_dot_internal_dot_v1_dot_worker__pb2.TakeOnRequest.SerializeToString,
+                response_deserializer=kvservice_dot_internal_dot_v1_dot_worker__pb2.TakeOnResponse.FromString,
+                _registered_method=True)
+        self.Verify = channel.unary_unary(
+                '/kvservice.internal.v1.WorkerService/Verify',
+                request_serializer=kvservice_dot_internal_dot_v1_dot_worker__pb2.VerifyRequest.SerializeToString,
+                response_deserializer=kvservice_dot_internal_dot_v1_dot_worker__pb2.VerifyResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer:
@@ -86,6 +106,34 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Fork(self, request, context):
+        """Makes a session's KV known under one more name: what is held here, and what is stored.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def HandOver(self, request, context):
+        """Publishes what is left of a session, and lets it go.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TakeOn(self, request, context):
+        """Acquires a session: whoever had it before can't publish it any more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Verify(self, request, context):
+        """Looks for everything that is stored of a tenant, and reads its frames; the gateway has no way to the kv Redis.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -108,6 +156,26 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=kvservice_dot_internal_dot_v1_dot_worker__pb2.DrainRequest.FromString,
                     response_serializer=kvservice_dot_internal_dot_v1_dot_worker__pb2.DrainResponse.SerializeToString,
+            ),
+            'Fork': grpc.unary_unary_rpc_method_handler(
+                    servicer.Fork,
+                    request_deserializer=kvservice_dot_internal_dot_v1_dot_worker__pb2.ForkRequest.FromString,
+                    response_serializer=kvservice_dot_internal_dot_v1_dot_worker__pb2.ForkResponse.SerializeToString,
+            ),
+            'HandOver': grpc.unary_unary_rpc_method_handler(
+                    servicer.HandOver,
+                    request_deserializer=kvservice_dot_internal_dot_v1_dot_worker__pb2.HandOverRequest.FromString,
+                    response_serializer=kvservice_dot_internal_dot_v1_dot_worker__pb2.HandOverResponse.SerializeToString,
+            ),
+            'TakeOn': grpc.unary_unary_rpc_method_handler(
+                    servicer.TakeOn,
+                    request_deserializer=kvservice_dot_internal_dot_v1_dot_worker__pb2.TakeOnRequest.FromString,
+                    response_serializer=kvservice_dot_internal_dot_v1_dot_worker__pb2.TakeOnResponse.SerializeToString,
+            ),
+            'Verify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Verify,
+                    request_deserializer=kvservice_dot_internal_dot_v1_dot_worker__pb2.VerifyRequest.FromString,
+                    response_serializer=kvservice_dot_internal_dot_v1_dot_worker__pb2.VerifyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -218,6 +286,114 @@ class WorkerService:
             '/kvservice.internal.v1.WorkerService/Drain',
             kvservice_dot_internal_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
             kvservice_dot_internal_dot_v1_dot_worker__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fork(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvservice.internal.v1.WorkerService/Fork',
+            kvservice_dot_internal_dot_v1_dot_worker__pb2.ForkRequest.SerializeToString,
+            kvservice_dot_internal_dot_v1_dot_worker__pb2.ForkResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def HandOver(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvservice.internal.v1.WorkerService/HandOver',
+            kvservice_dot_internal_dot_v1_dot_worker__pb2.HandOverRequest.SerializeToString,
+            kvservice_dot_internal_dot_v1_dot_worker__pb2.HandOverResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TakeOn(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvservice.internal.v1.WorkerService/TakeOn',
+            kvservice_dot_internal_dot_v1_dot_worker__pb2.TakeOnRequest.SerializeToString,
+            kvservice_dot_internal_dot_v1_dot_worker__pb2.TakeOnResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Verify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvservice.internal.v1.WorkerService/Verify',
+            kvservice_dot_internal_dot_v1_dot_worker__pb2.VerifyRequest.SerializeToString,
+            kvservice_dot_internal_dot_v1_dot_worker__pb2.VerifyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,14 @@ class WorkerServiceStub:
     """Text to token ids; the gateway holds no tokenizer."""
     GetStats: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetStatsRequest, _worker_pb2.GetStatsResponse]
     Drain: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainResponse]
+    Fork: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ForkRequest, _worker_pb2.ForkResponse]
+    """Makes a session's KV known under one more name: what is held here, and what is stored."""
+    HandOver: _grpc.UnaryUnaryMultiCallable[_worker_pb2.HandOverRequest, _worker_pb2.HandOverResponse]
+    """Publishes what is left of a session, and lets it go."""
+    TakeOn: _grpc.UnaryUnaryMultiCallable[_worker_pb2.TakeOnRequest, _worker_pb2.TakeOnResponse]
+    """Acquires a session: whoever had it before can't publish it any more."""
+    Verify: _grpc.UnaryUnaryMultiCallable[_worker_pb2.VerifyRequest, _worker_pb2.VerifyResponse]
+    """Looks for everything that is stored of a tenant, and reads its frames; the gateway has no way to the kv Redis."""
 
 @_typing.type_check_only
 class WorkerServiceAsyncStub(WorkerServiceStub):
@@ -51,6 +59,14 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     """Text to token ids; the gateway holds no tokenizer."""
     GetStats: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetStatsRequest, _worker_pb2.GetStatsResponse]  # type: ignore[assignment]
     Drain: _aio.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainResponse]  # type: ignore[assignment]
+    Fork: _aio.UnaryUnaryMultiCallable[_worker_pb2.ForkRequest, _worker_pb2.ForkResponse]  # type: ignore[assignment]
+    """Makes a session's KV known under one more name: what is held here, and what is stored."""
+    HandOver: _aio.UnaryUnaryMultiCallable[_worker_pb2.HandOverRequest, _worker_pb2.HandOverResponse]  # type: ignore[assignment]
+    """Publishes what is left of a session, and lets it go."""
+    TakeOn: _aio.UnaryUnaryMultiCallable[_worker_pb2.TakeOnRequest, _worker_pb2.TakeOnResponse]  # type: ignore[assignment]
+    """Acquires a session: whoever had it before can't publish it any more."""
+    Verify: _aio.UnaryUnaryMultiCallable[_worker_pb2.VerifyRequest, _worker_pb2.VerifyResponse]  # type: ignore[assignment]
+    """Looks for everything that is stored of a tenant, and reads its frames; the gateway has no way to the kv Redis."""
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -84,5 +100,37 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_pb2.DrainRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.DrainResponse, _abc.Awaitable[_worker_pb2.DrainResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Fork(
+        self,
+        request: _worker_pb2.ForkRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.ForkResponse, _abc.Awaitable[_worker_pb2.ForkResponse]]:
+        """Makes a session's KV known under one more name: what is held here, and what is stored."""
+
+    @_abc_1.abstractmethod
+    def HandOver(
+        self,
+        request: _worker_pb2.HandOverRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.HandOverResponse, _abc.Awaitable[_worker_pb2.HandOverResponse]]:
+        """Publishes what is left of a session, and lets it go."""
+
+    @_abc_1.abstractmethod
+    def TakeOn(
+        self,
+        request: _worker_pb2.TakeOnRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.TakeOnResponse, _abc.Awaitable[_worker_pb2.TakeOnResponse]]:
+        """Acquires a session: whoever had it before can't publish it any more."""
+
+    @_abc_1.abstractmethod
+    def Verify(
+        self,
+        request: _worker_pb2.VerifyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.VerifyResponse, _abc.Awaitable[_worker_pb2.VerifyResponse]]:
+        """Looks for everything that is stored of a tenant, and reads its frames; the gateway has no way to the kv Redis."""
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

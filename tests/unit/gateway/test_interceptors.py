@@ -137,12 +137,19 @@ async def test_operators_calls_need_an_operators_key() -> None:
         async with grpc.aio.insecure_channel(service.address) as channel:
             stub = admin_pb2_grpc.AdminServiceStub(channel)
             bearer = (("authorization", "Bearer operator-key"),)
-            error = await raised(stub.SetQuota(admin_pb2.SetQuotaRequest(redis_bytes=1), metadata=bearer))
-            assert error.status == "UNIMPLEMENTED"
             error = await raised(stub.SetQuota(admin_pb2.SetQuotaRequest(), metadata=bearer))
             assert error.field == "tenant"
-            error = await raised(stub.Verify(admin_pb2.VerifyRequest(), metadata=bearer))
+            asked = admin_pb2.SetQuotaRequest(tenant="a", sessions=3)
+            error = await raised(stub.SetQuota(asked, metadata=bearer))
             assert error.status == "UNIMPLEMENTED"
+            for refused in (stub.SetQuota(admin_pb2.SetQuotaRequest()), stub.Verify(admin_pb2.VerifyRequest())):
+                assert (await raised(refused)).status == "UNAUTHENTICATED"
+            error = await raised(stub.Verify(admin_pb2.VerifyRequest(tenant="a"), metadata=bearer))
+            assert error.status == "UNAVAILABLE"
+            error = await raised(stub.Verify(admin_pb2.VerifyRequest(tenant="a", session_id="*"), metadata=bearer))
+            assert error.status == "INVALID_ARGUMENT"
+            await stub.SetQuota(admin_pb2.SetQuotaRequest(tenant="a", redis_bytes=77), metadata=bearer)
+            assert (await service.store.ledger.tenant_bytes(TenantId("a"))).quota_bytes == 77
 
 
 def test_tags_of_tenants_differ_and_depend_on_the_secret() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -18,7 +19,9 @@ from kvservice.errors import (
     Unavailable,
 )
 from kvservice.internal.v1 import worker_pb2
-from kvservice.types import FinishReason, Headroom, PromptFormat, Role, SessionId, TokenLogprob
+from kvservice.store.ledger import Position
+from kvservice.store.manifests import Manifest
+from kvservice.types import FinishReason, Headroom, PromptFormat, Role, SessionId, TenantId, TokenLogprob, WorkerId
 from kvservice.v1 import common_pb2, sessions_pb2
 from tests.unit.gateway.conftest import Service, eventually, keys, running
 from tests.unit.gateway.fake_worker import ROOMY, FakeWorker, answer_tokens
@@ -310,7 +313,13 @@ async def test_an_idle_session_expires_and_is_released() -> None:
         service.clock.now += 60
         with pytest.raises(NotFound):
             await client.get(dropped.session_id)
-        assert (await client.get(kept.session_id)).expires_at == service.clock.now + 40
+        (listed,) = (await (await service.sessions()).List(sessions_pb2.ListRequest())).sessions
+        assert listed.expires_at.seconds == service.clock.now + 40
+        assert not listed.expires_soon
+        service.clock.now += 31
+        (listed,) = (await (await service.sessions()).List(sessions_pb2.ListRequest())).sessions
+        assert listed.expires_soon
+        assert (await client.get(kept.session_id)).expires_at == service.clock.now + 100
         await service.worker.wait_for("releases")
         assert [release.session_id for release in service.worker.releases] == [dropped.session_id]
         assert not service.worker.releases[0].purge
@@ -687,11 +696,37 @@ async def test_purge_is_passed_on_and_tenants_are_hidden_behind_a_tag(service: S
     session = await client.create_session()
     await client.append(session.session_id, "x")
     await client.close_session(session.session_id, purge=True)
-    (release,) = service.worker.releases
-    assert release.purge
+    dropped, release = service.worker.releases
+    assert (dropped.purge, release.purge) == (False, True)
     assert len(release.tenant_tag) == 16
     assert release.tenant_tag == service.worker.submits[0].tenant_tag
     assert b"local" not in release.tenant_tag
+
+
+async def test_purge_leaves_the_frames_that_a_fork_reads_until_the_fork_goes_too(service: Service) -> None:
+    client, ledger, tenant = await service.client(), service.store.ledger, TenantId("local")
+    parent, fork = await client.create_session(), await client.create_session()
+    at = await ledger.acquire_session(tenant, parent.session_id, WorkerId("w1"), 1e6)
+    manifest = Manifest(parent.session_id, tenant, b"t" * 16, b"f" * 16, at.epoch, 0, 0, 16)
+    await ledger.publish_manifest(manifest, at, bytes_by_home={parent.session_id: 100}, ttl_s=1e6)
+    manifest = replace(manifest, session_id=fork.session_id, epoch=0)
+    shared = {parent.session_id: 100, fork.session_id: 10}
+    await ledger.publish_manifest(manifest, Position(), bytes_by_home=shared, ttl_s=1e6)
+    await client.close_session(parent.session_id, purge=True)
+    await client.close_session(fork.session_id, purge=True)
+    released = [(release.session_id, release.purge) for release in service.worker.releases]
+    assert released[:2] == [(parent.session_id, False), (fork.session_id, False)]
+    assert sorted(released[2:]) == sorted([(parent.session_id, True), (fork.session_id, True)])
+    assert (await ledger.tenant_bytes(tenant)).stored_bytes == 0
+
+
+async def test_get_renews_a_session_now_and_then(service: Service) -> None:
+    client = await service.client()
+    session = await client.create_session(ttl_s=100)
+    service.clock.now += 9
+    assert (await client.get(session.session_id)).expires_at == session.expires_at
+    service.clock.now += 2
+    assert (await client.get(session.session_id)).expires_at == session.expires_at + 11
 
 
 async def test_purge_without_a_worker_keeps_the_session(service: Service) -> None:
@@ -705,16 +740,27 @@ async def test_purge_without_a_worker_keeps_the_session(service: Service) -> Non
     assert await client.close_session(session.session_id) == (0, 0)
 
 
-@pytest.mark.parametrize("rpc", ["Truncate", "Fork", "Move"])
-async def test_what_comes_later_says_so(service: Service, rpc: str) -> None:
-    stub = await service.sessions()
-    request = getattr(sessions_pb2, f"{rpc}Request")(session_id="x")
-    import grpc
+async def test_a_session_is_taken_back_and_forked_once_for_a_request_id(service: Service) -> None:
+    client = await service.client()
+    session = (await client.create_session()).session_id
+    await client.append(session, "document")
+    fork = await client.fork_session(session, expected_num_tokens=8, request_id="r1")
+    assert await client.fork_session(session, expected_num_tokens=8, request_id="r1") == fork
+    assert (await client.truncate_session(session, 3, request_id="r2")).num_tokens == 3
+    assert (await client.truncate_session(session, 3, request_id="r2")).num_tokens == 3
+    assert (await client.get(fork.session_id)).num_tokens == 8
+    with pytest.raises(Conflict, match="holds 3 tokens"):
+        await client.fork_session(session, expected_num_tokens=8)
+    with pytest.raises(InvalidRequest, match="give 0 to 3"):
+        await client.truncate_session(session, 4)
+    assert len([each async for each in client.list()]) == 2
 
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await getattr(stub, rpc)(request)
-    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-    assert f"{rpc} is not in this release" in caught.value.details()
+
+async def test_a_session_moves_to_no_worker_that_is_not_there(service: Service) -> None:
+    client = await service.client()
+    session = (await client.create_session()).session_id
+    with pytest.raises(NotFound, match="unknown worker 'w9'"):
+        await client.move_session(session, "w9")
 
 
 async def test_a_record_that_moved_under_a_call_is_not_overwritten(service: Service) -> None:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kvservice.errors import KVServiceError
+from kvservice.errors import KVServiceError, NotFound
 from kvservice.types import (
     CallId,
     EngineCall,
@@ -140,6 +140,12 @@ class ScriptedEngine:
         held = session_id in self.sessions
         self.sessions.discard(session_id)
         return (100, 200) if held else (0, 0)
+
+    def fork(self, session_id: SessionId, fork_id: SessionId) -> None:
+        self._check_thread()
+        if session_id not in self.sessions:
+            raise NotFound(f"session {session_id} is not on this device", reason="not_held")
+        self.sessions.add(fork_id)
 
     def step(self) -> list[EngineEvent]:
         self._check_thread()

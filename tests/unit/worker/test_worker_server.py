@@ -634,3 +634,10 @@ async def test_no_text_of_a_call_is_logged(worker, caplog):
     await gateway.admission()
     await gateway.answer("c1")
     assert not any("confidential" in str(vars(record)) for record in caplog.records)
+
+
+async def test_worker_without_a_tier_has_nothing_to_verify(worker):
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await worker.stub.Verify(worker_pb2.VerifyRequest(tenant="ann", tenant_tag=b"t" * 16))
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "--redis-url" in caught.value.details()
