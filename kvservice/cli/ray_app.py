@@ -39,7 +39,7 @@ async def open_worker(config: WorkerConfig) -> AsyncIterator[WorkerServer]:
         config = config.model_copy(update={"redis_url": SecretStr(redis_url)})
     configure_logging("INFO", json=True)
     async with AsyncExitStack() as stack:
-        store = await open_state_store(state_url)
+        store = await open_state_store(state_url, config.tenant_stored_bytes)
         stack.push_async_callback(store.aclose)
         yield await compose.worker(config, store, stack)
 
