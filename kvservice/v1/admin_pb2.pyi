@@ -514,8 +514,8 @@ Global___TierStats: _TypeAlias = TierStats  # noqa: Y015
 
 @_typing.final
 class SetQuotaRequest(_message.Message):
-    """What is unset stays as it is. For requests_per_minute, tokens_per_minute, concurrent_calls and document_tokens 0 takes
-    the tenant's own limit away: the service's default holds then.
+    """What is unset stays as it is. For redis_bytes, requests_per_minute, tokens_per_minute, concurrent_calls and
+    document_tokens 0 takes the tenant's own limit away: the service's default holds then.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

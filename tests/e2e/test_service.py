@@ -253,5 +253,5 @@ async def test_tenant_without_room_is_refused_and_told(model, document):
         with pytest.raises(LimitExceeded, match="close sessions, or raise the quota"):
             await loaded(client, "recall", document)
         await loaded(client, "dense", document)
-        await admin.SetQuota(admin_pb2.SetQuotaRequest(tenant="local"))
+        await admin.SetQuota(admin_pb2.SetQuotaRequest(tenant="local", redis_bytes=0))
         await loaded(client, "recall", document)

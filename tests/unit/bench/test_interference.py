@@ -58,4 +58,4 @@ def test_a_load_over_the_positions_of_the_model_is_refused(engine: Engine) -> No
 
 def test_a_load_over_the_budget_is_refused_by_the_option_to_raise(engine: Engine) -> None:
     with pytest.raises(ConfigError, match="--kv-bytes"):
-        measure_interference(engine, replace(LOAD, decoding=200), CASES, lambda: None)
+        measure_interference(engine, replace(LOAD, decoding=120), CASES, lambda: None)
