@@ -168,7 +168,7 @@ def passkey(
         raise typer.BadParameter("--text is a haystack of prose: add --haystack prose, or leave --text out")
     from kvservice.demo.document import shipped_text
     from kvservice.evaluation.haystack import make_cases, noise_units, prose_units
-    from kvservice.evaluation.passkey import at_first, run_cases, summarize
+    from kvservice.evaluation.passkey import at_first, compared, run_cases, summarize
     from kvservice.models.fetch import resolve
     from kvservice.models.tokenizer import Tokenizer
     from kvservice.types import PromptFormat, TextRole
@@ -189,7 +189,7 @@ def passkey(
     shared = sharing_settings(spec, sharing_map, sharing, skip_above)
     engine = load_engine(model, dtype, threads, shared)
     with progress_bar() as bar:
-        task = bar.add_task("sessions", total=2 * len(asked))
+        task = bar.add_task("sessions", total=len(compared(spec)) * len(asked))
         results = run_cases(
             engine,
             tokenizer,

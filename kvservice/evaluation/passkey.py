@@ -84,7 +84,7 @@ def run_cases(
         KVServiceError: it doesn't fit in the engine's budget, or has more tokens than the model has positions.
     """
     prompts = [_Prompt.of(case, tokenizer) for case in cases]
-    specs = [recipe, DENSE]
+    specs = compared(recipe)
     conversations = [
         _ask(engine, SessionId(f"{spec.name}-{number}-{turn}"), spec, prompt, talk_tokens)
         for number, prompt in enumerate(prompts)
@@ -94,10 +94,16 @@ def run_cases(
     for first, later in converse(engine, conversations, at_once):
         answers.append(Answers(*(tuple(tokenizer.decode(one) for one in some) for some in (first, later))))
         report()
+    own, dense = answers[:: len(specs)], answers[len(specs) - 1 :: len(specs)]
     return [
         CaseResult(case, prompt.num_tokens + talk_tokens, *told)
-        for case, prompt, told in zip(cases, prompts, zip(answers[::2], answers[1::2], strict=True), strict=True)
+        for case, prompt, *told in zip(cases, prompts, own, dense, strict=True)
     ]
+
+
+def compared(recipe: RecipeSpec) -> list[RecipeSpec]:
+    """The recipes that each case is asked under: `dense` once, even beside itself."""
+    return [recipe] if recipe.name == DENSE.name else [recipe, DENSE]
 
 
 @dataclass(frozen=True, slots=True)
