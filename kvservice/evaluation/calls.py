@@ -43,7 +43,12 @@ def read_document(
         KVServiceError: it doesn't fit in the engine's budget, or has more tokens than the model has positions.
     """
     call = EngineCall(CallId("read"), session_id, recipe, base_tokens=(), document_tokens=tuple(token_ids))
-    _finish(engine, call, report)
+    engine.submit(call)
+    done = 0
+    for event in _outcomes(engine, {call.call_id}):
+        if isinstance(event, ProgressEvent):
+            report(event.done_tokens - done)
+            done = event.done_tokens
 
 
 def converse(engine: Engine, conversations: Iterable[Conversation[T]], at_once: int) -> Iterator[T]:
@@ -76,30 +81,20 @@ def converse(engine: Engine, conversations: Iterable[Conversation[T]], at_once: 
                 else:
                     engine.submit(call)
                     calls[call.call_id] = number
-            ends = {calls[end.call_id]: end for end in _until_finished(engine, set(calls))}
+            outcomes = _outcomes(engine, set(calls))
+            ends = {calls[end.call_id]: end for end in outcomes if isinstance(end, FinishedEvent)}
         yield from (results[number] for number in range(len(some)))
 
 
-def _until_finished(engine: Engine, call_ids: set[CallId]) -> Iterator[FinishedEvent]:
+def _outcomes(engine: Engine, call_ids: set[CallId]) -> Iterator[ProgressEvent | FinishedEvent]:
+    """How calls come along, until all have ended; raises what one failed with."""
     while call_ids:
         for event in engine.step():
-            if isinstance(event, FailedEvent):
-                raise event.error
-            if isinstance(event, FinishedEvent):
-                call_ids.discard(event.call_id)
-                yield event
-
-
-def _finish(engine: Engine, call: EngineCall, report: Report) -> FinishedEvent:
-    engine.submit(call)
-    done = 0
-    while True:
-        for event in engine.step():
             match event:
-                case ProgressEvent():
-                    report(event.done_tokens - done)
-                    done = event.done_tokens
                 case FailedEvent():
                     raise event.error
                 case FinishedEvent():
-                    return event
+                    call_ids.discard(event.call_id)
+                    yield event
+                case ProgressEvent():
+                    yield event
