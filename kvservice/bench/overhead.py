@@ -22,6 +22,8 @@ from kvservice.types import (
 
 OVERHEAD_STEPS = 60
 PROMPT_TOKENS = 24
+STEPS_A_PROMPT = 64
+"""More than it takes to read a prompt, and the end of its document, in the pauses of others' answers."""
 
 _TAG = b"overhead tenant!"
 
@@ -89,8 +91,8 @@ def measure_overhead(engine: Engine, steps: Steps, load: SoakLoad, num_steps: in
 
 
 def _new_tokens(load: SoakLoad, num_steps: int) -> int:
-    """Sequences enter decode one after the other; the first must still run when the last has made its steps."""
-    return num_steps + 8 * load.sessions
+    """The first answer must still run when the last has made its steps, and prompts are read slowly beside answers."""
+    return num_steps + STEPS_A_PROMPT * load.sessions
 
 
 def _document_tokens(engine: Engine, load: SoakLoad, num_steps: int) -> int:

@@ -13,6 +13,7 @@ from kvservice.cli.bench_context import context
 from kvservice.cli.bench_interference import interference
 from kvservice.cli.bench_kernels import kernels
 from kvservice.cli.bench_placement import placement
+from kvservice.cli.bench_roofline import roofline
 from kvservice.cli.bench_soak import soak
 from kvservice.cli.bench_tier import tier
 from kvservice.cli.options import (
@@ -62,6 +63,9 @@ def engine(
     sharing: Sharing = None,
     skip_above: SkipAbove = None,
     threads: Threads = None,
+    transformers: Annotated[
+        bool, typer.Option("--transformers", help="Also transformers on the same load, after it.")
+    ] = False,
     json_file: JsonFile = None,
 ) -> None:
     """Speed of prefill and decode in this process: no gateway, no RPC, no Redis. Documents are random tokens."""
@@ -91,7 +95,24 @@ def engine(
             results.append(measure(measured, load, repeats))
     rows = [row for row in results if isinstance(row, EngineRow)]
     skipped = [row for row in results if isinstance(row, SkippedRow)]
-    _show_rows(name, rows, skipped)
+    _show_rows(f"Engine, recipe {name}", rows)
+    for row in skipped:
+        hint(f"Skipped: {row.batch} x {row.prompt_tokens:,} tokens: {row.reason}.")
+    measured.close()
+    beside: list[EngineRow] = []
+    if transformers:
+        import torch
+
+        from kvservice.bench.peer import measure_peer
+        from kvservice.cli.compose import num_threads
+        from kvservice.models.peer import Peer
+
+        torch.set_num_threads(num_threads(config))  # our kernels have threads of their own, and leave torch one
+        peer = Peer(resolve(model, None), torch.bfloat16)
+        with progress_bar() as bar:
+            for load in bar.track(loads, description="transformers"):
+                beside.append(measure_peer(peer, measured.info.shape.vocab_size, load, repeats))
+        _show_rows("transformers", beside)
     hint(f"Model {measured.info.name}: {measured.info.origin}.")
     if json_file is not None:
         settings = {
@@ -109,14 +130,18 @@ def engine(
         write_json(
             json_file,
             settings,
-            {"rows": [asdict(row) for row in rows], "skipped": [asdict(row) for row in skipped]},
+            {
+                "rows": [asdict(row) for row in rows],
+                "skipped": [asdict(row) for row in skipped],
+                "transformers": [asdict(row) for row in beside],
+            },
         )
 
 
-def _show_rows(recipe: str, rows: list[EngineRow], skipped: list[SkippedRow]) -> None:
+def _show_rows(title: str, rows: list[EngineRow]) -> None:
     columns = ("prompt tokens", "batch", "prefill tok/s", "decode ms/token", "output tok/s")
     show_table(
-        f"Engine, recipe {recipe}",
+        title,
         columns,
         [
             (
@@ -130,8 +155,6 @@ def _show_rows(recipe: str, rows: list[EngineRow], skipped: list[SkippedRow]) ->
         ],
         numeric=columns,
     )
-    for row in skipped:
-        hint(f"Skipped: {row.batch} x {row.prompt_tokens:,} tokens: {row.reason}.")
 
 
 @app.command("sessions")
@@ -290,6 +313,7 @@ def _show_turns(load: SessionLoad, kv_bytes: int, result: SessionsResult) -> Non
 
 
 app.command("context")(context)
+app.command("roofline")(roofline)
 app.command("soak")(soak)
 app.command("interference")(interference)
 app.command("kernels")(kernels)

@@ -141,6 +141,11 @@ async def _open_tier(config: WorkerConfig, store: StateStore, stack: AsyncExitSt
     return Tier(frames, journal, reader, stored)
 
 
+def num_threads(config: WorkerConfig) -> int:
+    """How many threads compute: as configured, else one a core that this process may use."""
+    return config.threads or len(os.sched_getaffinity(0))
+
+
 def open_model(config: WorkerConfig, folder: Path) -> Model:
     """Loads a worker's model, and sets the threads that it computes with. Blocks for as long as that takes."""
     import torch
@@ -148,7 +153,7 @@ def open_model(config: WorkerConfig, folder: Path) -> Model:
     from kvservice.kernels import cpu
     from kvservice.models.loader import load_model
 
-    threads = config.threads or len(os.sched_getaffinity(0))
+    threads = num_threads(config)
     if config.device == "cpu" and cpu.isa() != "none":
         # What is left to torch are many small operations: threads would cost more than they save, and where another
         # process is busy, many times more.

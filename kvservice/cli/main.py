@@ -16,6 +16,7 @@ from kvservice.cli import (
     catalogue,
     chat,
     eval_indexes,
+    eval_precision,
     evaluate,
     model,
     serve,
@@ -56,6 +57,7 @@ app.command("size")(size.size)
 
 app.add_typer(bench.app, name="bench")
 evaluate.app.command("indexes")(eval_indexes.indexes)
+evaluate.app.command("precision")(eval_precision.precision)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(calibrate.app, name="calibrate")
 

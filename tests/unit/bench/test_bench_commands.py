@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from kvservice.bench import roofline
 from kvservice.cli.main import main
-from kvservice.models.tiny import write_tiny_checkpoint
+from kvservice.models.tiny import tiny_model, write_tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,38 @@ def test_bench_engine_writes_the_promised_names(folder: str, tmp_path: Path, cap
     printed = capsys.readouterr()
     assert "decode ms/token" in printed.out
     assert "2,048 positions" in printed.err
+
+
+def test_bench_engine_measures_transformers_beside_it(folder: str, tmp_path: Path, capsys) -> None:
+    report = tmp_path / "engine.json"
+    sizes = ("--prompt-tokens", "100", "--batch", "1,2", "--new-tokens", "3", "--repeats", "1", "--threads", "1")
+    assert run("engine", "--model", folder, *sizes, "--transformers", "--json", str(report)) == 0
+    results = json.loads(report.read_text())["results"]
+    assert [(row["prompt_tokens"], row["batch"]) for row in results["transformers"]] == [(100, 1), (100, 2)]
+    assert set(results["transformers"][0]) == set(results["rows"][0])
+    assert "transformers" in capsys.readouterr().out
+
+
+def test_bench_roofline_splits_a_step_into_parts(folder: str, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(roofline, "READ_BYTES", 1 << 20)
+    monkeypatch.setattr(roofline, "PRODUCT_SIZE", 64)
+    report = tmp_path / "roofline.json"
+    sizes = ("--batch", "1,3", "--contexts", "300,200", "--new-tokens", "3", "--threads", "1")
+    assert run("roofline", "--model", folder, *sizes, "--json", str(report)) == 0
+    results = json.loads(report.read_text())["results"]
+    assert [(step["batch"], step["context_tokens"]) for step in results["steps"]] == [(1, 300), (3, 200)]
+    names = [part["name"] for part in results["steps"][0]["parts"]]
+    assert names == ["products of the layers", "attention", "head", "tables, drawing, output"]
+    shape = replace(tiny_model(seed=0).spec.shape, dtype_bytes=2)
+    attention = results["steps"][1]["parts"][1]
+    assert attention["num_bytes"] == 3 * 200 * shape.kv_bytes_per_token
+    assert results["limits"]["bytes_per_s"] > 0
+    assert "whole step" in capsys.readouterr().out
+
+
+def test_bench_roofline_wants_a_context_for_every_batch(folder: str, capsys) -> None:
+    assert run("roofline", "--model", folder, "--batch", "1,2", "--contexts", "300") == 2
+    assert "as many of each" in capsys.readouterr().err
 
 
 def test_bench_context_measures_beyond_the_positions_of_the_model(folder: str, tmp_path: Path, capsys) -> None:

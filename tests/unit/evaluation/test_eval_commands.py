@@ -39,6 +39,17 @@ def test_several_texts_may_follow_one_option(folder: str, texts: Path, tmp_path:
     assert json.loads(report.read_text())["config"]["texts"] == ["a.txt", "b.txt"]
 
 
+def test_precision_stands_beside_transformers(folder: str, texts: Path, tmp_path: Path, capsys) -> None:
+    report = tmp_path / "precision.json"
+    assert run("precision", "--model", folder, "--texts", str(texts), *SIZES, "--json", str(report)) == 0
+    rows = {row["runner"]: row for row in json.loads(report.read_text())["results"]["rows"]}
+    assert list(rows) == ["transformers bf16", "kvservice fp32", "kvservice bf16"]
+    assert rows["kvservice fp32"]["kl_mean"] < 1e-6
+    assert rows["kvservice fp32"]["top1_agreement"] == 1.0
+    assert rows["kvservice bf16"]["kl_mean"] > rows["kvservice fp32"]["kl_mean"]
+    assert "transformers fp32" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("limit", "code"), [("0", 1), ("100", 0)])
 def test_quality_ends_with_1_above_the_limit(folder: str, texts: Path, limit: str, code: int) -> None:
     assert run("quality", "--model", folder, "--texts", str(texts), *SIZES, "--max-kl", limit) == code
