@@ -26,7 +26,7 @@ constexpr int kTileBlocks = kTileTokens / kBlockTokens;
 constexpr int kTilesPerSplit = 8;
 constexpr int kSinkTokens = 16;
 // Of one work item. More rows share the preparation of a tile; fewer stay in the first-level cache.
-constexpr int kRowsPerItem = 96;
+constexpr int kRowsPerItem = 192;
 
 // Below any score, so that the first tile's rescaling gives 0, and above what hides a token.
 constexpr float kLowestPeak = -1e20f;

@@ -4,8 +4,10 @@
 //                                                         softmax needs few sums across lanes
 //   sums     [rows][d] += P [rows][tokens] x V            V interleaved by pairs of tokens once a tile
 //
-// Rows are taken 16 at a time, or 4 where there are no more: then a vector holds 4 tokens x 4 rows. Both add up a row's
-// weights in the same order, by the token's number modulo 4.
+// Tiles of KV are gathered up to the end of a split, with their values put in order. Then two row tiles of 16 rows pass
+// through all of them: what they need for themselves stays in the first-level cache, and keys and values, which come from
+// the second, are loaded once for both. Where there are no more than 4 rows, a vector holds 4 tokens x 4 rows, and a tile
+// is folded at once. Both add up a row's weights in the same order, by the token's number modulo 4.
 #pragma once
 
 #include <immintrin.h>
@@ -135,14 +137,14 @@ class AmxFold {
   using Element = bf16;
 
   static int64_t bytes(int head_dim, int padded_rows) {
-    return padded_rows * head_dim * 2 + kTileTokens * head_dim * 2 + 2 * kTileTokens * 16 * (4 + 2);
+    return padded_rows * head_dim * 2 + kTilesPerSplit * kTileTokens * head_dim * 2 + 2 * kTileTokens * 16 * (4 + 2);
   }
 
   AmxFold(int head_dim, int padded_rows, float scale, char* memory)
       : head_dim_(head_dim), scale_(scale * kLog2E), lines_at_once_(head_dim / 16) {
     queries_ = reinterpret_cast<bf16*>(memory);
     values_ = queries_ + padded_rows * head_dim;
-    scores_ = reinterpret_cast<float*>(values_ + kTileTokens * head_dim);
+    scores_ = reinterpret_cast<float*>(values_ + kTilesPerSplit * kTileTokens * head_dim);
     weights_ = reinterpret_cast<bf16*>(scores_ + 2 * kTileTokens * 16);
   }
 
@@ -150,6 +152,7 @@ class AmxFold {
   template <class QueryOf>
   void set_queries(int rows, QueryOf&& query_of) {
     rows_ = rows;
+    num_tiles_ = 0;
     session_.set(shapes_for(rows <= 4 ? 4 : 16));
     for (int row_tile = 0; row_tile * 16 < rows; ++row_tile) {
       for (int d = 0; d < head_dim_; d += 32) {
@@ -164,23 +167,37 @@ class AmxFold {
     }
   }
 
-  // Row r sees tokens [0, visible[r]) of those that the tile's first is number `first` of.
+  // Row r sees tokens [0, visible[r]) of those that the tile's first is number `first` of. Where the tile lies, and
+  // `visible`, must stay as they are until `settle`.
   void fold(const Tile<bf16>& tile, int first, const int32_t* visible, Ahead& ahead, State& state) {
-    interleave_values(tile, ahead);
     if (rows_ <= 4) {
-      fold_rows<4>(tile, first, visible, ahead, state);
-    } else {
-      fold_rows<16>(tile, first, visible, ahead, state);
+      interleave_values(tile, values_, ahead);
+      fold_few(tile, first, visible, ahead, state);
+      return;
     }
+    interleave_values(tile, values_of(num_tiles_), ahead);
+    tiles_[num_tiles_] = tile;
+    firsts_[num_tiles_++] = first;
+    visible_ = visible;
   }
 
-  // Sums are in order as they are.
-  void settle(State&) const {}
+  // At the end of a split.
+  void settle(State& state) {
+    if (num_tiles_ == 0) return;
+    for (int row_tile = 0; row_tile * 16 < rows_; row_tile += 2) {
+      if ((row_tile + 1) * 16 < rows_) {
+        fold_rows<2>(row_tile, state);
+      } else {
+        fold_rows<1>(row_tile, state);
+      }
+    }
+    num_tiles_ = 0;
+  }
 
  private:
   static constexpr int kTileElements = 512;
 
-  // Tiles 0, 1: scores. 2, 3: keys, or values. 4: queries. 5, 6: sums. 7: weights.
+  // With few rows, tiles 0, 1: scores. 2, 3: keys, or values. 4: queries. 5, 6: sums. 7: weights.
   static TileShapes shapes_for(int rows) {
     TileShapes shapes;
     shapes.row_bytes[0] = shapes.row_bytes[1] = shapes.row_bytes[4] = static_cast<uint16_t>(rows * 4);
@@ -191,21 +208,24 @@ class AmxFold {
   bf16* query_tile(int row_tile, int d) const {
     return queries_ + (row_tile * (head_dim_ / 32) + d / 32) * kTileElements;
   }
-  // Of two row tiles that are under way.
+  // Of two row tiles that go together.
   float* scores_of(int row_tile) const { return scores_ + row_tile % 2 * kTileTokens * 16; }
   bf16* weights_of(int row_tile) const { return weights_ + row_tile % 2 * kTileTokens * 16; }
-  // Right operand of 32 tokens and 16 numbers of d: [16 pairs of tokens][16][2].
-  bf16* value_tile(int half, int d) const { return values_ + (half * (head_dim_ / 16) + d / 16) * kTileElements; }
+  bf16* values_of(int tile) const { return values_ + tile * kTileTokens * head_dim_; }
+  // Of a tile's, the right operand of 32 tokens and 16 numbers of d: [16 pairs of tokens][16][2].
+  bf16* value_tile(bf16* values, int half, int d) const {
+    return values + (half * (head_dim_ / 16) + d / 16) * kTileElements;
+  }
 
-  void interleave_values(const Tile<bf16>& tile, Ahead& ahead) const {
+  void interleave_values(const Tile<bf16>& tile, bf16* values, Ahead& ahead) const {
     const __m512i first_half = half_word_order([](int i) { return i / 2 + i % 2 * 32; });
     const __m512i last_half = half_word_order([](int i) { return i / 2 + 16 + i % 2 * 32; });
     const int num_blocks = tile.num_blocks();
     for (int b = 0; b < num_blocks; ++b) {
       for (int t = 0; t < kBlockTokens; t += 2) {
         const bf16* even = tile.values[b] + t * tile.stride;
-        bf16* to = value_tile(b / 2, 0) + (b % 2 * 8 + t / 2) * 32;
-        ahead.fetch(lines_at_once_);
+        bf16* to = value_tile(values, b / 2, 0) + (b % 2 * 8 + t / 2) * 32;
+        ahead.fetch(2 * lines_at_once_);
         for (int d = 0; d < head_dim_; d += 32, to += 2 * kTileElements) {
           const __m512i x = _mm512_loadu_si512(even + d), y = _mm512_loadu_si512(even + tile.stride + d);
           _mm512_store_si512(to, _mm512_permutex2var_epi16(x, first_half, y));
@@ -215,56 +235,79 @@ class AmxFold {
     }
     if (num_blocks % 2 == 0) return;
     for (int d = 0; d < head_dim_; d += 16) {
-      std::memset(static_cast<void*>(value_tile(num_blocks / 2, d) + 8 * 32), 0, kTileElements);
+      std::memset(static_cast<void*>(value_tile(values, num_blocks / 2, d) + 8 * 32), 0, kTileElements);
     }
   }
 
-  // Row tiles pass through scores, weights and sums one behind the other: while the matrix unit is at one's products,
-  // the vectors are at another's weights. And a tile load, which can't take from a store under way, finds it done.
-  template <int Rows>
-  void fold_rows(const Tile<bf16>& tile, int first, const int32_t* visible, Ahead& ahead, State& state) const {
+  void fold_few(const Tile<bf16>& tile, int first, const int32_t* visible, Ahead& ahead, State& state) const {
+    if (visible[15] <= first) return;
+    for (int b = 0; b < tile.num_blocks(); b += 2) score_few(tile, b);
     const int num_tokens = tile.num_blocks() * kBlockTokens;
-    const int end = (rows_ + 15) / 16;
-    int begin = 0;
-    while (begin < end && visible[begin * 16 + 15] <= first) ++begin;
-    for (int row_tile = begin; row_tile < end + 2; ++row_tile) {
-      if (row_tile < end) {
-        for (int b = 0; b < tile.num_blocks(); b += 2) {
-          ahead.fetch(4 * lines_at_once_);
-          score<Rows>(tile, b, row_tile);
-        }
-      }
-      if (begin <= row_tile - 1 && row_tile - 1 < end) {
-        weigh<Rows>(num_tokens, first, visible, row_tile - 1, ahead, state);
-      }
-      if (begin <= row_tile - 2) {
-        for (int d = 0; d < head_dim_; d += 32) {
-          ahead.fetch(16);
-          add_values(num_tokens > 32, d, row_tile - 2, state);
-        }
-      }
-    }
+    weigh<4>(num_tokens, first, visible, 0, ahead, state);
+    for (int d = 0; d < head_dim_; d += 32) add_values_few(num_tokens > 32, d, state);
   }
 
-  // Two blocks' scores, [token][Rows].
-  template <int Rows>
-  void score(const Tile<bf16>& tile, int block, int row_tile) const {
+  // Two blocks' scores, [token][4].
+  void score_few(const Tile<bf16>& tile, int block) const {
     const bf16* first = tile.keys[block];
-    // A second block that isn't there repeats the first: its scores are never read.
-    const bf16* second = tile.keys[block + 1 < tile.num_blocks() ? block + 1 : block];
+    const bf16* second = tile.keys[second_block(tile, block)];
     const ptrdiff_t stride = tile.stride * 2;
     tile::clear<0>();
     tile::clear<1>();
     for (int d = 0; d < head_dim_; d += 32) {
-      tile::load<4>(query_tile(row_tile, d), 64);
+      tile::load<4>(query_tile(0, d), 64);
       tile::load<2>(first + d, stride);
       tile::multiply<0, 2, 4>();
       tile::load<3>(second + d, stride);
       tile::multiply<1, 3, 4>();
     }
-    float* scores = scores_of(row_tile) + block * kBlockTokens * Rows;
-    tile::store<0>(scores, Rows * 4);
-    tile::store<1>(scores + kBlockTokens * Rows, Rows * 4);
+    float* scores = scores_ + block * kBlockTokens * 4;
+    tile::store<0>(scores, 4 * 4);
+    tile::store<1>(scores + kBlockTokens * 4, 4 * 4);
+  }
+
+  // A second block that isn't there repeats the first: its scores are never read.
+  static int second_block(const Tile<bf16>& tile, int block) { return block + (block + 1 < tile.num_blocks()); }
+
+  // N row tiles through all tiles of KV, with few AMX tiles in use (see tiles_amx.h). The next tile's scores come between weights and their products with values: a
+  // tile load can't take from a store under way.
+  template <int N>
+  void fold_rows(int row_tile, State& state) const {
+    int seen = 0;
+    while (seen < num_tiles_ && visible_[(row_tile + N) * 16 - 1] > firsts_[seen]) ++seen;
+    if (seen == 0) return;
+    Ahead nothing;
+    score<N>(tiles_[0], row_tile);
+    for (int i = 0; i < seen; ++i) {
+      const int num_tokens = tiles_[i].num_blocks() * kBlockTokens;
+      for (int n = 0; n < N; ++n) weigh<16>(num_tokens, firsts_[i], visible_, row_tile + n, nothing, state);
+      if (i + 1 < seen) score<N>(tiles_[i + 1], row_tile);
+      for (int d = 0; d < head_dim_; d += 16) add_values<N>(values_of(i), num_tokens > 32, d, row_tile, state);
+    }
+  }
+
+  // A tile's scores, [token][16 rows], of N row tiles.
+  template <int N>
+  void score(const Tile<bf16>& tile, int row_tile) const {
+    const ptrdiff_t stride = tile.stride * 2;
+    for (int block = 0; block < tile.num_blocks(); ++block) {
+      tile::clear<0>();
+      if (N > 1) tile::clear<1>();
+      for (int d = 0; d < head_dim_; d += 32) {
+        tile::load<2>(tile.keys[block] + d, stride);
+        tile::load<3>(query_tile(row_tile, d), 64);
+        tile::multiply<0, 2, 3>();
+        tile::clear<3>();
+        if (N > 1) {
+          tile::load<4>(query_tile(row_tile + 1, d), 64);
+          tile::multiply<1, 2, 4>();
+          tile::clear<4>();
+        }
+        tile::clear<2>();
+      }
+      tile::store<0>(scores_of(row_tile) + block * kBlockTokens * 16, 64);
+      if (N > 1) tile::store<1>(scores_of(row_tile + 1) + block * kBlockTokens * 16, 64);
+    }
   }
 
   // Scores to weights, as left operands [half][Rows][32 tokens]; shrinks the rows' earlier sums.
@@ -334,21 +377,48 @@ class AmxFold {
   }
 
   // 32 numbers of d of the sums.
-  void add_values(bool has_both, int d, int row_tile, State& state) const {
-    const bf16* weights = weights_of(row_tile);
-    float* sums = state.sums + row_tile * 16 * state.stride + d;
+  void add_values_few(bool has_both, int d, State& state) const {
+    float* sums = state.sums + d;
     const ptrdiff_t stride_bytes = state.stride * 4;
     tile::load<5>(sums, stride_bytes);
     tile::load<6>(sums + 16, stride_bytes);
     for (int half = 0; half < (has_both ? 2 : 1); ++half) {
-      tile::load<7>(weights + half * kTileElements, 64);
-      tile::load<2>(value_tile(half, d), 64);
+      tile::load<7>(weights_ + half * kTileElements, 64);
+      tile::load<2>(value_tile(values_, half, d), 64);
       tile::multiply<5, 7, 2>();
-      tile::load<3>(value_tile(half, d + 16), 64);
+      tile::load<3>(value_tile(values_, half, d + 16), 64);
       tile::multiply<6, 7, 3>();
     }
     tile::store<5>(sums, stride_bytes);
     tile::store<6>(sums + 16, stride_bytes);
+  }
+
+  // Of N row tiles, 16 numbers of d.
+  template <int N>
+  void add_values(bf16* values, bool has_both, int d, int row_tile, State& state) const {
+    float* sums = state.sums + row_tile * 16 * state.stride + d;
+    float* more = sums + 16 * state.stride;
+    const ptrdiff_t stride_bytes = state.stride * 4;
+    tile::load<0>(sums, stride_bytes);
+    if (N > 1) tile::load<1>(more, stride_bytes);
+    for (int half = 0; half < (has_both ? 2 : 1); ++half) {
+      tile::load<2>(value_tile(values, half, d), 64);
+      tile::load<3>(weights_of(row_tile) + half * kTileElements, 64);
+      tile::multiply<0, 3, 2>();
+      tile::clear<3>();
+      if (N > 1) {
+        tile::load<4>(weights_of(row_tile + 1) + half * kTileElements, 64);
+        tile::multiply<1, 4, 2>();
+        tile::clear<4>();
+      }
+      tile::clear<2>();
+    }
+    tile::store<0>(sums, stride_bytes);
+    tile::clear<0>();
+    if (N > 1) {
+      tile::store<1>(more, stride_bytes);
+      tile::clear<1>();
+    }
   }
 
   int head_dim_;
@@ -359,6 +429,10 @@ class AmxFold {
   bf16* values_;
   float* scores_;
   bf16* weights_;
+  const int32_t* visible_ = nullptr;
+  int num_tiles_ = 0;
+  Tile<bf16> tiles_[kTilesPerSplit];  // gathered
+  int firsts_[kTilesPerSplit];
   TileSession session_;
 };
 

@@ -40,7 +40,11 @@ class DecodeFold {
   }
 
   void settle(State& state) {
-    if (is_few_) few_.settle(state);
+    if (is_few_) {
+      few_.settle(state);
+    } else {
+      many_.settle(state);
+    }
   }
 
  private:

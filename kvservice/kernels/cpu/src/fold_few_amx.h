@@ -117,14 +117,19 @@ class FewRowsFold {
       tile::load<2>(queries + d / 2 * 4, 16);
       tile::load<3>(first + d, tile.stride * 2);
       tile::multiply<0, 3, 2>();
+      tile::clear<3>();
       ahead.fetch(kLinesAtOnce);
       tile::load<4>(second + d, tile.stride * 2);
       tile::multiply<1, 4, 2>();
+      tile::clear<4>();
+      tile::clear<2>();
       ahead.fetch(kLinesAtOnce);
     }
     float* scores = scores_ + (quad * kTileTokens + block * kBlockTokens) * 4;
     tile::store<0>(scores, 16);
     tile::store<1>(scores + kBlockTokens * 4, 16);
+    tile::clear<0>();
+    tile::clear<1>();
   }
 
   // Scores of R rows to weights, as left operands [block][2 x rows][16 tokens].
@@ -207,15 +212,22 @@ class FewRowsFold {
       tile::load<5>(weights_ + b * kWeightWords, 64);
       tile::load<3>(values, tile.stride * 2);
       tile::multiply<6, 5, 3>();
+      tile::clear<3>();
       ahead.fetch(kLinesAtOnce);
       if (C == 2) {
         tile::load<4>(values + 32, tile.stride * 2);
         tile::multiply<7, 5, 4>();
+        tile::clear<4>();
         ahead.fetch(kLinesAtOnce);
       }
+      tile::clear<5>();
     }
     tile::store<6>(sums, state.stride * 4);
-    if (C == 2) tile::store<7>(sums + 16, state.stride * 4);
+    tile::clear<6>();
+    if (C == 2) {
+      tile::store<7>(sums + 16, state.stride * 4);
+      tile::clear<7>();
+    }
   }
 
   int head_dim_;

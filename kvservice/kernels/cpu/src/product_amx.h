@@ -1,4 +1,5 @@
-// Products of bf16 rows with a packed panel by AMX tiles: 32 rows x 32 columns at a time.
+// Products of bf16 rows with a packed panel by AMX tiles: 32 rows x 16 columns at a time, with few tiles in use (see
+// tiles_amx.h): 2 x 2 tiles of results would need fewer loads, and be no faster at best and half as fast at worst.
 #pragma once
 
 #include <immintrin.h>
@@ -31,13 +32,14 @@ struct AmxProduct {
   static constexpr int kPrefetchBytes = 12 * 1024;
   static constexpr int kResultStride = kPanelColumns * 4;
 
-  // Results 0, 1 are of operand 4, the first 16 rows; results 2, 3 of operand 5, the rest.
+  // Result 0 is of operand 4, the first 16 rows; result 1 of operand 5, the rest. Of 16 rows or fewer, both are of 4.
   static TileShapes shapes_of(int rows) {
     TileShapes shapes;
     const auto first = static_cast<uint8_t>(rows < 16 ? rows : 16);
     const auto second = static_cast<uint8_t>(rows <= 16 ? 16 : rows - 16);
-    shapes.rows[0] = shapes.rows[1] = shapes.rows[4] = first;
-    shapes.rows[2] = shapes.rows[3] = shapes.rows[5] = second;
+    shapes.rows[0] = shapes.rows[4] = first;
+    shapes.rows[5] = second;
+    shapes.rows[1] = rows <= 16 ? first : second;
     return shapes;
   }
 
@@ -50,8 +52,11 @@ struct AmxProduct {
       tile::load<4>(a, a_stride * 2);
       tile::load<6>(panel, 64);
       tile::multiply<0, 4, 6>();
+      tile::clear<6>();
       tile::load<7>(panel + kBlockElements, 64);
       tile::multiply<1, 4, 7>();
+      tile::clear<7>();
+      tile::clear<4>();
     }
     tile::store<0>(c, kResultStride);
     tile::store<1>(c + kHalfColumns, kResultStride);
@@ -59,28 +64,28 @@ struct AmxProduct {
 
   static void compute_two(const bf16* a, ptrdiff_t a_stride, const bf16* panel, int num_blocks, PanelAhead ahead,
                           float* c) {
-    const int lines = (2 * kBlockBytes / 64 + ahead.parts - 1) / ahead.parts;
+    const int lines = (kBlockBytes / 64 + ahead.parts - 1) / ahead.parts;
     const char* fetched = static_cast<const char*>(ahead.panel) + ahead.part * lines * 64;
-    const bf16* lower = a + 16 * a_stride;
-    tile::clear<0>();
-    tile::clear<1>();
-    tile::clear<2>();
-    tile::clear<3>();
-    for (int block = 0; block < num_blocks; ++block, panel += 2 * kBlockElements, fetched += 2 * kBlockBytes) {
-      for (int line = 0; line < lines; ++line) _mm_prefetch(fetched + line * 64, _MM_HINT_T1);
-      tile::load_passing<6>(panel, 64);
-      tile::load<4>(a + block * kBlockDepth, a_stride * 2);
-      tile::load_passing<7>(panel + kBlockElements, 64);
-      tile::load<5>(lower + block * kBlockDepth, a_stride * 2);
-      tile::multiply<0, 4, 6>();
-      tile::multiply<1, 4, 7>();
-      tile::multiply<2, 5, 6>();
-      tile::multiply<3, 5, 7>();
+    for (int half = 0; half < 2; ++half, panel += kBlockElements, fetched += kBlockBytes, c += kHalfColumns) {
+      tile::clear<0>();
+      tile::clear<1>();
+      for (int block = 0; block < num_blocks; ++block) {
+        for (int line = 0; line < lines; ++line) {
+          _mm_prefetch(fetched + block * 2 * kBlockBytes + line * 64, _MM_HINT_T1);
+        }
+        const bf16* rows = a + block * kBlockDepth;
+        tile::load_passing<6>(panel + block * 2 * kBlockElements, 64);
+        tile::load<4>(rows, a_stride * 2);
+        tile::multiply<0, 4, 6>();
+        tile::clear<4>();
+        tile::load<5>(rows + 16 * a_stride, a_stride * 2);
+        tile::multiply<1, 5, 6>();
+        tile::clear<5>();
+        tile::clear<6>();
+      }
+      tile::store<0>(c, kResultStride);
+      tile::store<1>(c + 16 * kPanelColumns, kResultStride);
     }
-    tile::store<0>(c, kResultStride);
-    tile::store<1>(c + kHalfColumns, kResultStride);
-    tile::store<2>(c + 16 * kPanelColumns, kResultStride);
-    tile::store<3>(c + 16 * kPanelColumns + kHalfColumns, kResultStride);
   }
 
   TileSession session_;

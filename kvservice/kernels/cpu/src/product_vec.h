@@ -17,45 +17,50 @@ struct VecProduct {
   void compute(const float* a, ptrdiff_t a_stride, int rows, const T* panel, int num_blocks, PanelAhead,
                float* c) const {
     int row = 0;
-    row = compute_by<kMostRows>(a, a_stride, row, rows, panel, num_blocks, c);
-    row = compute_by<kMostRows / 3>(a, a_stride, row, rows, panel, num_blocks, c);
-    compute_by<1>(a, a_stride, row, rows, panel, num_blocks, c);
+    row = compute_by<kMostRows, 2>(a, a_stride, row, rows, panel, num_blocks, c);
+    row = compute_by<kMostRows / 3, 2>(a, a_stride, row, rows, panel, num_blocks, c);
+    compute_by<1, kPanelColumns / Vec::width>(a, a_stride, row, rows, panel, num_blocks, c);
   }
 
  private:
-  // As many accumulators as leave registers for the weights.
-  static constexpr int kVectors = kPanelColumns / Vec::width;
-  static constexpr int kMostRows = Vec::width == 16 ? 12 : 3;
+  // As many sums as leave registers for two vectors of weights and a number of the activations.
+  static constexpr int kMostRows = Vec::width == 16 ? 12 : 6;
 
-  template <int R>
+  template <int R, int V>
   static int compute_by(const float* a, ptrdiff_t a_stride, int row, int rows, const T* panel, int num_blocks,
                         float* c) {
     for (; row + R <= rows; row += R) {
-      compute_rows<R>(a + row * a_stride, a_stride, panel, num_blocks, c + row * kPanelColumns);
+      for (int v = 0; v < kPanelColumns / Vec::width; v += V) {
+        float* to = c + row * kPanelColumns + v * Vec::width;
+        compute_rows<R, V>(a + row * a_stride, a_stride, panel, v, num_blocks, to);
+      }
     }
     return row;
   }
 
-  template <int R>
-  static void compute_rows(const float* a, ptrdiff_t a_stride, const T* panel, int num_blocks, float* c) {
-    Vec sums[R][kVectors];
+  // Of the panel's vectors of columns, V from `first` on.
+  template <int R, int V>
+  static void compute_rows(const float* a, ptrdiff_t a_stride, const T* panel, int first, int num_blocks, float* c) {
+    Vec sums[R][V];
     for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = zero();
+      for (int v = 0; v < V; ++v) sums[r][v] = zero();
     }
     for (int block = 0; block < num_blocks; ++block, panel += 2 * kBlockElements, a += kBlockDepth) {
       for (int pair = 0; pair < kBlockDepth / 2; ++pair) {
-        for (int v = 0; v < kVectors; ++v) {
-          Vec even, odd;
-          load_weights(panel, pair, v, even, odd);
-          for (int r = 0; r < R; ++r) {
-            const float* x = a + r * a_stride + 2 * pair;
-            sums[r][v] = fma(broadcast(x[1]), odd, fma(broadcast(x[0]), even, sums[r][v]));
-          }
+        Vec even[V], odd[V];
+        for (int v = 0; v < V; ++v) load_weights(panel, pair, first + v, even[v], odd[v]);
+        for (int r = 0; r < R; ++r) {
+          const Vec x = broadcast(a[r * a_stride + 2 * pair]);
+          for (int v = 0; v < V; ++v) sums[r][v] = fma(x, even[v], sums[r][v]);
+        }
+        for (int r = 0; r < R; ++r) {
+          const Vec x = broadcast(a[r * a_stride + 2 * pair + 1]);
+          for (int v = 0; v < V; ++v) sums[r][v] = fma(x, odd[v], sums[r][v]);
         }
       }
     }
     for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < kVectors; ++v) store(c + r * kPanelColumns + v * Vec::width, sums[r][v]);
+      for (int v = 0; v < V; ++v) store(c + r * kPanelColumns + v * Vec::width, sums[r][v]);
     }
   }
 
