@@ -15,6 +15,7 @@ from kvservice.cli.bench_kernels import kernels
 from kvservice.cli.bench_placement import placement
 from kvservice.cli.bench_roofline import roofline
 from kvservice.cli.bench_soak import soak
+from kvservice.cli.bench_start import start
 from kvservice.cli.bench_tier import tier
 from kvservice.cli.options import (
     DEFAULT_MODEL,
@@ -314,6 +315,7 @@ def _show_turns(load: SessionLoad, kv_bytes: int, result: SessionsResult) -> Non
 
 app.command("context")(context)
 app.command("roofline")(roofline)
+app.command("start")(start)
 app.command("soak")(soak)
 app.command("interference")(interference)
 app.command("kernels")(kernels)

@@ -106,6 +106,14 @@ def test_bench_sessions_writes_the_promised_names(folder: str, tmp_path: Path) -
     assert 0 <= results["recall_hit_rate"] <= 1
 
 
+def test_bench_start_ends_with_a_first_token(folder: str, tmp_path: Path, capsys) -> None:
+    report = tmp_path / "start.json"
+    assert run("start", "--model", folder, "--repeats", "1", "--threads", "1", "--json", str(report)) == 0
+    (start,) = json.loads(report.read_text())["results"]["starts"]
+    assert 0 < start["ready_s"] < start["first_token_s"]
+    assert "first token" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("words", ["512,", "0", "many", "1.5"])
 def test_sizes_that_are_no_whole_numbers_are_bad_usage(folder: str, words: str, capsys) -> None:
     assert run("engine", "--model", folder, "--prompt-tokens", words) == 2
