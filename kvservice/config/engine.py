@@ -13,13 +13,16 @@ class EngineConfig(BaseModel):
     kv_bytes: int = Field(512 << 20, gt=0, description="the device arena: all KV, indexes, recall slots and staging")
     host_bytes: int = Field(4 << 30, ge=0, description="bound of the host tier")
     step_tokens: int = Field(512, ge=64, le=8192, description="tokens of one step: decoding first, then prefill")
-    max_prefills: int = Field(2, ge=1, le=64, description="sequences that hold the prefill workspace at a time")
+    max_prefills: int = Field(16, ge=1, le=64, description="sequences that hold the prefill workspace at a time")
     max_batch: int = Field(32, ge=1, le=1024, description="answers under way at a time")
     deterministic: bool = Field(
         False, description="no bit of a result depends on batch, chunking, swap or resume; the model must be able to"
     )
     max_decode_stretch: float = Field(
-        1.25, gt=1.0, description="a step that decodes may take this many times as long with prefill in it as without"
+        1.25,
+        gt=1.0,
+        description="a step that decodes may take this many times as long while one other sequence waits to be read; "
+        "longer while more wait",
     )
     step_host_bytes: int = Field(
         64 << 20,

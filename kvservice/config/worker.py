@@ -35,7 +35,7 @@ class WorkerConfig(BaseModel):
     )
     host_bytes: ByteSize = Field(default=ByteSize(4 * 2**30), ge=0, description="most bytes of the host tier")
     step_tokens: int = Field(512, ge=64, le=8192, description="tokens of a step: decoding first, then prefill")
-    max_prefills: int = Field(2, ge=1, le=64, description="sequences that may prefill at the same time")
+    max_prefills: int = Field(16, ge=1, le=64, description="sequences that may prefill at the same time")
     max_batch: int = Field(32, ge=1, le=1024, description="calls admitted at a time")
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine; unset: one for each core")
     deterministic: bool = Field(

@@ -95,12 +95,12 @@ class Planner:
         num_decodes = work.num_decodes or len(work.spans)
         if self._prefill is None:
             budget = max(0, self._config.step_tokens - num_decodes)
-            tokens = self._pace.chunk_tokens(num_decodes, budget)
+            tokens = self._pace.chunk_tokens(num_decodes, len(reading), budget)
             items = share_prefill(reading[: self._config.max_prefills], tokens)
             if not items:
                 return
             self._prefill = Chunk(items)
-        span = self._pace.layers(num_decodes, self._prefill.num_tokens)
+        span = self._pace.layers(num_decodes, len(reading), self._prefill.num_tokens)
         if self._prefill.passing is None and span == self._num_layers:
             # One pass reads the weights once.
             work.batch += self._prefill.items

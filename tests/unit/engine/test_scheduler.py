@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvservice.engine.pacing import CHUNK_TOKENS, FIRST_GUESS_LAYERS, LEAST_TOKENS, PROBE_STEPS, Pace
+from kvservice.engine.pacing import (
+    CHUNK_TOKENS,
+    FIRST_GUESS_LAYERS,
+    LEAST_TOKENS,
+    MOST_STRETCH,
+    PROBE_STEPS,
+    Pace,
+    fair_stretch,
+)
 from kvservice.engine.scheduler import share_prefill, sort_out
 from kvservice.recall.reach import Reach
 
@@ -89,14 +97,14 @@ def a_pace(decode_s, token_layer_s):
 
 def test_prefill_alone_takes_the_whole_budget_through_all_layers():
     pace = a_pace(0.1, 1e-5)
-    assert pace.chunk_tokens(0, 512) == 512
-    assert pace.layers(0, 512) == LAYERS
+    assert pace.chunk_tokens(0, 1, 512) == 512
+    assert pace.layers(0, 1, 512) == LAYERS
 
 
 def test_before_anything_was_measured_prefill_beside_decoding_is_a_guess():
     pace = Pace(1.25, LAYERS)
-    assert pace.chunk_tokens(3, 512) == CHUNK_TOKENS
-    assert pace.layers(3, CHUNK_TOKENS) == FIRST_GUESS_LAYERS
+    assert pace.chunk_tokens(3, 1, 512) == CHUNK_TOKENS
+    assert pace.layers(3, 1, CHUNK_TOKENS) == FIRST_GUESS_LAYERS
 
 
 @pytest.mark.parametrize(
@@ -111,8 +119,8 @@ def test_before_anything_was_measured_prefill_beside_decoding_is_a_guess():
 )
 def test_prefill_beside_decoding_stretches_a_step_as_far_as_allowed(token_layer_s, tokens, layers):
     pace = a_pace(0.1, token_layer_s)
-    assert abs(pace.chunk_tokens(4, 512) - tokens) <= 1
-    assert pace.layers(4, tokens) == layers
+    assert abs(pace.chunk_tokens(4, 1, 512) - tokens) <= 1
+    assert pace.layers(4, 1, tokens) == layers
     if LEAST_TOKENS < tokens < 512:
         assert tokens * layers * token_layer_s <= 0.25 * 0.1 * 1.01
 
@@ -121,18 +129,36 @@ def test_now_and_then_a_step_goes_without_prefill_to_learn_what_decoding_takes()
     pace = a_pace(0.1, 1e-5)
     waits = 0
     for _ in range(10 * (PROBE_STEPS + 1)):
-        layers = pace.layers(4, CHUNK_TOKENS)
+        layers = pace.layers(4, 1, CHUNK_TOKENS)
         waits += layers == 0
         # Ever more sequences decode.
         pace.note(4, layers * CHUNK_TOKENS, 0.3 + layers * CHUNK_TOKENS * 1e-5)
     assert waits == 10
-    assert pace.layers(4, CHUNK_TOKENS) > 19
+    assert pace.layers(4, 1, CHUNK_TOKENS) > 19
 
 
 def test_a_pace_follows_when_steps_become_slower():
     pace = a_pace(0.1, 1e-5)
-    quick = pace.layers(1, CHUNK_TOKENS)
+    quick = pace.layers(1, 1, CHUNK_TOKENS)
     for _ in range(30):
         pace.note(1, 512, 0.1 + 512 * 2e-5)
         pace.note(1, 0, 0.1)
-    assert pace.layers(1, CHUNK_TOKENS) < quick
+    assert pace.layers(1, 1, CHUNK_TOKENS) < quick
+
+
+def test_one_that_waits_may_take_what_the_limit_says_whoever_decodes() -> None:
+    assert [fair_stretch(1.25, decodes, 1) for decodes in (1, 4, 32)] == [1.25, 1.25, 1.25]
+
+
+def test_several_that_wait_get_as_much_as_those_that_decode_but_never_make_them_slower_than_people_read() -> None:
+    assert fair_stretch(1.25, 1, 4) == 2.0
+    assert fair_stretch(1.25, 16, 12) == 1.75
+    assert fair_stretch(1.25, 1, 100) == MOST_STRETCH
+    assert fair_stretch(8.0, 1, 1) == 8.0
+
+
+@given(st.integers(1, 64), st.integers(1, 64))
+def test_more_that_wait_never_get_less_and_more_that_decode_never_wait_longer(decodes: int, waiting: int) -> None:
+    stretch = fair_stretch(1.25, decodes, waiting)
+    assert fair_stretch(1.25, decodes, waiting + 1) >= stretch
+    assert fair_stretch(1.25, decodes + 1, waiting) <= stretch
