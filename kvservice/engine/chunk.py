@@ -32,6 +32,11 @@ class Chunk:
         return sum(item.num_tokens for item in self.items)
 
     @property
+    def cost(self) -> int:
+        """How many tokens of a document take about as long."""
+        return sum(item.cost for item in self.items)
+
+    @property
     def streamed_bytes(self) -> int:
         """Host KV that is read for it, all layers together."""
         return sum(item.streamed_bytes for item in self.items)

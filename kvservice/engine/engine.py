@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -31,7 +31,7 @@ from kvservice.engine.forward import Forward, plan_rows
 from kvservice.engine.grammar import GrammarCompiler
 from kvservice.engine.meters import Meters, kv_telemetry
 from kvservice.engine.output import Output
-from kvservice.engine.planning import Planner, Work
+from kvservice.engine.planning import Passed, Planner, Work
 from kvservice.engine.ports import GroupWriter
 from kvservice.engine.room import PATIENCE_S, Room
 from kvservice.engine.scheduler import Scheduled
@@ -248,12 +248,11 @@ class Engine:
         started = self._clock()
         done: list[Scheduled] = []
         logits: list[Tensor] = []
-        token_layers = 0
+        passed: list[Passed] = []
         try:
             for chunk, span in [(Chunk(work.batch), None), *work.spans] if work.batch else work.spans:
                 if not (was_through := chunk.is_through):
-                    layers = self._advance(chunk, span)
-                    token_layers += layers * sum(item.num_tokens for item in chunk.items if not item.decodes)
+                    passed.append(self._advance(chunk, span))
                 # What leaves the window takes as long as some layers: beside others, that is a step's share for itself.
                 if was_through or (chunk.is_through and (span is None or not work.num_decodes)):
                     done += chunk.items
@@ -263,9 +262,8 @@ class Engine:
             for item in work.items:
                 self._calls.fail(item.sequence.call.call_id, InternalError(f"a step failed: {type(error).__name__}"))
             return
-        seconds = max(self._clock() - started, 1e-9)
-        self._planner.note(work, token_layers, seconds)
-        self._meters.note_step(work.num_decodes, token_layers // self._shape.num_layers, seconds)
+        self._planner.note(passed)
+        self._meters.note_step(work.num_decodes, self._tokens_read(passed), max(self._clock() - started, 1e-9))
         asked = self._output.advance(done)
         self.stopwatch.lap("output")
         if asked:
@@ -274,16 +272,25 @@ class Engine:
             self._output.take(asked, chosen)
             self.stopwatch.lap("output")
 
-    def _advance(self, chunk: Chunk, span: int | None) -> int:
-        """Takes a chunk through its next layers, and returns how many."""
+    def _advance(self, chunk: Chunk, span: int | None) -> Passed:
+        """Takes a chunk through its next layers."""
+        started = self._clock()
         if chunk.passing is None:
             shares = [(item.sequence.memory, item.num_tokens, item.reach) for item in chunk.items]
             chunk.passing = self._forward.begin(plan_rows(shares))
             self.stopwatch.lap("tables")
         before = chunk.passing.next_layer
         self._forward.advance(chunk.passing, span)
+        self._forward.wait()
         self.stopwatch.lap("forward")
-        return chunk.passing.next_layer - before
+        return Passed(chunk, chunk.passing.next_layer - before, max(self._clock() - started, 1e-9))
+
+    def _tokens_read(self, passed: Iterable[Passed]) -> int:
+        """As many tokens as would have passed all layers."""
+        token_layers = sum(
+            layers * item.num_tokens for chunk, layers, _ in passed for item in chunk.items if not item.decodes
+        )
+        return token_layers // self._shape.num_layers
 
     def _commit(self, chunk: Chunk) -> Tensor:
         """Counts in what has passed all layers, and returns the logits of those that sample."""

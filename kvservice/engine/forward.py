@@ -96,6 +96,11 @@ class Forward:
         passing.next_layer = stop
         passing.x = x if num_layers is None else x.clone()
 
+    def wait(self) -> None:
+        """Until what was begun is done, so that its time can be told from that of what follows."""
+        if self._model.device.type == "cuda":
+            torch.cuda.current_stream(self._model.device).synchronize()
+
     def logits(self, passing: Pass, which: Sequence[int]) -> Tensor:
         """The logits after the last token of some sequences, fp32 `[len(which), vocab]`.
 

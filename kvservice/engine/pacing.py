@@ -2,7 +2,7 @@
 
 Prefill goes in chunks of tokens, and a chunk through the layers in spans, a span a step: a step may so take as little
 of it as it likes, and a chunk is still large enough to use the machine well. What a step does is counted in
-token-layers: tokens times layers.
+token-layers: tokens times layers, tokens that cost more counted as several.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ FIRST_GUESS_LAYERS = 2
 """Of a chunk, until a step has been measured."""
 
 PROBE_STEPS = 32
-"""Of so many steps that decode, one goes without prefill, to learn what decoding takes by itself."""
+"""Of so many steps that decode, one at least keeps prefill in a pass of its own, to learn what each takes by itself."""
 
 SMOOTHING = 0.2
 """Weight of the newest measurement."""
 
-MOST_STRETCH = 4.0
-"""However many wait to be read: who decodes goes on faster than people read."""
+MOST_STRETCH = 8.0
+"""However many wait to be read, who decodes goes on: where a token takes 25 ms alone, as fast as people read."""
 
 
 class Pace:
@@ -38,9 +38,10 @@ class Pace:
     def __init__(self, stretch: float, num_layers: int) -> None:
         self._stretch = stretch
         self._num_layers = num_layers
+        self._num_decodes = 0
         self._decode_s: float | None = None
         self._token_layer_s: float | None = None
-        self._steps_since_probe = 0
+        self._steps_since_decodes = 0
 
     def chunk_tokens(self, num_decodes: int, num_waiting: int, budget: int) -> int:
         """Tokens of the next chunk, at most `budget`."""
@@ -50,23 +51,32 @@ class Pace:
         return min(budget, max(LEAST_TOKENS, min(CHUNK_TOKENS, allowed), allowed // self._num_layers))
 
     def layers(self, num_decodes: int, num_waiting: int, num_tokens: int) -> int:
-        """How many layers further a chunk of `num_tokens` tokens may go in the next step; 0: it must wait."""
+        """How many layers further a chunk of `num_tokens` tokens may go in the next step."""
         if num_decodes == 0:
             return self._num_layers
-        if self._steps_since_probe >= PROBE_STEPS:
-            return 0
         return min(self._num_layers, max(1, self._allowed(num_decodes, num_waiting) // num_tokens))
 
-    def note(self, num_decodes: int, token_layers: int, seconds: float) -> None:
-        """Takes in what a step took."""
-        if num_decodes and not token_layers:
-            self._decode_s = _smoothed(self._decode_s, seconds)
-            self._steps_since_probe = 0
-        elif num_decodes:
-            self._steps_since_probe += 1
-            if self._decode_s is not None:
-                extra = max(seconds - self._decode_s, 0.01 * self._decode_s)
-                self._token_layer_s = _smoothed(self._token_layer_s, extra / token_layers)
+    def may_merge(self, num_decodes: int) -> bool:
+        """Whether prefill may go through all layers along with those that decode: one pass reads the weights once.
+
+        Not if it isn't known, or was measured long ago, what so many take by themselves.
+        """
+        return num_decodes == 0 or (num_decodes == self._num_decodes and self._steps_since_decodes < PROBE_STEPS)
+
+    def note_decodes(self, num_decodes: int, seconds: float) -> None:
+        """Takes in what a pass took in which so many decode and nothing else happens."""
+        known = self._decode_s if num_decodes == self._num_decodes else None
+        self._decode_s = _smoothed(known, seconds)
+        self._num_decodes = num_decodes
+        self._steps_since_decodes = 0
+
+    def note_prefill(self, token_layers: int, seconds: float) -> None:
+        """Takes in what a pass of nothing but prefill took."""
+        self._token_layer_s = _smoothed(self._token_layer_s, seconds / token_layers)
+
+    def note_merged(self) -> None:
+        """Takes in that a pass had both."""
+        self._steps_since_decodes += 1
 
     def _allowed(self, num_decodes: int, num_waiting: int) -> int:
         """Token-layers of a mixed step."""
@@ -79,17 +89,15 @@ class Pace:
 def fair_stretch(stretch: float, num_decodes: int, num_waiting: int) -> float:
     """How many times as long a step may take for those that wait to be read.
 
-    One that waits adds what `stretch` allows. Several add as much each, or as much as each that decodes has of a step,
-    whichever is less: a queue of documents doesn't stand still because one answer is under way.
+    The first adds what `stretch` allows. Each further one adds as much as each that decodes has of a step: a queue of
+    documents doesn't stand still because one answer is under way, and decoding many at once is cheaper than one by one.
 
     Args:
         stretch: for one that waits.
         num_decodes: sequences that decode, at least one.
         num_waiting: sequences that wait to be read.
     """
-    for_one = stretch - 1.0
-    for_all = max(for_one, num_waiting * min(for_one, 1.0 / num_decodes))
-    return 1.0 + min(for_all, max(MOST_STRETCH - 1.0, for_one))
+    return min(stretch + (num_waiting - 1) / num_decodes, max(MOST_STRETCH, stretch))
 
 
 def _smoothed(old: float | None, new: float) -> float:

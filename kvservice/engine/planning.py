@@ -6,14 +6,15 @@ prefill of others, and decoding that reads all of a long context from host memor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from kvservice.config.engine import EngineConfig
 from kvservice.engine.chunk import Chunk
 from kvservice.engine.pacing import Pace
 from kvservice.engine.running import RunningSequence
-from kvservice.engine.scheduler import Scheduled, hold_back, share_prefill, sort_out
+from kvservice.engine.scheduler import Scheduled, hold_back, share_prefill, share_questions, sort_out
 
 
 @dataclass(slots=True)
@@ -34,6 +35,14 @@ class Work:
     def items(self) -> list[Scheduled]:
         """All that it computes something for."""
         return self.batch + [item for chunk, _ in self.spans for item in chunk.items]
+
+
+class Passed(NamedTuple):
+    """A chunk went so many layers further, in so many seconds."""
+
+    chunk: Chunk
+    layers: int
+    seconds: float
 
 
 class Planner:
@@ -70,10 +79,19 @@ class Planner:
             self._plan_prefill(work, reading)
         return work
 
-    def note(self, work: Work, token_layers: int, seconds: float) -> None:
-        """A step took so long, with so many tokens times layers of prefill in it."""
-        if token_layers or not work.spans:
-            self._pace.note(work.num_decodes, token_layers, seconds)
+    def note(self, passed: Iterable[Passed]) -> None:
+        """What the passes of a step took."""
+        decodes_known = False
+        for chunk, layers, seconds in passed:
+            reads = [item for item in chunk.items if not item.decodes]
+            if len(reads) == len(chunk.items):
+                self._pace.note_prefill(layers * sum(item.cost for item in reads), seconds)
+            elif reads:
+                self._pace.note_merged()
+            elif not decodes_known:
+                # Those that read all of their host KV come behind those that don't, and are paced themselves.
+                self._pace.note_decodes(len(chunk.items), seconds)
+                decodes_known = True
 
     def _plan_decodes(self, decodes: list[Scheduled]) -> Work:
         under_way = {id(item.sequence) for item in self._streaming.items} if self._streaming else set()
@@ -93,17 +111,24 @@ class Planner:
     def _plan_prefill(self, work: Work, reading: Sequence[RunningSequence]) -> None:
         """Adds what can be read along with those that decode, or takes what is being read further."""
         num_decodes = work.num_decodes or len(work.spans)
+        under_way = self._prefill.items if self._prefill else ()
+        budget = self._config.step_tokens - num_decodes - sum(item.num_tokens for item in under_way)
+        free = [each for each in reading if all(each is not item.sequence for item in under_way)]
+        free = free[: max(0, self._config.max_prefills - len(under_way))]
+        if work.num_decodes:
+            questions = share_questions(free, max(0, budget))
+            work.batch += questions
+            budget -= sum(item.num_tokens for item in questions)
+            free = [each for each in free if all(each is not item.sequence for item in questions)]
         if self._prefill is None:
-            budget = max(0, self._config.step_tokens - num_decodes)
-            tokens = self._pace.chunk_tokens(num_decodes, len(reading), budget)
-            items = share_prefill(reading[: self._config.max_prefills], tokens)
+            items = share_prefill(free, self._pace.chunk_tokens(num_decodes, len(reading), max(0, budget)))
             if not items:
                 return
             self._prefill = Chunk(items)
-        span = self._pace.layers(num_decodes, len(reading), self._prefill.num_tokens)
-        if self._prefill.passing is None and span == self._num_layers:
-            # One pass reads the weights once.
+        span = self._pace.layers(num_decodes, len(reading), self._prefill.cost)
+        is_whole = self._prefill.passing is None and span == self._num_layers
+        if is_whole and self._pace.may_merge(num_decodes):
             work.batch += self._prefill.items
             self._prefill = None
-        elif span:
+        else:
             work.spans.append((self._prefill, span))

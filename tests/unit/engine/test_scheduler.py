@@ -13,7 +13,7 @@ from kvservice.engine.pacing import (
     Pace,
     fair_stretch,
 )
-from kvservice.engine.scheduler import share_prefill, sort_out
+from kvservice.engine.scheduler import QUESTIONS_COST, share_prefill, share_questions, sort_out
 from kvservice.recall.reach import Reach
 
 
@@ -23,13 +23,14 @@ class Sequence:
 
     num_pending: int = 1
     generated: tuple = ()
+    reach: Reach = Reach.FULL
 
     @property
     def is_decoding(self):
         return bool(self.generated)
 
     def next_reach(self):
-        return Reach.FULL, self.num_pending
+        return self.reach, self.num_pending
 
 
 def decoding():
@@ -83,15 +84,29 @@ def test_a_share_keeps_to_its_bounds_and_wastes_nothing(sequences, tokens):
         assert first >= min(sequences[0].num_pending, tokens - tokens // 2)
 
 
+def test_short_questions_are_read_beside_decoding_the_shortest_first_and_a_few_at_a_time() -> None:
+    sequences = [Sequence(500), Sequence(40, reach=Reach.SELECT), Sequence(24, reach=Reach.SELECT), Sequence(60)]
+    plan = share_questions(sequences, 512)
+    assert [(sequences.index(item.sequence), item.num_tokens, item.completes) for item in plan] == [
+        (2, 24, True),
+        (1, 24, False),
+    ]
+    assert sum(item.cost for item in plan) <= QUESTIONS_COST
+
+
+def test_questions_take_no_more_tokens_than_there_are_for_them() -> None:
+    assert [item.num_tokens for item in share_questions([Sequence(60), Sequence(50)], 70)] == [50, 20]
+    assert share_questions([Sequence(60)], 0) == []
+
+
 LAYERS = 30
 
 
 def a_pace(decode_s, token_layer_s):
-    """One that has seen steps of some speed."""
+    """One that has measured four sequences that decode, and prefill."""
     pace = Pace(1.25, LAYERS)
-    for _ in range(60):
-        pace.note(4, 0, decode_s)
-        pace.note(4, 512 * LAYERS, decode_s + 512 * LAYERS * token_layer_s)
+    pace.note_decodes(4, decode_s)
+    pace.note_prefill(100, 100 * token_layer_s)
     return pace
 
 
@@ -125,25 +140,39 @@ def test_prefill_beside_decoding_stretches_a_step_as_far_as_allowed(token_layer_
         assert tokens * layers * token_layer_s <= 0.25 * 0.1 * 1.01
 
 
-def test_now_and_then_a_step_goes_without_prefill_to_learn_what_decoding_takes():
+def test_prefill_goes_along_with_those_that_decode_once_it_is_known_what_they_take_alone():
     pace = a_pace(0.1, 1e-5)
-    waits = 0
-    for _ in range(10 * (PROBE_STEPS + 1)):
-        layers = pace.layers(4, 1, CHUNK_TOKENS)
-        waits += layers == 0
-        # Ever more sequences decode.
-        pace.note(4, layers * CHUNK_TOKENS, 0.3 + layers * CHUNK_TOKENS * 1e-5)
-    assert waits == 10
-    assert pace.layers(4, 1, CHUNK_TOKENS) > 19
+    assert pace.may_merge(0)
+    assert pace.may_merge(4)
+    assert not pace.may_merge(5)
+    pace.note_decodes(5, 0.11)
+    assert pace.may_merge(5)
+    assert not pace.may_merge(4)
 
 
-def test_a_pace_follows_when_steps_become_slower():
+def test_now_and_then_a_step_keeps_prefill_apart_to_learn_what_each_takes():
     pace = a_pace(0.1, 1e-5)
-    quick = pace.layers(1, 1, CHUNK_TOKENS)
+    for _ in range(PROBE_STEPS):
+        assert pace.may_merge(4)
+        pace.note_merged()
+    assert not pace.may_merge(4)
+    pace.note_decodes(4, 0.1)
+    assert pace.may_merge(4)
+
+
+def test_a_pace_follows_when_prefill_becomes_slower():
+    pace = a_pace(0.1, 1e-5)
+    quick = pace.layers(4, 1, CHUNK_TOKENS)
     for _ in range(30):
-        pace.note(1, 512, 0.1 + 512 * 2e-5)
-        pace.note(1, 0, 0.1)
-    assert pace.layers(1, 1, CHUNK_TOKENS) < quick
+        pace.note_prefill(512, 512 * 2e-5)
+    assert pace.layers(4, 1, CHUNK_TOKENS) < quick
+
+
+def test_a_pace_follows_at_once_when_more_decode():
+    pace = a_pace(0.1, 1e-5)
+    before = pace.layers(4, 1, CHUNK_TOKENS)
+    pace.note_decodes(8, 0.15)
+    assert pace.layers(8, 1, CHUNK_TOKENS) >= 1.4 * before
 
 
 def test_one_that_waits_may_take_what_the_limit_says_whoever_decodes() -> None:
@@ -151,10 +180,10 @@ def test_one_that_waits_may_take_what_the_limit_says_whoever_decodes() -> None:
 
 
 def test_several_that_wait_get_as_much_as_those_that_decode_but_never_make_them_slower_than_people_read() -> None:
-    assert fair_stretch(1.25, 1, 4) == 2.0
-    assert fair_stretch(1.25, 16, 12) == 1.75
+    assert fair_stretch(1.25, 1, 4) == 4.25
+    assert fair_stretch(1.25, 16, 13) == 2.0
     assert fair_stretch(1.25, 1, 100) == MOST_STRETCH
-    assert fair_stretch(8.0, 1, 1) == 8.0
+    assert fair_stretch(100.0, 1, 1) == 100.0
 
 
 @given(st.integers(1, 64), st.integers(1, 64))
