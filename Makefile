@@ -43,7 +43,8 @@ sanitize: $(STAMP) ## run the kernels' tests under address and undefined-behavio
 	KVSERVICE_SANITIZE=1 $(PY) setup.py -q build_ext --inplace --build-temp build/sanitize
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		$(PY) -m pytest -q -p no:cacheprovider --timeout 1200 tests/conformance/test_kernels.py tests/conformance/test_recall_kernels.py; \
+		$(PY) -m pytest -q -p no:cacheprovider --timeout 1200 tests/conformance/test_kernels.py tests/conformance/test_recall_kernels.py \
+		tests/conformance/test_sampling_kernels.py; \
 		status=$$?; $(PY) setup.py -q build_ext --inplace; exit $$status
 
 model: $(STAMP)
