@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
@@ -22,7 +22,7 @@ from kvservice.store.base import WorkerRecord
 from kvservice.store.tasks import end_tasks
 from kvservice.telemetry.tracing import TRACING
 from kvservice.types import CallId, Headroom, PromptFormat, SessionId, TenantId, TextRole, WorkerId
-from kvservice.v1 import admin_pb2
+from kvservice.v1 import admin_pb2, common_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,12 @@ def failure_error(failure: worker_pb2.Failure) -> KVServiceError:
     cls = error_class(failure.code, failure.reason, retryable=failure.retryable)
     retry_after_s = RETRY_AFTER_S if cls.retryable else None
     return cls(failure.message, reason=failure.reason, retry_after_s=retry_after_s)
+
+
+def _is_refused(answer: asyncio.Future[worker_pb2.Admission]) -> bool:
+    if not answer.done() or answer.cancelled():
+        return False
+    return answer.exception() is not None or not answer.result().admitted
 
 
 def _rpc_error(error: grpc.aio.AioRpcError, worker_id: WorkerId) -> KVServiceError:
@@ -207,8 +213,8 @@ class WorkerLink:
             self._admissions.pop(call_id, None)
             if not admitted:
                 self._calls.pop(call_id, None)
-                if not answer.done() or answer.cancelled():
-                    # It may yet be admitted, with nobody to listen.
+                if not _is_refused(answer):
+                    # It has been admitted as the caller went away, or may yet be, with nobody to listen.
                     call.cancel()
         return call
 
@@ -240,6 +246,18 @@ class WorkerLink:
         except grpc.aio.AioRpcError as error:
             raise _rpc_error(error, self.worker_id) from None
         return list(response.token_ids)
+
+    async def tokenize_chat(
+        self, messages: Sequence[common_pb2.ChatMessage], *, first: bool
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Token ids of all messages but the last, and of the last, under the worker's tokenizer and chat template."""
+        request = worker_pb2.TokenizeRequest(messages=messages, first=first)
+        try:
+            response = await self._connected().Tokenize(request, timeout=UNARY_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise _rpc_error(error, self.worker_id) from None
+        ids, cut = tuple(response.token_ids), response.num_document_tokens
+        return ids[:cut], ids[cut:]
 
     async def stats(self) -> admin_pb2.WorkerStats:
         """The worker's counters."""
