@@ -54,6 +54,22 @@ class TextRole(Enum):
     QUESTION = "question"
 
 
+class ChatRole(Enum):
+    """Whose turn of a conversation a message is."""
+
+    SYSTEM = "system"
+    USER = "user"
+    ASSISTANT = "assistant"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """A turn of a conversation."""
+
+    role: ChatRole
+    content: str
+
+
 class OnMiss(Enum):
     """What to do when KV that a call needs is in no tier."""
 
@@ -580,4 +596,6 @@ class WorkerStats:
     """Running sequences that made room by dropping KV, which was computed again."""
     idle_swapped_out: int = 0
     idle_dropped: int = 0
+    parked_sessions: int = 0
+    """Of the resident sessions, those that have gone to host memory whole."""
     tier: TierStats = field(default_factory=TierStats)

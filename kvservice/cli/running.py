@@ -116,6 +116,9 @@ async def _serve(config: ServiceConfig, announce: Announce, stop: StopSignals) -
         if event == "ready":
             announce(address)
             _explain(config, address)
+            if gateway.http_address is not None:
+                scheme = "http" if config.gateway is None or config.gateway.tls is None else "https"
+                hint(f"OpenAI's API: {scheme}://{gateway.http_address}/v1")
             event, code = await _first(stop=stop.wait(), ended=workers.ended(workers.num_workers))
             if event == "ended":
                 logger.error("no_worker_left", extra={"exit_code": code})

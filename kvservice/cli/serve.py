@@ -59,6 +59,10 @@ ApiKeys = Annotated[
 ]
 Host = Annotated[str | None, typer.Option("--host", help="Address of the public API. Unset: 127.0.0.1.")]
 Port = Annotated[int | None, typer.Option("--port", min=0, max=65535, help="Port of the public API; 0: a free one.")]
+HttpPort = Annotated[
+    int | None,
+    typer.Option("--http-port", min=0, max=65535, help="Port of the OpenAI-compatible HTTP API; 0: a free one."),
+]
 HealthPort = Annotated[
     int | None,
     typer.Option("--health-port", min=0, max=65535, help="Second port with grpc.health.v1 only; 0: a free one."),
@@ -131,6 +135,7 @@ def serve(
     host: Host = None,
     port: Port = None,
     health_port: HealthPort = None,
+    http_port: HttpPort = None,
     api_keys: ApiKeys = None,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
@@ -183,6 +188,7 @@ def serve(
                 "host": host,
                 "port": port,
                 "health_port": health_port,
+                "http_port": http_port,
                 "default_recipe": recipe,
                 "grace_s": grace_s,
                 "tls": _given(cert=tls_cert, key=tls_key, client_ca=tls_client_ca),
@@ -234,6 +240,7 @@ def gateway(
     host: Host = None,
     port: Port = None,
     health_port: HealthPort = None,
+    http_port: HttpPort = None,
     api_keys: ApiKeys = None,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
@@ -260,6 +267,7 @@ def gateway(
                 "host": host,
                 "port": port,
                 "health_port": health_port,
+                "http_port": http_port,
                 "default_recipe": recipe,
                 "grace_s": grace_s,
                 "tls": _given(cert=tls_cert, key=tls_key, client_ca=tls_client_ca),

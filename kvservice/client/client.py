@@ -29,9 +29,9 @@ from kvservice.client.results import (
 from kvservice.client.retry import Attempts, RetryPolicy
 from kvservice.client.sampling import Sampling, sampling_to_proto
 from kvservice.errors import InternalError
-from kvservice.internal.convert import ON_MISS_CODES, PROMPT_FORMAT_CODES, model_from_proto
+from kvservice.internal.convert import ON_MISS_CODES, PROMPT_FORMAT_CODES, chat_messages_to_proto, model_from_proto
 from kvservice.internal.tls import PemFiles, channel_credentials
-from kvservice.types import ModelInfo, OnMiss, PromptFormat
+from kvservice.types import ChatMessage, ModelInfo, OnMiss, PromptFormat
 from kvservice.v1 import (
     admin_pb2,
     admin_pb2_grpc,
@@ -211,6 +211,7 @@ class Client:
         prompt: str = "",
         *,
         prompt_token_ids: Sequence[int] = (),
+        messages: Sequence[ChatMessage] = (),
         keep_partial: bool = False,
         recipe: str = "",
         priority: int = 0,
@@ -221,6 +222,8 @@ class Client:
     ) -> AsyncGenerator[Event]:
         """The answer, event by event: Started, Tokens…, Finished. A stream that is cut goes on where it was cut.
 
+        `messages` instead of a prompt are the turns of a conversation, in a session of the prompt format CHAT.
+
         Leaving the loop early cancels the call; wrap it in `contextlib.aclosing` to have that happen at once.
         """
         request = sessions_pb2.SessionServiceGenerateRequest(
@@ -229,6 +232,7 @@ class Client:
             expected_num_tokens=expected_num_tokens,
             prompt=prompt,
             prompt_token_ids=prompt_token_ids,
+            messages=chat_messages_to_proto(messages),
             sampling=sampling_to_proto(sampling),
             keep_partial=keep_partial,
             recipe=recipe,
@@ -255,8 +259,9 @@ class Client:
     async def ask(
         self,
         session_id: str,
-        prompt: str,
+        prompt: str = "",
         *,
+        messages: Sequence[ChatMessage] = (),
         recipe: str = "",
         priority: int = 0,
         request_id: str | None = None,
@@ -267,6 +272,7 @@ class Client:
         events = self.generate(
             session_id,
             prompt,
+            messages=messages,
             recipe=recipe,
             priority=priority,
             request_id=request_id,
@@ -328,6 +334,7 @@ class Client:
         document: str = "",
         prompt_token_ids: Sequence[int] = (),
         document_token_ids: Sequence[int] = (),
+        messages: Sequence[ChatMessage] = (),
         model: str = "",
         recipe: str = "",
         prompt_format: PromptFormat = PromptFormat.RAW,
@@ -345,6 +352,7 @@ class Client:
             sampling=sampling_to_proto(sampling),
             document_token_ids=document_token_ids,
             prompt_token_ids=prompt_token_ids,
+            messages=chat_messages_to_proto(messages),
             priority=priority,
         )
         attempts = Attempts(self._retry)

@@ -207,4 +207,5 @@ def _worker_report(message: admin_pb2.WorkerStats) -> WorkerReport:
         forgotten=message.forgotten,
         idle_swapped_out=message.idle_swapped_out,
         idle_dropped=message.idle_dropped,
+        parked_sessions=message.parked_sessions,
     )

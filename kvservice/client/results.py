@@ -187,6 +187,8 @@ class WorkerReport:
     forgotten: int = 0
     idle_swapped_out: int = 0
     idle_dropped: int = 0
+    parked_sessions: int = 0
+    """Of the resident ones, those that have gone to host memory whole."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,12 @@ class GatewayConfig(BaseModel):
     health_port: int | None = Field(
         None, ge=0, le=65535, description="Second port that serves grpc.health.v1 only; 0: a free one; unset: none."
     )
+    http_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="Port of the OpenAI-compatible HTTP API, with the same keys and TLS; 0: a free one; unset: none.",
+    )
     tls: TlsConfig | None = Field(None, description="TLS of the public API; unset: none. The health port has none.")
     internal_tls: InternalTlsConfig | None = Field(None, description="Mutual TLS to the workers; unset: none.")
     jwt: JwtConfig | None = Field(None, description="JSON web tokens that are taken for API keys; unset: none.")

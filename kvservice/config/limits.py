@@ -25,6 +25,9 @@ class Limits(BaseModel):
         "One message to the service; longer documents go as several chunks of an Append.",
         ge=64 * 1024,
     )
+    http_body_bytes: int = _limit(
+        16 * 1024 * 1024, "RESOURCE_EXHAUSTED", "The body of one HTTP request; answered by 413.", ge=64 * 1024
+    )
     document_bytes: int = _limit(
         16 * 1024 * 1024, "RESOURCE_EXHAUSTED", "Text of one Append, all its chunks together.", ge=1
     )

@@ -66,6 +66,11 @@ class EventLog:
         for event in self.events[:-1]:
             self._send(event)
 
+    def check_document(self, num_tokens: int) -> None:
+        """See `Account.check_document`."""
+        if self.account is not None:
+            self.account.check_document(num_tokens)
+
     def _computed(self, num_tokens: int) -> None:
         if self.account is not None:
             self.account.num_tokens += num_tokens
@@ -93,16 +98,19 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Text or token ids of a part of a request."""
+    """Text, token ids or turns of a conversation: a part of a request."""
 
     text: str
     token_ids: tuple[int, ...]
     field: str
+    messages: tuple[common_pb2.ChatMessage, ...] = ()
 
     def check(self) -> None:
-        """Refuses both at once."""
+        """Refuses two at once."""
         if self.text and self.token_ids:
             raise InvalidRequest(f"set `{self.field}` or `{self.field}_token_ids`, not both", field=self.field)
+        if self.messages and (self.text or self.token_ids):
+            raise InvalidRequest(f"set `{self.field}` or `messages`, not both", field="messages")
 
 
 class Answers:
@@ -182,18 +190,20 @@ class Answers:
             with run.cancellable():
                 model = self._fleet.model(record.model)
                 recipe = override_recipe(model, record.recipe, request.recipe)
-                prompt = await self._tokens(
-                    model, _question(request), TextRole.QUESTION, record.prompt_format, first=not record.token_ids
+                before, prompt = await self._asked(
+                    model, _question(request), record.prompt_format, first=not record.token_ids
                 )
+                log.check_document(len(before))
                 if not prompt and not record.token_ids:
                     raise InvalidRequest("prompt is empty and so is the session: send a prompt", field="prompt")
-                sampling = _fitted(model, request.sampling, sampling, len(record.token_ids), len(prompt))
+                added = len(before) + len(prompt)
+                sampling = _fitted(model, request.sampling, sampling, len(record.token_ids), added)
                 submit = self._sessions.submission(record, recipe.name)
                 submit.priority = request.priority
                 submit.generate.keep_partial = request.keep_partial
                 # At its deadline a worker fails a call; the end of the RPC cancels it, which keeps what is to be kept.
                 deadline = None if request.keep_partial else watch.deadline
-                order = _order(submit, Plan(model, recipe, (), prompt, sampling), log, record, deadline)
+                order = _order(submit, Plan(model, recipe, before, prompt, sampling), log, record, deadline)
                 outcome = await carry_out(self._admission, order, watch)
             record = await self._sessions.commit(record, outcome)
             finished = _finished(outcome, watch, len(record.token_ids), record.durable_tokens)
@@ -222,8 +232,9 @@ class Answers:
                     model = choose_model(self._fleet, request.model, self._config.default_model)
                     recipe = choose_recipe(model, request.recipe, self._config.default_recipe)
                     read = await self._tokens(model, document, TextRole.DOCUMENT, prompt_format, first=True)
+                    before, prompt = await self._asked(model, question, prompt_format, first=not read)
+                    read = (*read, *before)
                     account.check_document(len(read))
-                    prompt = await self._tokens(model, question, TextRole.QUESTION, prompt_format, first=not read)
                     if not read and not prompt:
                         raise InvalidRequest("document and prompt are empty: send one of them", field="prompt")
                     fitted = _fitted(model, request.sampling, sampling, 0, len(read) + len(prompt))
@@ -252,6 +263,16 @@ class Answers:
 
     # Both
 
+    async def _asked(
+        self, model: ModelInfo, question: Question, prompt_format: PromptFormat, *, first: bool
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What is read before the question, and the question."""
+        if not question.messages:
+            return (), await self._tokens(model, question, TextRole.QUESTION, prompt_format, first=first)
+        if prompt_format is not PromptFormat.CHAT:
+            raise InvalidRequest("messages need the prompt format CHAT: this one's is RAW", field="messages")
+        return await self._fleet.tokenize_chat(model.name, question.messages, first=first)
+
     async def _tokens(
         self, model: ModelInfo, question: Question, role: TextRole, prompt_format: PromptFormat, *, first: bool
     ) -> tuple[int, ...]:
@@ -265,7 +286,7 @@ class Answers:
 def _question(
     request: sessions_pb2.SessionServiceGenerateRequest | inference_pb2.InferenceServiceGenerateRequest,
 ) -> Question:
-    return Question(request.prompt, tuple(request.prompt_token_ids), "prompt")
+    return Question(request.prompt, tuple(request.prompt_token_ids), "prompt", tuple(request.messages))
 
 
 def _order(

@@ -18,7 +18,7 @@ from kvservice.internal.v1 import worker_pb2
 from kvservice.store.base import StateStore, WorkerRecord
 from kvservice.store.tasks import end_tasks
 from kvservice.types import ModelInfo, PromptFormat, SessionId, TenantId, TextRole, WorkerId
-from kvservice.v1 import admin_pb2
+from kvservice.v1 import admin_pb2, common_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -83,10 +83,13 @@ class Fleet:
         self, model: str, text: str, role: TextRole, prompt_format: PromptFormat, *, first: bool
     ) -> list[int]:
         """Token ids of `text`, by the worker of `model` that has the least to do."""
-        self.model(model)
-        views = [view for view in self.views() if view.model.name == model]
-        least_busy = min(views, key=lambda view: (view.headroom.running_calls, view.worker_id))
-        return await self._link(least_busy.worker_id).tokenize(text, role, prompt_format, first=first)
+        return await self._tokenizer(model).tokenize(text, role, prompt_format, first=first)
+
+    async def tokenize_chat(
+        self, model: str, messages: Sequence[common_pb2.ChatMessage], *, first: bool
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Token ids of all messages but the last, and of the last, by the least busy worker of `model`."""
+        return await self._tokenizer(model).tokenize_chat(messages, first=first)
 
     async def release(self, session_id: SessionId, tenant_tag: bytes, *, purge: bool) -> tuple[int, int]:
         """Drops a session's KV on every worker; gives the device and host bytes that were freed.
@@ -161,6 +164,12 @@ class Fleet:
                 task = asyncio.create_task(self._connect(record), name=f"connect-{record.worker_id}")
                 self._connecting[record.worker_id] = task
                 task.add_done_callback(partial(self._connected, record.worker_id))
+
+    def _tokenizer(self, model: str) -> WorkerLink:
+        self.model(model)
+        views = [view for view in self.views() if view.model.name == model]
+        least_busy = min(views, key=lambda view: (view.headroom.running_calls, view.worker_id))
+        return self._link(least_busy.worker_id)
 
     def _link(self, worker_id: WorkerId) -> WorkerLink:
         link = self._links.get(worker_id)

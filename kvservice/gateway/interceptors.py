@@ -1,14 +1,12 @@
-"""What happens around every RPC: the caller is found, counted and held to its quota, operators' calls are written down,
-and errors become statuses. Knows no RPC by its meaning.
+"""What happens around every RPC: the reception lets its caller in, and errors become statuses.
+
+Knows no RPC by its meaning.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, Protocol
 
 import grpc
@@ -18,15 +16,9 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status  # type: ignore[import-untyped]
 
-from kvservice.errors import QUOTA_KEY, InternalError, KVServiceError, Unauthenticated
-from kvservice.gateway.audit import audit
-from kvservice.gateway.auth import CALLER, OPEN_METHODS, OPERATOR_METHODS, Authenticator, Caller, check_role
-from kvservice.gateway.quotas import Quotas
-from kvservice.telemetry.logging import bind_log_fields
-from kvservice.telemetry.metrics import GatewayMetrics
-from kvservice.telemetry.tracing import TRACEPARENT, TRACING
-
-logger = logging.getLogger(__name__)
+from kvservice.errors import QUOTA_KEY, KVServiceError
+from kvservice.gateway.auth import OPEN_METHODS
+from kvservice.gateway.reception import Reception, Visit
 
 DOMAIN = "kvservice"
 MAX_MESSAGE_BYTES = 1500
@@ -84,45 +76,15 @@ def error_status(error: KVServiceError) -> grpc.Status:
     return result
 
 
-def _as_service_error(error: Exception, method: str) -> KVServiceError:
-    if isinstance(error, KVServiceError):
-        return error
-    # What went wrong inside is for the log, not for the caller.
-    logger.error("rpc_failed", extra={"method": method}, exc_info=error)
-    return InternalError(f"{method} failed inside the service; its log says why")
-
-
-class _Rpc:
-    """One RPC from its receipt to its end: what is told of it afterwards."""
-
-    def __init__(self, method: str, context: Context, request: object) -> None:
-        self.method = method
-        self.code = grpc.StatusCode.OK.name
-        self.caller: Caller | None = None
-        self.metadata = tuple(context.invocation_metadata() or ())
-        self.peer = context.peer()
-        self.request = request
-
-    @property
-    def parent(self) -> str:
-        """The caller's trace context."""
-        values = [value for name, value in self.metadata if name == TRACEPARENT]
-        return values[0] if values and isinstance(values[0], str) else ""
-
-    def failed(self, error: Exception) -> KVServiceError:
-        """The error as the caller is told of it."""
-        found = _as_service_error(error, self.method)
-        self.code = found.status
-        return found
+def _visit(method: str, context: Context, request: object) -> Visit:
+    return Visit(method, tuple(context.invocation_metadata() or ()), context.peer(), request)
 
 
 class ServiceInterceptor(grpc.aio.ServerInterceptor):
-    """Authenticates each RPC and turns each error into a status, in one place."""
+    """Has the reception let each RPC in, and turns each error into a status."""
 
-    def __init__(self, authenticator: Authenticator, quotas: Quotas, metrics: GatewayMetrics) -> None:
-        self._authenticator = authenticator
-        self._quotas = quotas
-        self._metrics = metrics
+    def __init__(self, reception: Reception) -> None:
+        self._reception = reception
 
     async def intercept_service(
         self,
@@ -140,18 +102,18 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
         behaviour: Any
 
         async def unary(request: Any, context: Context) -> Message:  # noqa: ANN401
-            with self._watched(_Rpc(method, context, request)) as rpc:
+            with self._reception.watched(_visit(method, context, request)) as visit:
                 try:
-                    await self._admit(rpc)
+                    await self._reception.admit(visit)
                     response: Message = await behaviour(request, context)
                 except Exception as error:  # noqa: BLE001 - logged, or the caller's to know
-                    await context.abort_with_status(error_status(rpc.failed(error)))
+                    await context.abort_with_status(error_status(visit.failed(error)))
             return response
 
         async def stream(request: Any, context: Context) -> None:  # noqa: ANN401
-            with self._watched(_Rpc(method, context, request)) as rpc:
+            with self._reception.watched(_visit(method, context, request)) as visit:
                 # Errors of `write` are the transport's: grpc itself deals with them.
-                async with aclosing(self._responses(behaviour, rpc, context)) as responses:
+                async with aclosing(self._responses(behaviour, visit, context)) as responses:
                     async for response in responses:
                         if isinstance(response, KVServiceError):
                             await context.abort_with_status(error_status(response))
@@ -175,53 +137,17 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
         )
         return make_unary(unary, **serializers)  # type: ignore[arg-type] # an asyncio behaviour
 
-    @contextmanager
-    def _watched(self, rpc: _Rpc) -> Iterator[_Rpc]:
-        """The time of an RPC: traced, counted, and written down if it is an operator's."""
-        started = time.perf_counter()
-        with TRACING.span(rpc.method.strip("/"), rpc.parent) as note:
-            try:
-                yield rpc
-            except asyncio.CancelledError:
-                rpc.code = grpc.StatusCode.CANCELLED.name
-                raise
-            finally:
-                note({"rpc.code": rpc.code})
-                self._metrics.note_rpc(rpc.method, rpc.code, time.perf_counter() - started)
-                if rpc.method.startswith(OPERATOR_METHODS):
-                    audit(rpc.method, rpc.caller, rpc.peer, rpc.code, rpc.request)
-
-    async def _admit(self, rpc: _Rpc) -> None:
-        """Lets the caller in, as the task's `CALLER`.
-
-        Raises:
-            KVServiceError: no key that holds, not the role for it, or no calls left in this minute.
-        """
-        try:
-            caller = rpc.caller = self._authenticator.identify(rpc.metadata)
-        except Unauthenticated:
-            self._metrics.note_auth_failure()
-            raise
-        bind_log_fields(tenant=caller.tenant)
-        session_id = getattr(rpc.request, "session_id", "")
-        if session_id:
-            bind_log_fields(session_id=session_id)
-        check_role(caller, rpc.method)
-        CALLER.set(caller)
-        if not rpc.method.startswith(OPERATOR_METHODS):
-            await self._quotas.count_request(caller.tenant)
-
     async def _responses(
         self,
         behaviour: Callable[[Any, Context], AsyncGenerator[Message]],
-        rpc: _Rpc,
+        visit: Visit,
         context: Context,
     ) -> AsyncGenerator[Message | KVServiceError]:
         """The responses of a streaming RPC; an error comes as the last one."""
         try:
-            await self._admit(rpc)
-            async with aclosing(behaviour(rpc.request, context)) as responses:
+            await self._reception.admit(visit)
+            async with aclosing(behaviour(visit.request, context)) as responses:
                 async for response in responses:
                     yield response
         except Exception as error:  # noqa: BLE001 - logged, or the caller's to know
-            yield rpc.failed(error)
+            yield visit.failed(error)

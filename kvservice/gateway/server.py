@@ -24,14 +24,17 @@ from kvservice.gateway.fleet import Fleet
 from kvservice.gateway.interceptors import ServiceInterceptor
 from kvservice.gateway.operations import Operations
 from kvservice.gateway.quotas import Quotas
+from kvservice.gateway.reception import Reception
 from kvservice.gateway.repeats import Repeats
 from kvservice.gateway.runs import Runs
 from kvservice.gateway.servicer_admin import AdminServicer
 from kvservice.gateway.servicer_inference import InferenceServicer
 from kvservice.gateway.servicer_sessions import SessionServicer
 from kvservice.gateway.sessions import Sessions
+from kvservice.gateway.web.front import WebFront
 from kvservice.gateway.web_tokens import WebTokens
 from kvservice.gateway.worker_link import CREDENTIALS, ChannelSecurity
+from kvservice.internal.https import server_context
 from kvservice.internal.tls import PemFiles, channel_credentials, server_credentials
 from kvservice.store.base import StateStore
 from kvservice.store.rates import MemoryRateStore, RateStore
@@ -94,7 +97,26 @@ class Gateway:
             config, self._sessions, self._fleet, self._admission, self._runs, repeats, quotas=self._quotas
         )
         tokens = WebTokens(config.jwt) if config.jwt is not None else None
-        self._interceptor = ServiceInterceptor(Authenticator(keys, tokens, clock), self._quotas, self.metrics)
+        self._reception = Reception(Authenticator(keys, tokens, clock), self._quotas, self.metrics)
+        self._web = WebFront(
+            self._reception,
+            self._answers,
+            self._sessions,
+            self._fleet,
+            limits,
+            default_model=config.default_model,
+            is_open=keys is None and config.jwt is None,
+        )
+        self._admin = AdminServicer(
+            self._fleet,
+            self._ledger,
+            admission=self._admission,
+            runs=self._runs,
+            quotas=self._quotas,
+            tag=self._sessions.tag,
+            begin_drain=self.begin_drain,
+            grace_s=self._config.grace_s,
+        )
         self._health = aio_health.HealthServicer()
         self._servers: list[grpc.aio.Server] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -102,6 +124,8 @@ class Gateway:
         self.failed_sweeps = 0
         self.health_address: str | None = None
         """Where the health-only port is, once started."""
+        self.http_address: str | None = None
+        """Where the HTTP API is, once started."""
 
     @property
     def fleet(self) -> Fleet:
@@ -118,6 +142,10 @@ class Gateway:
             failed_sweeps=self.failed_sweeps,
             failed_looks=self._fleet.failed_looks,
         )
+
+    async def stats(self) -> admin_pb2.GetStatsResponse:
+        """The service as this gateway sees it, as operators are told. For the event loop it runs in."""
+        return await self._admin.report()
 
     async def start(self) -> str:
         """Listens, and begins to look for workers; gives the address. Health is SERVING once a worker is connected.
@@ -137,6 +165,11 @@ class Gateway:
             self.health_address = _bind(health_server, self._config.host, self._config.health_port, "health_port")
         for each in self._servers:
             await each.start()
+        if self._config.http_port is not None:
+            tls = self._config.tls
+            context = server_context(PemFiles(tls.cert, tls.key, tls.client_ca)) if tls is not None else None
+            self.http_address = await self._web.start(self._config.host, self._config.http_port, context)
+            logger.info("http_started", extra={"address": self.http_address})
         # Read by the links that the fleet's tasks make.
         CREDENTIALS.set(_worker_security(self._config))
         self._fleet.start()
@@ -164,7 +197,7 @@ class Gateway:
         """Ends everything. Calls that still run are cancelled: call `drain` before to let them end."""
         await self.drain(0.0) if self._draining is None else await self._cut_short()
         await end_tasks(self._tasks)
-        await asyncio.gather(*(server.stop(STOP_GRACE_S) for server in self._servers))
+        await asyncio.gather(self._web.stop(), *(server.stop(STOP_GRACE_S) for server in self._servers))
         await self._fleet.aclose()
 
     async def _cut_short(self) -> None:
@@ -189,7 +222,7 @@ class Gateway:
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
             ("grpc.keepalive_permit_without_calls", 1),
         ]
-        server = grpc.aio.server(interceptors=[self._interceptor], options=options)
+        server = grpc.aio.server(interceptors=[ServiceInterceptor(self._reception)], options=options)
         limits = self._config.limits
         sessions_pb2_grpc.add_SessionServiceServicer_to_server(
             SessionServicer(self._sessions, self._operations, self._appends, self._answers, limits), server
@@ -197,19 +230,7 @@ class Gateway:
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
             InferenceServicer(self._answers, self._fleet, self._config.default_model), server
         )
-        admin_pb2_grpc.add_AdminServiceServicer_to_server(
-            AdminServicer(
-                self._fleet,
-                self._ledger,
-                admission=self._admission,
-                runs=self._runs,
-                quotas=self._quotas,
-                tag=self._sessions.tag,
-                begin_drain=self.begin_drain,
-                grace_s=self._config.grace_s,
-            ),
-            server,
-        )
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(self._admin, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._config.reflection:
             names = (*SERVICE_NAMES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)

@@ -60,6 +60,10 @@ class AdminServicer(AdminServiceServicer):
         return admin_pb2.DrainResponse(running_calls=running)
 
     async def GetStats(self, request: admin_pb2.GetStatsRequest, context: Context) -> admin_pb2.GetStatsResponse:  # noqa: ARG002, D102
+        return await self.report()
+
+    async def report(self) -> admin_pb2.GetStatsResponse:
+        """The service as this gateway sees it."""
         workers = await self._fleet.stats()
         return admin_pb2.GetStatsResponse(
             workers=workers,

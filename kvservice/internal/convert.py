@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+from kvservice.errors import InvalidRequest
 from kvservice.internal.v1 import worker_pb2
 from kvservice.types import (
+    ChatMessage,
+    ChatRole,
     FinishReason,
     Grammar,
     GrammarKind,
@@ -36,6 +41,11 @@ TEXT_ROLES = {
     worker_pb2.TEXT_ROLE_DOCUMENT: TextRole.DOCUMENT,
     worker_pb2.TEXT_ROLE_QUESTION: TextRole.QUESTION,
 }
+CHAT_ROLES = {
+    common_pb2.CHAT_ROLE_SYSTEM: ChatRole.SYSTEM,
+    common_pb2.CHAT_ROLE_USER: ChatRole.USER,
+    common_pb2.CHAT_ROLE_ASSISTANT: ChatRole.ASSISTANT,
+}
 FINISH_REASONS = {
     common_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
     common_pb2.FINISH_REASON_EOS: FinishReason.EOS,
@@ -46,6 +56,7 @@ FINISH_REASONS = {
 PROMPT_FORMAT_CODES = {value: code for code, value in PROMPT_FORMATS.items()}
 ON_MISS_CODES = {value: code for code, value in ON_MISS.items()}
 TEXT_ROLE_CODES = {value: code for code, value in TEXT_ROLES.items()}
+CHAT_ROLE_CODES = {value: code for code, value in CHAT_ROLES.items()}
 FINISH_REASON_CODES = {value: code for code, value in FINISH_REASONS.items()}
 
 
@@ -201,6 +212,23 @@ def telemetry_to_proto(telemetry: KvTelemetry) -> common_pb2.KvTelemetry:
     )
 
 
+def chat_messages_to_proto(messages: Collection[ChatMessage]) -> list[common_pb2.ChatMessage]:
+    """See `chat_messages_from_proto`."""
+    return [common_pb2.ChatMessage(role=CHAT_ROLE_CODES[each.role], content=each.content) for each in messages]
+
+
+def chat_messages_from_proto(messages: Collection[common_pb2.ChatMessage]) -> tuple[ChatMessage, ...]:
+    """Turns of a conversation.
+
+    Raises:
+        InvalidRequest: one has no role.
+    """
+    for message in messages:
+        if message.role not in CHAT_ROLES:
+            raise InvalidRequest(f"role={message.role}: must be SYSTEM, USER or ASSISTANT", field="messages")
+    return tuple(ChatMessage(CHAT_ROLES[message.role], message.content) for message in messages)
+
+
 def usage_to_proto(usage: Usage) -> common_pb2.Usage:
     """See `Usage`."""
     return common_pb2.Usage(
@@ -240,6 +268,7 @@ def stats_to_proto(stats: WorkerStats) -> admin_pb2.WorkerStats:
         forgotten=stats.forgotten,
         idle_swapped_out=stats.idle_swapped_out,
         idle_dropped=stats.idle_dropped,
+        parked_sessions=stats.parked_sessions,
         steps=stats.steps,
         tier=admin_pb2.TierStats(
             connected=stats.tier.connected,

@@ -29,6 +29,8 @@ class ChatPieces:
     """Closes the turn that is open, the user's or the assistant's, and opens a user turn."""
     answer_opening: str
     """Closes the user turn and opens the assistant's."""
+    system: tuple[str, str] | None
+    """Before and after a caller's own system text, instead of `opening`; None: the template takes none."""
 
 
 def read_chat_pieces(folder: Path) -> ChatPieces:
@@ -51,7 +53,20 @@ def read_chat_pieces(folder: Path) -> ChatPieces:
     user_close, assistant_close = closed[-1], answered[-1]
     if user_close != assistant_close:
         raise _unusable(f"it closes a user turn with {user_close!r} and an assistant turn with {assistant_close!r}")
-    return ChatPieces(opening=question[0], turn_break=talk[2], answer_opening=question[1])
+    return ChatPieces(
+        opening=question[0],
+        turn_break=talk[2],
+        answer_opening=question[1],
+        system=_system_pieces(template, special_words),
+    )
+
+
+def _system_pieces(template: str, special_words: Mapping[str, str]) -> tuple[str, str] | None:
+    try:
+        before, after, _ = _render(template, ["system", "user"], special_words, add_generation_prompt=True)
+    except InvalidRequest:
+        return None
+    return before, after
 
 
 def _read_template(folder: Path) -> tuple[str | None, dict[str, str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import tokenizers
@@ -16,7 +17,7 @@ from kvservice.errors import InvalidRequest, ModelError
 from kvservice.models.chat_template import read_chat_pieces
 from kvservice.models.folder import FETCH_HINT, read_eos_token_ids, read_json, read_optional_json, read_text
 from kvservice.models.streams import ByteStream, WindowStream, byte_level_bytes
-from kvservice.types import PromptFormat, TextRole
+from kvservice.types import ChatMessage, ChatRole, PromptFormat, TextRole
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class _ChatTokens:
     opening: list[int]
     turn_break: list[int]
     answer_opening: list[int]
+    system: tuple[list[int], list[int]] | None
 
 
 class Tokenizer:
@@ -98,6 +100,38 @@ class Tokenizer:
         tokens = (chat.opening if first else chat.turn_break) + content
         return tokens + chat.answer_opening if role is TextRole.QUESTION else tokens
 
+    def encode_chat(self, messages: Sequence[ChatMessage], *, first: bool) -> tuple[list[int], list[int]]:
+        """The tokens that a session gains by turns of a conversation: of all but the last one, and of the last one.
+
+        They are those that `encode` gives for the same user turns. The assistant's turn is opened at the end.
+
+        Args:
+            messages: the system's first, if any, and only if the session has no tokens yet; then users' and
+                assistants', of which the first and the last are a user's.
+            first: whether the session has no tokens yet.
+
+        Raises:
+            InvalidRequest: another order of roles, or see `encode`.
+        """
+        _check_order(messages, first=first)
+        chat = self._chat_tokens
+        tokens: list[int] = []
+        last_start = 0
+        before: ChatRole | None = None
+        for message in messages:
+            last_start = len(tokens)
+            if message.role is ChatRole.SYSTEM:
+                tokens += self._system_tokens[0]
+            elif message.role is ChatRole.ASSISTANT:
+                tokens += chat.answer_opening
+            elif before is ChatRole.SYSTEM:
+                tokens += self._system_tokens[1]
+            else:
+                tokens += chat.opening if first and before is None else chat.turn_break
+            tokens += self._encode_text(message.content)
+            before = message.role
+        return tokens[:last_start], tokens[last_start:] + chat.answer_opening
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of `token_ids`. Control tokens have no text; bytes that are no UTF-8 become U+FFFD."""
         return self._codec.decode(list(token_ids), skip_special_tokens=True)
@@ -127,7 +161,16 @@ class Tokenizer:
             opening=encode(pieces.opening),
             turn_break=encode(pieces.turn_break),
             answer_opening=encode(pieces.answer_opening),
+            system=None if pieces.system is None else (encode(pieces.system[0]), encode(pieces.system[1])),
         )
+
+    @property
+    def _system_tokens(self) -> tuple[list[int], list[int]]:
+        if self._chat_tokens.system is None:
+            raise InvalidRequest(
+                "the model's chat template takes no system message: put it into the first user's", field="messages"
+            )
+        return self._chat_tokens.system
 
     def _bytes_of(self, token_id: int) -> bytes:
         """What a byte-level token adds to the text: whole characters or not, the same wherever it stands."""
@@ -145,6 +188,17 @@ class Tokenizer:
             words = ", ".join(str(self._codec.id_to_token(token_id)) for token_id in sorted(forged))
             raise InvalidRequest(f"the text holds control words of the model, take them out: {words}", field="text")
         return ids
+
+
+def _check_order(messages: Sequence[ChatMessage], *, first: bool) -> None:
+    roles = [message.role for message in messages]
+    if ChatRole.SYSTEM in roles[0 if not first else 1 :]:
+        raise InvalidRequest("messages: a system's can only be the first of a session", field="messages")
+    turns = roles[1:] if roles[:1] == [ChatRole.SYSTEM] else roles
+    if not turns or turns[0] is not ChatRole.USER or turns[-1] is not ChatRole.USER:
+        raise InvalidRequest("messages: the first and the last must be a user's, but for a system's", field="messages")
+    if any(pair == (ChatRole.ASSISTANT, ChatRole.ASSISTANT) for pair in pairwise(turns)):
+        raise InvalidRequest("messages: an assistant's must follow a user's", field="messages")
 
 
 def _build(definition: str, folder: Path) -> tokenizers.Tokenizer:

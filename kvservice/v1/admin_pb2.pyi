@@ -212,6 +212,7 @@ class WorkerStats(_message.Message):
     IDLE_SWAPPED_OUT_FIELD_NUMBER: _builtins.int
     IDLE_DROPPED_FIELD_NUMBER: _builtins.int
     LEDGER_FIELD_NUMBER: _builtins.int
+    PARKED_SESSIONS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     address: _builtins.str
     epoch: _builtins.int
@@ -237,6 +238,8 @@ class WorkerStats(_message.Message):
     forgotten: _builtins.int
     idle_swapped_out: _builtins.int
     idle_dropped: _builtins.int
+    parked_sessions: _builtins.int
+    """Of the resident sessions, those that have gone to host memory whole."""
     @_builtins.property
     def bytes(self) -> _common_pb2.KvBytes: ...
     @_builtins.property
@@ -271,10 +274,11 @@ class WorkerStats(_message.Message):
         idle_swapped_out: _builtins.int = ...,
         idle_dropped: _builtins.int = ...,
         ledger: Global___LedgerStats | None = ...,
+        parked_sessions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "ledger", b"ledger", "tier", b"tier"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "bytes", b"bytes", "decode_tokens_per_s", b"decode_tokens_per_s", "device", b"device", "device_capacity_bytes", b"device_capacity_bytes", "device_free_bytes", b"device_free_bytes", "epoch", b"epoch", "forgotten", b"forgotten", "host_capacity_bytes", b"host_capacity_bytes", "host_free_bytes", b"host_free_bytes", "idle_dropped", b"idle_dropped", "idle_swapped_out", b"idle_swapped_out", "ledger", b"ledger", "model", b"model", "prefill_tokens_per_s", b"prefill_tokens_per_s", "recall_hits", b"recall_hits", "recall_lookups", b"recall_lookups", "recomputed_tokens", b"recomputed_tokens", "resident_sessions", b"resident_sessions", "running_calls", b"running_calls", "steps", b"steps", "swapped_out", b"swapped_out", "tier", b"tier", "weight_bytes", b"weight_bytes", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "bytes", b"bytes", "decode_tokens_per_s", b"decode_tokens_per_s", "device", b"device", "device_capacity_bytes", b"device_capacity_bytes", "device_free_bytes", b"device_free_bytes", "epoch", b"epoch", "forgotten", b"forgotten", "host_capacity_bytes", b"host_capacity_bytes", "host_free_bytes", b"host_free_bytes", "idle_dropped", b"idle_dropped", "idle_swapped_out", b"idle_swapped_out", "ledger", b"ledger", "model", b"model", "parked_sessions", b"parked_sessions", "prefill_tokens_per_s", b"prefill_tokens_per_s", "recall_hits", b"recall_hits", "recall_lookups", b"recall_lookups", "recomputed_tokens", b"recomputed_tokens", "resident_sessions", b"resident_sessions", "running_calls", b"running_calls", "steps", b"steps", "swapped_out", b"swapped_out", "tier", b"tier", "weight_bytes", b"weight_bytes", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

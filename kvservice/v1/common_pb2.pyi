@@ -98,6 +98,27 @@ FINISH_REASON_STOP: FinishReason.ValueType  # 3
 FINISH_REASON_CANCELLED: FinishReason.ValueType  # 4
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
+class _ChatRole:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ChatRoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ChatRole.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CHAT_ROLE_UNSPECIFIED: _ChatRole.ValueType  # 0
+    CHAT_ROLE_SYSTEM: _ChatRole.ValueType  # 1
+    """Only as the first message of a session."""
+    CHAT_ROLE_USER: _ChatRole.ValueType  # 2
+    CHAT_ROLE_ASSISTANT: _ChatRole.ValueType  # 3
+
+class ChatRole(_ChatRole, metaclass=_ChatRoleEnumTypeWrapper): ...
+
+CHAT_ROLE_UNSPECIFIED: ChatRole.ValueType  # 0
+CHAT_ROLE_SYSTEM: ChatRole.ValueType  # 1
+"""Only as the first message of a session."""
+CHAT_ROLE_USER: ChatRole.ValueType  # 2
+CHAT_ROLE_ASSISTANT: ChatRole.ValueType  # 3
+Global___ChatRole: _TypeAlias = ChatRole  # noqa: Y015
+
 @_typing.final
 class SamplingParams(_message.Message):
     """A field that is not set takes the server's default; 0 is a value like any other. They work in this order: logit_bias,
@@ -265,6 +286,30 @@ class SamplingParams(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__typical_p) -> _WhichOneofReturnType__typical_p | None: ...
 
 Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
+
+@_typing.final
+class ChatMessage(_message.Message):
+    """A turn of a conversation. The model's chat template is put around it; control words in it are plain text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    role: Global___ChatRole.ValueType
+    content: _builtins.str
+    def __init__(
+        self,
+        *,
+        role: Global___ChatRole.ValueType = ...,
+        content: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChatMessage: _TypeAlias = ChatMessage  # noqa: Y015
 
 @_typing.final
 class TokenIds(_message.Message):

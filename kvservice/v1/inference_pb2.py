@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kvservice.v1 import common_pb2 as kvservice_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckvservice/v1/inference.proto\x12\x0ckvservice.v1\x1a\x19kvservice/v1/common.proto\"\x8d\x02\n\x1fInferenceServiceGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06recipe\x18\x02 \x01(\t\x12\x31\n\rprompt_format\x18\x03 \x01(\x0e\x32\x1a.kvservice.v1.PromptFormat\x12\x10\n\x08\x64ocument\x18\x04 \x01(\t\x12\x0e\n\x06prompt\x18\x05 \x01(\t\x12.\n\x08sampling\x18\x06 \x01(\x0b\x32\x1c.kvservice.v1.SamplingParams\x12\x1a\n\x12\x64ocument_token_ids\x18\x07 \x03(\r\x12\x18\n\x10prompt_token_ids\x18\x08 \x03(\r\x12\x10\n\x08priority\x18\t \x01(\x05\"N\n InferenceServiceGenerateResponse\x12*\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1b.kvservice.v1.GenerateEvent\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.kvservice.v1.Model\"\xc0\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_positions\x18\x02 \x01(\x04\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x11\n\tnum_heads\x18\x04 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x05 \x01(\r\x12\x10\n\x08head_dim\x18\x06 \x01(\r\x12\x13\n\x0bhidden_size\x18\x07 \x01(\r\x12\x19\n\x11intermediate_size\x18\x08 \x01(\r\x12\x12\n\nvocab_size\x18\t \x01(\r\x12\x13\n\x0b\x64type_bytes\x18\n \x01(\r\x12\x1a\n\x12kv_bytes_per_token\x18\x0b \x01(\x04\x12\x0f\n\x07recipes\x18\x0c \x03(\t\x12\x16\n\x0e\x64\x65\x66\x61ult_recipe\x18\r \x01(\t\x12\x0e\n\x06origin\x18\x0e \x01(\t\x12\x15\n\rnum_followers\x18\x0f \x01(\r\"d\n\x12\x43ountTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x31\n\rprompt_format\x18\x02 \x01(\x0e\x32\x1a.kvservice.v1.PromptFormat\x12\x0c\n\x04text\x18\x03 \x01(\t\"@\n\x13\x43ountTokensResponse\x12\x12\n\nnum_tokens\x18\x01 \x01(\x04\x12\x15\n\rmax_positions\x18\x02 \x01(\x04\x32\xa4\x02\n\x10InferenceService\x12k\n\x08Generate\x12-.kvservice.v1.InferenceServiceGenerateRequest\x1a..kvservice.v1.InferenceServiceGenerateResponse0\x01\x12O\n\nListModels\x12\x1f.kvservice.v1.ListModelsRequest\x1a .kvservice.v1.ListModelsResponse\x12R\n\x0b\x43ountTokens\x12 .kvservice.v1.CountTokensRequest\x1a!.kvservice.v1.CountTokensResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckvservice/v1/inference.proto\x12\x0ckvservice.v1\x1a\x19kvservice/v1/common.proto\"\xba\x02\n\x1fInferenceServiceGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06recipe\x18\x02 \x01(\t\x12\x31\n\rprompt_format\x18\x03 \x01(\x0e\x32\x1a.kvservice.v1.PromptFormat\x12\x10\n\x08\x64ocument\x18\x04 \x01(\t\x12\x0e\n\x06prompt\x18\x05 \x01(\t\x12.\n\x08sampling\x18\x06 \x01(\x0b\x32\x1c.kvservice.v1.SamplingParams\x12\x1a\n\x12\x64ocument_token_ids\x18\x07 \x03(\r\x12\x18\n\x10prompt_token_ids\x18\x08 \x03(\r\x12\x10\n\x08priority\x18\t \x01(\x05\x12+\n\x08messages\x18Z \x03(\x0b\x32\x19.kvservice.v1.ChatMessage\"N\n InferenceServiceGenerateResponse\x12*\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1b.kvservice.v1.GenerateEvent\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.kvservice.v1.Model\"\xc0\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_positions\x18\x02 \x01(\x04\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x11\n\tnum_heads\x18\x04 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x05 \x01(\r\x12\x10\n\x08head_dim\x18\x06 \x01(\r\x12\x13\n\x0bhidden_size\x18\x07 \x01(\r\x12\x19\n\x11intermediate_size\x18\x08 \x01(\r\x12\x12\n\nvocab_size\x18\t \x01(\r\x12\x13\n\x0b\x64type_bytes\x18\n \x01(\r\x12\x1a\n\x12kv_bytes_per_token\x18\x0b \x01(\x04\x12\x0f\n\x07recipes\x18\x0c \x03(\t\x12\x16\n\x0e\x64\x65\x66\x61ult_recipe\x18\r \x01(\t\x12\x0e\n\x06origin\x18\x0e \x01(\t\x12\x15\n\rnum_followers\x18\x0f \x01(\r\"d\n\x12\x43ountTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x31\n\rprompt_format\x18\x02 \x01(\x0e\x32\x1a.kvservice.v1.PromptFormat\x12\x0c\n\x04text\x18\x03 \x01(\t\"@\n\x13\x43ountTokensResponse\x12\x12\n\nnum_tokens\x18\x01 \x01(\x04\x12\x15\n\rmax_positions\x18\x02 \x01(\x04\x32\xa4\x02\n\x10InferenceService\x12k\n\x08Generate\x12-.kvservice.v1.InferenceServiceGenerateRequest\x1a..kvservice.v1.InferenceServiceGenerateResponse0\x01\x12O\n\nListModels\x12\x1f.kvservice.v1.ListModelsRequest\x1a .kvservice.v1.ListModelsResponse\x12R\n\x0b\x43ountTokens\x12 .kvservice.v1.CountTokensRequest\x1a!.kvservice.v1.CountTokensResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,19 +33,19 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvservice.v1.inference_pb2'
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_INFERENCESERVICEGENERATEREQUEST']._serialized_start=74
-  _globals['_INFERENCESERVICEGENERATEREQUEST']._serialized_end=343
-  _globals['_INFERENCESERVICEGENERATERESPONSE']._serialized_start=345
-  _globals['_INFERENCESERVICEGENERATERESPONSE']._serialized_end=423
-  _globals['_LISTMODELSREQUEST']._serialized_start=425
-  _globals['_LISTMODELSREQUEST']._serialized_end=444
-  _globals['_LISTMODELSRESPONSE']._serialized_start=446
-  _globals['_LISTMODELSRESPONSE']._serialized_end=503
-  _globals['_MODEL']._serialized_start=506
-  _globals['_MODEL']._serialized_end=826
-  _globals['_COUNTTOKENSREQUEST']._serialized_start=828
-  _globals['_COUNTTOKENSREQUEST']._serialized_end=928
-  _globals['_COUNTTOKENSRESPONSE']._serialized_start=930
-  _globals['_COUNTTOKENSRESPONSE']._serialized_end=994
-  _globals['_INFERENCESERVICE']._serialized_start=997
-  _globals['_INFERENCESERVICE']._serialized_end=1289
+  _globals['_INFERENCESERVICEGENERATEREQUEST']._serialized_end=388
+  _globals['_INFERENCESERVICEGENERATERESPONSE']._serialized_start=390
+  _globals['_INFERENCESERVICEGENERATERESPONSE']._serialized_end=468
+  _globals['_LISTMODELSREQUEST']._serialized_start=470
+  _globals['_LISTMODELSREQUEST']._serialized_end=489
+  _globals['_LISTMODELSRESPONSE']._serialized_start=491
+  _globals['_LISTMODELSRESPONSE']._serialized_end=548
+  _globals['_MODEL']._serialized_start=551
+  _globals['_MODEL']._serialized_end=871
+  _globals['_COUNTTOKENSREQUEST']._serialized_start=873
+  _globals['_COUNTTOKENSREQUEST']._serialized_end=973
+  _globals['_COUNTTOKENSRESPONSE']._serialized_start=975
+  _globals['_COUNTTOKENSRESPONSE']._serialized_end=1039
+  _globals['_INFERENCESERVICE']._serialized_start=1042
+  _globals['_INFERENCESERVICE']._serialized_end=1334
 # @@protoc_insertion_point(module_scope)

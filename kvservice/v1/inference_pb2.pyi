@@ -32,6 +32,7 @@ class InferenceServiceGenerateRequest(_message.Message):
     DOCUMENT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    MESSAGES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     recipe: _builtins.str
     prompt_format: _common_pb2.PromptFormat.ValueType
@@ -50,6 +51,12 @@ class InferenceServiceGenerateRequest(_message.Message):
 
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.ChatMessage]:
+        """Instead of the prompt: turns of a conversation, in the prompt format CHAT. The last one is a user's, and is the
+        question; those before it are read as a document is.
+        """
+
     def __init__(
         self,
         *,
@@ -62,10 +69,11 @@ class InferenceServiceGenerateRequest(_message.Message):
         document_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         priority: _builtins.int = ...,
+        messages: _abc.Iterable[_common_pb2.ChatMessage] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["document", b"document", "document_token_ids", b"document_token_ids", "model", b"model", "priority", b"priority", "prompt", b"prompt", "prompt_format", b"prompt_format", "prompt_token_ids", b"prompt_token_ids", "recipe", b"recipe", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["document", b"document", "document_token_ids", b"document_token_ids", "messages", b"messages", "model", b"model", "priority", b"priority", "prompt", b"prompt", "prompt_format", b"prompt_format", "prompt_token_ids", b"prompt_token_ids", "recipe", b"recipe", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -422,6 +422,7 @@ class SessionServiceGenerateRequest(_message.Message):
     LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    MESSAGES_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     request_id: _builtins.str
     expected_num_tokens: _builtins.int
@@ -443,6 +444,12 @@ class SessionServiceGenerateRequest(_message.Message):
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Instead of `prompt`."""
 
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.ChatMessage]:
+        """Instead of the prompt: turns of a conversation, in the prompt format CHAT. The last one is a user's, and is the
+        question; those before it are read as a document is.
+        """
+
     def __init__(
         self,
         *,
@@ -456,10 +463,11 @@ class SessionServiceGenerateRequest(_message.Message):
         last_sequence: _builtins.int = ...,
         prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         priority: _builtins.int = ...,
+        messages: _abc.Iterable[_common_pb2.ChatMessage] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_num_tokens", b"_expected_num_tokens", "expected_num_tokens", b"expected_num_tokens", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_num_tokens", b"_expected_num_tokens", "expected_num_tokens", b"expected_num_tokens", "keep_partial", b"keep_partial", "last_sequence", b"last_sequence", "priority", b"priority", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "recipe", b"recipe", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_num_tokens", b"_expected_num_tokens", "expected_num_tokens", b"expected_num_tokens", "keep_partial", b"keep_partial", "last_sequence", b"last_sequence", "messages", b"messages", "priority", b"priority", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "recipe", b"recipe", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_num_tokens: _TypeAlias = _typing.Literal["expected_num_tokens"]  # noqa: Y015
     _WhichOneofArgType__expected_num_tokens: _TypeAlias = _typing.Literal["_expected_num_tokens", b"_expected_num_tokens"]  # noqa: Y015

@@ -21,6 +21,7 @@ from kvservice.internal.tls import PemFiles, server_credentials
 from kvservice.internal.v1 import worker_pb2
 from kvservice.internal.v1.worker_pb2_grpc import add_WorkerServiceServicer_to_server
 from kvservice.types import Grammar, ModelInfo, WorkerId, WorkerStats
+from kvservice.v1 import admin_pb2
 from kvservice.worker.grammars import GrammarDesk
 from kvservice.worker.loop import EngineLike, EngineLoop
 from kvservice.worker.registration import LeaseStore, Registration
@@ -138,6 +139,10 @@ class WorkerServer:
     def stats(self) -> Future[WorkerStats]:
         """The engine's counters; may be called from any thread. Holds Unavailable once the worker has stopped."""
         return self._engine.stats()
+
+    async def report(self) -> admin_pb2.WorkerStats:
+        """The same and what is stored, as gateways are told. Raises Unavailable once the worker has stopped."""
+        return await self._servicer.report()
 
     async def drain(self, grace_s: float | None = None) -> None:
         """Lets running calls end within the grace (None: the configured one), cancels the rest, stops."""

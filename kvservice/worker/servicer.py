@@ -15,12 +15,13 @@ from typing import Any, NoReturn, Protocol
 import grpc
 
 from kvservice.errors import FailedPrecondition, InvalidRequest, KVServiceError, Unavailable
-from kvservice.internal.convert import PROMPT_FORMATS, TEXT_ROLES, stats_to_proto
+from kvservice.internal.convert import PROMPT_FORMATS, TEXT_ROLES, chat_messages_from_proto, stats_to_proto
 from kvservice.internal.v1 import worker_pb2
 from kvservice.internal.v1.worker_pb2_grpc import WorkerServiceServicer
 from kvservice.store.manifests import Manifest
 from kvservice.types import (
     CallId,
+    ChatMessage,
     EngineCall,
     ModelInfo,
     OnMiss,
@@ -30,6 +31,7 @@ from kvservice.types import (
     TextRole,
     WorkerId,
 )
+from kvservice.v1 import admin_pb2
 from kvservice.worker import convert
 from kvservice.worker.answer import TokenStream
 from kvservice.worker.grammars import GrammarDesk
@@ -57,6 +59,9 @@ class TokenizerLike(Protocol):
 
     def encode(self, text: str, role: TextRole, prompt_format: PromptFormat, *, first: bool) -> Sequence[int]:
         """Token ids of a text in its role; `first`: it begins its session."""
+
+    def encode_chat(self, messages: Sequence[ChatMessage], *, first: bool) -> tuple[Sequence[int], Sequence[int]]:
+        """Token ids of all messages but the last, and of the last one."""
 
     def stream(self) -> TokenStream:
         """A fresh stream that turns an answer's tokens to text."""
@@ -131,6 +136,8 @@ class Servicer(WorkerServiceServicer):
     ) -> worker_pb2.TokenizeResponse:
         """See worker.proto."""
         try:
+            if request.messages:
+                return await self._encode_chat(request)
             return worker_pb2.TokenizeResponse(token_ids=await self._encode(request))
         except KVServiceError as error:
             await _abort(context, error)
@@ -139,9 +146,17 @@ class Servicer(WorkerServiceServicer):
         """See worker.proto."""
         del request
         try:
-            stats = stats_to_proto(await asyncio.wrap_future(self._engine.stats()))
+            return worker_pb2.GetStatsResponse(stats=await self.report())
         except KVServiceError as error:
             await _abort(context, error)
+
+    async def report(self) -> admin_pb2.WorkerStats:
+        """The worker's counters.
+
+        Raises:
+            Unavailable: it has stopped.
+        """
+        stats = stats_to_proto(await asyncio.wrap_future(self._engine.stats()))
         identity = self._identity()
         stats.worker_id = identity.worker_id
         stats.address = identity.address
@@ -150,7 +165,7 @@ class Servicer(WorkerServiceServicer):
         stats.device = identity.device
         if self._stored is not None:
             stats.ledger.CopyFrom(convert.ledger_stats(self._stored))
-        return worker_pb2.GetStatsResponse(stats=stats)
+        return stats
 
     async def Verify(self, request: worker_pb2.VerifyRequest, context: VerifyContext) -> worker_pb2.VerifyResponse:
         """See worker.proto."""
@@ -226,6 +241,11 @@ class Servicer(WorkerServiceServicer):
         )
         # A long document takes a while; the streams must go on.
         return await asyncio.get_running_loop().run_in_executor(self._tokenizer_threads, encode)
+
+    async def _encode_chat(self, request: worker_pb2.TokenizeRequest) -> worker_pb2.TokenizeResponse:
+        encode = partial(self._tokenizer.encode_chat, chat_messages_from_proto(request.messages), first=request.first)
+        before, last = await asyncio.get_running_loop().run_in_executor(self._tokenizer_threads, encode)
+        return worker_pb2.TokenizeResponse(token_ids=[*before, *last], num_document_tokens=len(before))
 
     async def _serve(self, requests: AsyncIterator[worker_pb2.ConnectRequest], context: ConnectContext) -> None:
         """One stream from Hello to its end; whatever ends it, its calls are cancelled."""

@@ -144,6 +144,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self, request: worker_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.TokenizeResponse:
         self.tokenized.append(request)
+        if request.messages:
+            texts = [message.content.encode() for message in request.messages]
+            before = b"".join(texts[:-1])
+            return worker_pb2.TokenizeResponse(token_ids=before + texts[-1], num_document_tokens=len(before))
         return worker_pb2.TokenizeResponse(token_ids=request.text.encode())
 
     async def GetStats(
@@ -251,7 +255,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
 
     def _done(self, call: Running, produced: list[int]) -> worker_pb2.CallEvent:
         submit = call.submit
-        appended = [*submit.append.token_ids, *submit.generate.prompt_token_ids, *produced]
+        given = [*submit.append.token_ids, *submit.generate.document_token_ids, *submit.generate.prompt_token_ids]
+        appended = [*given, *produced]
         reason = common_pb2.FINISH_REASON_LENGTH
         if call.cancelled.is_set():
             reason = common_pb2.FINISH_REASON_CANCELLED
@@ -264,7 +269,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             decode_ms=2.5,
         )
         done.usage.cached_tokens = len(submit.base_token_ids)
-        done.usage.prompt_tokens = len(submit.append.token_ids) + len(submit.generate.prompt_token_ids)
+        done.usage.prompt_tokens = len(given)
         done.usage.completion_tokens = len(produced)
         done.kv.bytes.device_window = 4096
         return worker_pb2.CallEvent(call_id=submit.call_id, done=done)

@@ -12,6 +12,7 @@ from kvservice.errors import InternalError, KVServiceError, PermissionDenied, Un
 from kvservice.gateway.auth import Authenticator, secret_key_id, tenant_tag
 from kvservice.gateway.interceptors import ServiceInterceptor, error_status
 from kvservice.gateway.quotas import Quotas
+from kvservice.gateway.reception import Reception
 from kvservice.store.rates import MemoryRateStore
 from kvservice.telemetry.metrics import GatewayMetrics
 from kvservice.types import Role, TenantId
@@ -45,7 +46,7 @@ async def raising():
     servicer = Raising()
     metrics = GatewayMetrics()
     quotas = Quotas(MemoryRateStore(), QuotaConfig(), metrics)
-    server = grpc.aio.server(interceptors=[ServiceInterceptor(Authenticator(None), quotas, metrics)])
+    server = grpc.aio.server(interceptors=[ServiceInterceptor(Reception(Authenticator(None), quotas, metrics))])
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
