@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install kernels sanitize model demo test lint format protos clean
+.PHONY: help install kernels sanitize model foreign demo test lint format protos clean
 
 # The Python that makes .venv: the first found that is 3.11 or later. Override: make install PYTHON=/path/to/python
 PYTHON ?= $(firstword $(foreach name,python3.11 python3 python3.12 python3.13,$(shell \
@@ -50,10 +50,17 @@ sanitize: $(STAMP) ## run the kernels' tests under address and undefined-behavio
 model: $(STAMP)
 	@$(PY) -m kvservice model fetch smollm2-135m
 
+# Where npm isn't there the tests of a client in Node are skipped.
+foreign: tests/foreign/node/node_modules ## fetch the packages of the test client in Node
+
+tests/foreign/node/node_modules: tests/foreign/node/package-lock.json
+	@if command -v npm >/dev/null; then npm ci --silent --no-audit --no-fund --ignore-scripts --prefix tests/foreign/node && touch $@; \
+		else echo "No npm, so the client in Node isn't tested. Install Node 18 or later, then: make foreign"; fi
+
 demo: install ## a long document answered over gRPC by a real model, with the tiers in use
 	$(PY) -m kvservice.demo
 
-test: install lint ## lint, and all tests that CI runs
+test: install foreign lint ## lint, and all tests that CI runs
 	$(PY) -m pytest
 
 lint: $(STAMP) ## formatting, lint, types, layers, protos
