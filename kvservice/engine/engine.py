@@ -391,6 +391,7 @@ class Engine:
             forgotten=evictions.forgotten,
             idle_swapped_out=evictions.idle_swapped,
             idle_dropped=evictions.idle_dropped,
+            parked_sessions=self._sequences.num_parked(),
             tier=self._writer.stats(),
         )
 

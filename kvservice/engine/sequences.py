@@ -176,6 +176,10 @@ class HeldSequences:
             self.drop(session_id)
         self._store.swap.close()
 
+    def num_parked(self) -> int:
+        """Held sequences that are in host memory, or on their way there or back."""
+        return sum(holding.memory.place is not Place.DEVICE for holding in self._held.values())
+
     # -- prefixes ----------------------------------------------------------------------------------------------------
 
     def publish(self, session_id: SessionId, tenant_tag: bytes) -> None:
