@@ -123,6 +123,10 @@ class Overloaded(KVServiceError):
     default_reason = "overloaded"
 
 
+TENANT_ANSWERS = "tenant_answers"
+"""Reason of an Overloaded: the tenant has all that it may have of a worker at a time; other tenants' calls may pass."""
+
+
 class LimitExceeded(KVServiceError):
     """A limit of the service, of the tenant or of a message."""
 
@@ -155,6 +159,16 @@ class DeadlineExceeded(KVServiceError):
 
     status = "DEADLINE_EXCEEDED"
     default_reason = "deadline_exceeded"
+
+
+def hopeless(needed_s: float, left_s: float) -> DeadlineExceeded:
+    """The deadline hasn't passed, and can't be met any more: better to say so now."""
+    return DeadlineExceeded(
+        f"the deadline is in {max(0.0, left_s):.3g} s, and reading alone is predicted to take {needed_s:.3g} s: "
+        "nothing was computed; give it more time, or send fewer tokens",
+        reason="deadline_unreachable",
+        metadata={"predicted_s": f"{needed_s:.3f}", "left_s": f"{max(0.0, left_s):.3f}"},
+    )
 
 
 class NotImplementedYet(KVServiceError):

@@ -377,6 +377,8 @@ class Load:
     """What it reads from the kv Redis; 0: it reads nothing from there."""
     prefixes: tuple[int, ...] = ()
     """Names of leading tokens whose KV it holds, see `internal.prefixes`; the last used first, and bounded."""
+    decode_tokens_per_s: float = 0.0
+    """All answers together, smoothed over its last steps; 0: it has decoded nothing yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -469,6 +471,21 @@ class RestoredKv:
 
 
 @dataclass(frozen=True, slots=True)
+class TenantTerms:
+    """What a call's tenant gets of a worker."""
+
+    weight: float = 1.0
+    """Of its time, against the other tenants'."""
+    device_bytes: int | None = None
+    """The most that its sessions may hold; None: no limit."""
+    host_bytes: int | None = None
+
+
+NO_TERMS = TenantTerms()
+"""Of a tenant without any of its own."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineCall:
     """One call on a sequence: read `document_tokens`, then `prompt_tokens`, then generate.
 
@@ -495,6 +512,7 @@ class EngineCall:
     """When the call fails if it still runs; seconds of the engine's clock."""
     restored: RestoredKv | None = None
     """KV of `base_tokens`, for an engine that doesn't hold it."""
+    terms: TenantTerms = NO_TERMS
 
 
 @dataclass(frozen=True, slots=True)
@@ -540,6 +558,9 @@ class FinishedEvent:
     decode_ms: float
     reached: Reached = NOTHING_REACHED
     """Of the session after the call."""
+    device_byte_s: float = 0.0
+    """Bytes times seconds that the session's KV has taken on the device since its last call's end."""
+    host_byte_s: float = 0.0
 
     @property
     def finish_reason(self) -> FinishReason:

@@ -24,6 +24,7 @@ from kvservice.cli import (
     size,
     stats,
     tenants,
+    usage,
 )
 from kvservice.cli.output import complain
 from kvservice.errors import ConfigError, KVServiceError, ModelError
@@ -51,6 +52,7 @@ app.command("chat")(chat.chat)
 app.add_typer(sessions.app, name="sessions")
 app.add_typer(tenants.app, name="tenants")
 app.command("stats")(stats.stats)
+app.command("usage")(usage.usage)
 app.command("methods")(catalogue.methods)
 app.command("recipes")(catalogue.recipes)
 app.command("size")(size.size)

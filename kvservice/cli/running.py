@@ -26,6 +26,7 @@ from kvservice.store import open_state_store
 from kvservice.store.base import StateStore
 from kvservice.store.embedded import EmbeddedRedis, RedisRole
 from kvservice.store.rates import open_rate_store
+from kvservice.store.usage import open_usage_log
 
 if TYPE_CHECKING:
     from kvservice.worker.server import WorkerServer
@@ -163,9 +164,11 @@ async def _start_gateway(config: ServiceConfig, stack: contextlib.AsyncExitStack
         raise ConfigError("gateway: no settings; at least its secret must be set")
     keys = ApiKeyFile(config.api_keys) if config.api_keys is not None else None
     store = await _open_store(config, stack)
-    rates = await open_rate_store(config.state_url.get_secret_value() if config.state_url is not None else None)
+    state_url = config.state_url.get_secret_value() if config.state_url is not None else None
+    rates, usage = await open_rate_store(state_url), await open_usage_log(state_url)
     stack.push_async_callback(rates.aclose)
-    gateway = Gateway(config.gateway, store, keys, rates=rates)
+    stack.push_async_callback(usage.aclose)
+    gateway = Gateway(config.gateway, store, keys, rates=rates, usage=usage)
     stack.push_async_callback(gateway.stop)
     return gateway, store, await gateway.start()
 

@@ -72,7 +72,20 @@ def tenants_table() -> Table:
     """An empty table for `tenant_row`."""
     table = Table(title="Tenants", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("tenant", no_wrap=True)
-    for name in ("calls", "refused", "tokens", "running", "calls/min", "tokens/min", "at a time", "document tokens"):
+    for name in (
+        "calls",
+        "refused",
+        "tokens",
+        "running",
+        "weight",
+        "calls/min",
+        "tokens/min",
+        "at a time",
+        "document tokens",
+        "sessions",
+        "device",
+        "host",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     return table
 
@@ -85,11 +98,14 @@ def tenant_row(tenant: TenantReport) -> tuple[str, ...]:
         tenant.tokens_per_minute,
         tenant.concurrent_calls,
         tenant.document_tokens,
+        tenant.sessions,
     )
     return (
         tenant.tenant,
         *(f"{count:,}" for count in counts),
+        f"{tenant.weight:g}",
         *("-" if limit is None else f"{limit:,g}" for limit in limits),
+        *("-" if limit is None else human_bytes(limit) for limit in (tenant.device_bytes, tenant.host_bytes)),
     )
 
 

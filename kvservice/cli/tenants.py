@@ -1,4 +1,4 @@
-"""`kvservice tenants list|set`: what tenants may use, and have used. Needs the role `operator`."""
+"""`kvservice tenants list|show|set`: what tenants may use, and have used. Needs the role `operator`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,22 @@ import typer
 from rich.console import Console
 
 from kvservice.cli.calls import call_service
-from kvservice.cli.options import DEFAULT_ADDRESS, Address
-from kvservice.cli.output import PIPED_WIDTH
+from kvservice.cli.options import DEFAULT_ADDRESS, Address, parse_bytes
+from kvservice.cli.output import PIPED_WIDTH, human_bytes
 from kvservice.cli.stats import tenant_row, tenants_table
 
 app = typer.Typer(help="Show and set tenants' limits. Needs the role `operator`.", no_args_is_help=True)
 
 Rate = Annotated[float | None, typer.Option(min=0, help="A minute; 0: back to the service's default.")]
 Count = Annotated[int | None, typer.Option(min=0, help="0: back to the service's default.")]
+Bytes = Annotated[
+    int | None,
+    typer.Option(parser=parse_bytes, metavar="SIZE", help="On each worker, such as 1GiB; 0: back to the default."),
+]
+StoredBytes = Annotated[
+    int | None,
+    typer.Option(parser=parse_bytes, metavar="SIZE", help="In the kv Redis, such as 1GiB; 0: back to the default."),
+]
 
 
 @app.command("list")
@@ -31,6 +39,37 @@ def list_tenants(address: Address = DEFAULT_ADDRESS) -> None:
     console.print(table)
 
 
+@app.command("show")
+def show_tenant(
+    tenant: Annotated[str, typer.Argument(help="Name of the tenant, as in the key file.")],
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
+    """Show one tenant: what it used of this gateway, what it has stored, and its limits."""
+    (found,) = call_service(address, lambda client: client.stats(tenant)).tenants
+    limits = {
+        "calls a minute": found.requests_per_minute,
+        "tokens a minute": found.tokens_per_minute,
+        "calls at a time": found.concurrent_calls,
+        "tokens of a document": found.document_tokens,
+        "sessions": found.sessions,
+    }
+    sizes = {
+        "device bytes on each worker": found.device_bytes,
+        "host bytes on each worker": found.host_bytes,
+        "bytes in Redis": found.redis_bytes,
+    }
+    rows = {
+        "calls": f"{found.requests:,}, {found.refused:,} refused, {found.running_calls:,} running",
+        "tokens": f"{found.tokens:,}",
+        "stored": human_bytes(found.stored_bytes or 0),
+        "weight": f"{found.weight:g}",
+        **{f"most {name}": "-" if limit is None else f"{limit:,g}" for name, limit in limits.items()},
+        **{f"most {name}": "-" if limit is None else human_bytes(limit) for name, limit in sizes.items()},
+    }
+    for name, value in rows.items():
+        typer.echo(f"{name:<32}{value}")
+
+
 @app.command("set")
 def set_limits(
     tenant: Annotated[str, typer.Argument(help="Name of the tenant, as in the key file.")],
@@ -38,11 +77,20 @@ def set_limits(
     tokens_per_minute: Rate = None,
     concurrent_calls: Count = None,
     document_tokens: Count = None,
+    sessions: Count = None,
+    device_bytes: Bytes = None,
+    host_bytes: Bytes = None,
+    redis_bytes: StoredBytes = None,
+    weight: Annotated[
+        float | None,
+        typer.Option(min=0, max=1000, help="Share of the workers' time, against others'; 0: back to the default."),
+    ] = None,
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
     """Set limits of a tenant. They hold at every gateway within a second, and outlive restarts as sessions do."""
-    limits = (requests_per_minute, tokens_per_minute, concurrent_calls, document_tokens)
-    if all(limit is None for limit in limits):
+    rates = (requests_per_minute, tokens_per_minute, weight)
+    counts = (concurrent_calls, document_tokens, sessions, device_bytes, host_bytes, redis_bytes)
+    if all(limit is None for limit in (*rates, *counts)):
         raise typer.BadParameter("give at least one limit, such as --requests-per-minute 600")
     call_service(
         address,
@@ -52,5 +100,10 @@ def set_limits(
             tokens_per_minute=tokens_per_minute,
             concurrent_calls=concurrent_calls,
             document_tokens=document_tokens,
+            sessions=sessions,
+            device_bytes=device_bytes,
+            host_bytes=host_bytes,
+            redis_bytes=redis_bytes,
+            weight=weight,
         ),
     )

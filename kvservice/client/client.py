@@ -25,6 +25,7 @@ from kvservice.client.results import (
     TokenCount,
     TokenLogprobs,
     Tokens,
+    UsageReport,
 )
 from kvservice.client.retry import Attempts, RetryPolicy
 from kvservice.client.sampling import Sampling, sampling_to_proto
@@ -393,10 +394,16 @@ class Client:
 
     # For operators
 
-    async def stats(self) -> ServiceStats:
-        """The service's counters, and each worker's."""
-        request = admin_pb2.GetStatsRequest()
+    async def stats(self, tenant: str = "") -> ServiceStats:
+        """The service's counters, and each worker's; of the tenants only `tenant`, with its stored bytes, if given."""
+        request = admin_pb2.GetStatsRequest(tenant=tenant)
         return convert.service_stats(await self._unary(lambda: self._admin.GetStats(request, **self._call_options())))
+
+    async def usage(self, after: str = "") -> tuple[tuple[UsageReport, ...], str]:
+        """A page of what calls have used, oldest first, and the cursor for the next one; empty at the end of all."""
+        request = admin_pb2.ListUsageRequest(after=after)
+        response = await self._unary(lambda: self._admin.ListUsage(request, **self._call_options()))
+        return tuple(convert.usage_report(record) for record in response.records), response.cursor
 
     async def set_quota(
         self,
@@ -406,14 +413,25 @@ class Client:
         tokens_per_minute: float | None = None,
         concurrent_calls: int | None = None,
         document_tokens: int | None = None,
+        sessions: int | None = None,
+        device_bytes: int | None = None,
+        host_bytes: int | None = None,
+        redis_bytes: int | None = None,
+        weight: float | None = None,
     ) -> None:
-        """Sets limits of a tenant; None leaves one as it is, 0 goes back to the service's default."""
+        """Sets limits of a tenant, and its weight among others; None leaves one as it is, 0 goes back to the service's
+        default. Device and host bytes are on each worker."""
         request = admin_pb2.SetQuotaRequest(
             tenant=tenant,
             requests_per_minute=requests_per_minute,
             tokens_per_minute=tokens_per_minute,
             concurrent_calls=concurrent_calls,
             document_tokens=document_tokens,
+            sessions=sessions,
+            device_bytes=device_bytes,
+            host_bytes=host_bytes,
+            redis_bytes=redis_bytes,
+            weight=weight,
         )
         await self._unary(lambda: self._admin.SetQuota(request, **self._call_options()))
 

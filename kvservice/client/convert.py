@@ -15,6 +15,7 @@ from kvservice.client.results import (
     Timings,
     TokenLogprobs,
     Tokens,
+    UsageReport,
     WorkerReport,
 )
 from kvservice.internal.convert import FINISH_REASONS, ON_MISS, PROMPT_FORMATS
@@ -156,18 +157,47 @@ def service_stats(message: admin_pb2.GetStatsResponse) -> ServiceStats:
     )
 
 
+def usage_report(message: admin_pb2.UsageRecord) -> UsageReport:
+    """See `UsageReport`."""
+    return UsageReport(
+        kind=admin_pb2.UsageKind.Name(message.kind).removeprefix("USAGE_KIND_").lower(),
+        tenant=message.tenant,
+        record_id=message.record_id,
+        session_id=message.session_id,
+        model=message.model,
+        ended_at=message.ended_at,
+        usage=usage(message.usage),
+        device_byte_s=message.device_byte_s,
+        host_byte_s=message.host_byte_s,
+        redis_byte_s=message.redis_byte_s,
+    )
+
+
 def _tenant_report(message: admin_pb2.TenantStats) -> TenantReport:
+    limits = {field.name: value for field, value in message.ListFields() if field.name in _TENANT_LIMITS}
     return TenantReport(
         tenant=message.tenant,
         requests=message.requests,
         refused=message.refused,
         tokens=message.tokens,
         running_calls=message.running_calls,
-        requests_per_minute=message.requests_per_minute if message.HasField("requests_per_minute") else None,
-        tokens_per_minute=message.tokens_per_minute if message.HasField("tokens_per_minute") else None,
-        concurrent_calls=message.concurrent_calls if message.HasField("concurrent_calls") else None,
-        document_tokens=message.document_tokens if message.HasField("document_tokens") else None,
+        weight=message.weight,
+        **limits,
     )
+
+
+_TENANT_LIMITS = (
+    "requests_per_minute",
+    "tokens_per_minute",
+    "concurrent_calls",
+    "document_tokens",
+    "sessions",
+    "device_bytes",
+    "host_bytes",
+    "stored_bytes",
+    "redis_bytes",
+)
+"""Unset: there is none, or it wasn't asked for."""
 
 
 def _worker_report(message: admin_pb2.WorkerStats) -> WorkerReport:

@@ -204,6 +204,43 @@ class TenantReport:
     tokens_per_minute: float | None = None
     concurrent_calls: int | None = None
     document_tokens: int | None = None
+    sessions: int | None = None
+    device_bytes: int | None = None
+    """On each worker."""
+    host_bytes: int | None = None
+    """On each worker."""
+    weight: float = 1.0
+    """Share of the workers' time, against that of others."""
+    stored_bytes: int | None = None
+    """In the kv Redis, reserved ones among them; None unless the tenant was asked for by name."""
+    redis_bytes: int | None = None
+    """The most that these may be; None unless the tenant was asked for by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class UsageReport:
+    """One record of what was used.
+
+    Attributes:
+        kind: `call`: one that ended well; `cut_short`: one that didn't; `session_end`: a session's KV since its last
+            call; `stored`: a period of a tenant's bytes in the kv Redis.
+        record_id: unlike that of any other record of the tenant and kind: the `request_id`, where there is one.
+        ended_at: unix seconds.
+        device_byte_s: bytes times seconds.
+        host_byte_s: the same in host memory.
+        redis_byte_s: the same in the kv Redis.
+    """
+
+    kind: str
+    tenant: str
+    record_id: str
+    session_id: str
+    model: str
+    ended_at: float
+    usage: Usage
+    device_byte_s: float
+    host_byte_s: float
+    redis_byte_s: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,12 @@ class QuotaConfig(BaseModel):
     document_tokens: int | None = Field(
         None, ge=1, description="Tokens of one Append, or of the document of a Generate without a session."
     )
+    sessions: int | None = Field(None, ge=1, description="Open sessions; never more than `limits.sessions_per_tenant`.")
+    device_bytes: int | None = Field(None, ge=1, description="KV of its sessions on the device of each worker.")
+    host_bytes: int | None = Field(None, ge=1, description="KV of its sessions in the host memory of each worker.")
+    weight: float = Field(
+        1.0, gt=0, le=1000, description="Share of the workers' time, against that of other tenants that ask for it too."
+    )
 
 
 class GatewayConfig(BaseModel):
@@ -56,6 +62,9 @@ class GatewayConfig(BaseModel):
     max_wait_s: float = Field(30.0, gt=0, description="Longest wait of a call for room on a worker, in seconds.")
     discovery_interval_s: float = Field(1.0, gt=0, description="Seconds between two looks at the workers' leases.")
     sweep_interval_s: float = Field(30.0, gt=0, description="Seconds between two sweeps for expired sessions.")
+    usage_period_s: float = Field(
+        60.0, gt=0, description="Seconds between two records of what tenants have stored; the same for every gateway."
+    )
     lock_ttl_s: float = Field(
         30.0, gt=0, description="A session is free again this many seconds after the gateway that changed it was lost."
     )

@@ -13,8 +13,20 @@ from kvservice.engine.room import Room
 from kvservice.engine.running import RunningSequence
 from kvservice.engine.sampler import SamplerRow
 from kvservice.engine.sequences import HeldSequences
-from kvservice.errors import Conflict, FailedPrecondition, InvalidRequest, Overloaded
+from kvservice.engine.turns import Turns
+from kvservice.errors import (
+    TENANT_ANSWERS,
+    Conflict,
+    FailedPrecondition,
+    InvalidRequest,
+    KVServiceError,
+    Overloaded,
+)
 from kvservice.types import GROUP_TOKENS, SINK_TOKENS, Distant, EngineCall, ModelShape, OnMiss, Reached, RestoredKv
+
+LATECOMERS = 8
+"""One more answer for each so many may be under way, of tenants that have less than an equal part: who comes late
+doesn't wait until one of those that came before has ended."""
 
 
 class Admission:
@@ -24,6 +36,7 @@ class Admission:
         calls: those under way.
         sequences: the KV there is.
         room: shares out bytes.
+        turns: gives calls their places.
         shape: of the model.
         max_batch: answers that may be under way at a time.
         grammars: for answers that must match one; without it such calls are refused.
@@ -35,15 +48,17 @@ class Admission:
         calls: Calls,
         sequences: HeldSequences,
         room: Room,
+        turns: Turns,
+        *,
         shape: ModelShape,
         max_batch: int,
         grammars: GrammarCompiler | None,
-        *,
         shares_keys: bool = False,
     ) -> None:
         self._calls = calls
         self._sequences = sequences
         self._room = room
+        self._turns = turns
         self._shape = shape
         self._max_batch = max_batch
         self._grammars = grammars
@@ -70,22 +85,29 @@ class Admission:
         num_known = max(found.num_kept, reached.num_computed if reached is not None else 0)
         num_missing = found.num_missing if reached is None else _num_beyond(call, num_known)
         documents_end = len(call.base_tokens) + len(call.document_tokens)
+        # Going on from tokens that all have KV: the last is computed again, for its logits.
+        kept = min(found.num_kept, len(tokens) - 1)
+        fare = self._turns.join(call, max(0, len(tokens) - 1 - kept))
         sequence = RunningSequence(
             call=call,
             session_id=call.session_id,
             index=0,
             memory=found.memory if found.donor is None else self._sequences.fork_prefix(found.donor),
-            rank=(-call.priority, next(self._numbers)),
+            rank=(-call.priority, fare.turn.order, next(self._numbers)),
+            fare=fare,
             tokens=tokens,
-            # Going on from tokens that all have KV: the last is computed again, for its logits.
-            kept=min(found.num_kept, len(tokens) - 1),
+            kept=kept,
             full_until=documents_end if num_missing or call.document_tokens else min(num_known, len(tokens) - 1),
             row=rows[0] if rows else None,
             recomputed_tokens=num_missing,
             reached=reached,
             restored=brought if takes_kv else None,
         )
-        self._room.admit(sequence, found, rows[1:])
+        try:
+            self._room.admit(sequence, found, rows[1:])
+        except KVServiceError:
+            self._turns.leave(fare, num_unread=fare.num_read, num_answered=0)
+            raise
 
     def _check(self, call: EngineCall) -> None:
         """Refuses what can never run, or not now whatever gives way."""
@@ -98,14 +120,28 @@ class Admission:
             )
         if self._sequences.is_busy(call.session_id):
             raise Conflict(f"session {call.session_id} has a call running; wait for it", reason="session_busy")
-        num_answers = self._calls.num_answers
-        if num_answers + (call.sampling.n if call.sampling else 1) > self._max_batch:
-            raise Overloaded(f"{num_answers} answers are under way, {self._max_batch} may be", retry_after_s=1.0)
+        self._check_places(call)
         check_tokens(call, self._shape)
         held = usable(self._sequences.get(call.session_id), call)
         given, new = num_given(call), call.sampling.max_new_tokens if call.sampling else 0
         wish = Wish(given + new, call.sampling.n - 1 if call.sampling else 0, given)
         self._sequences.check_fits(held.recipe if held else call.recipe, wish)
+
+    def _check_places(self, call: EngineCall) -> None:
+        """Refuses a call when as many answers are under way as may be, a few more for tenants that have few of them."""
+        under_way, wanted = self._calls.num_answers, call.sampling.n if call.sampling else 1
+        if under_way + wanted <= self._max_batch:
+            return
+        by_tenant = self._calls.num_answers_by_tenant()
+        own = by_tenant.pop(call.tenant_tag, 0)
+        most = self._max_batch + max(1, self._max_batch // LATECOMERS)
+        if by_tenant and own + wanted <= self._max_batch // (len(by_tenant) + 1) and under_way + wanted <= most:
+            return
+        raise Overloaded(
+            f"{under_way} answers are under way, {own} of them this tenant's; {self._max_batch} may be",
+            reason=TENANT_ANSWERS if under_way < most else None,
+            retry_after_s=1.0,
+        )
 
     def _sampler_rows(self, call: EngineCall, tokens: Sequence[int]) -> list[SamplerRow]:
         """What choosing tokens needs to know of each answer; none for a call that generates nothing."""

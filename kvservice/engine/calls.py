@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from bisect import insort
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from kvservice.engine.meters import Meters, kv_telemetry
 from kvservice.engine.ports import GroupWriter
 from kvservice.engine.running import RunningCall, RunningSequence
 from kvservice.engine.sampler import SamplerRow
 from kvservice.engine.sequences import HeldSequences
-from kvservice.errors import DeadlineExceeded, KVServiceError
+from kvservice.engine.turns import Turns
+from kvservice.errors import DeadlineExceeded, KVServiceError, hopeless
+from kvservice.internal.fair import cannot_meet
 from kvservice.types import (
     CallId,
     EngineEvent,
@@ -32,6 +37,7 @@ class Calls:
         sequences: where their KV is held.
         writer: knows what of a session is in the tier below.
         meters: count what calls did.
+        turns: places of the calls; who ends leaves.
         clock: seconds, monotonic.
 
     Attributes:
@@ -46,6 +52,7 @@ class Calls:
         sequences: HeldSequences,
         writer: GroupWriter,
         meters: Meters,
+        turns: Turns,
         clock: Callable[[], float],
     ) -> None:
         self.running: dict[CallId, RunningCall] = {}
@@ -55,12 +62,20 @@ class Calls:
         self._sequences = sequences
         self._writer = writer
         self._meters = meters
+        self._turns = turns
         self._clock = clock
 
     @property
     def num_answers(self) -> int:
         """Answers that the calls under way were asked for."""
         return sum(running.num_answers for running in self.running.values())
+
+    def num_answers_by_tenant(self) -> Counter[bytes]:
+        """Of these, each tenant's."""
+        answers: Counter[bytes] = Counter()
+        for each in self.running.values():
+            answers[each.call.tenant_tag] += each.num_answers
+        return answers
 
     def of_session(self, session_id: SessionId) -> RunningCall | None:
         """The call that runs on a session."""
@@ -99,11 +114,14 @@ class Calls:
     # -- ends --------------------------------------------------------------------------------------------------------
 
     def expire(self) -> None:
-        """Fails calls whose deadline has passed."""
+        """Fails calls whose deadline has passed, and those that wait to be read and can't be in time any more."""
         now = self._clock()
-        late = [each.call.call_id for each in self.running.values() if each.deadline <= now]
-        for call_id in late:
-            self.fail(call_id, DeadlineExceeded("the call's deadline passed while it ran"))
+        for each in [each for each in self.running.values() if each.deadline < math.inf]:
+            fare, left_s = each.main.fare, each.deadline - now
+            if left_s <= 0:
+                self.fail(each.call.call_id, DeadlineExceeded("the call's deadline passed while it ran"))
+            elif each.main.num_unread == fare.num_read and cannot_meet(fare.read_s, left_s):
+                self.fail(each.call.call_id, hopeless(fare.read_s, left_s))
 
     def end_answer(self, running: RunningCall, sequence: RunningSequence, reason: FinishReason) -> None:
         """One answer is complete; the call is when all are."""
@@ -122,20 +140,20 @@ class Calls:
         now = self._clock()
         first = running.first_token_at if running.first_token_at is not None else now
         reasons, usage = running.finish_reasons, _usage(running)
-        self.events.append(
-            FinishedEvent(
-                call_id=call.call_id,
-                finish_reasons=(reason, *(reasons.get(i, reason) for i in range(1, running.num_answers))),
-                usage=usage,
-                telemetry=self._telemetry(main),
-                appended_tokens=tuple(main.memory.state.tokens[len(call.base_tokens) :]) if keeps else (),
-                prefill_ms=(first - running.admitted_at) * 1e3,
-                decode_ms=(now - first) * 1e3,
-                reached=main.memory.reaches.reached(len(main.memory.state.tokens if keeps else call.base_tokens)),
-            )
+        finished = FinishedEvent(
+            call_id=call.call_id,
+            finish_reasons=(reason, *(reasons.get(i, reason) for i in range(1, running.num_answers))),
+            usage=usage,
+            telemetry=self._telemetry(main),
+            appended_tokens=tuple(main.memory.state.tokens[len(call.base_tokens) :]) if keeps else (),
+            prefill_ms=(first - running.admitted_at) * 1e3,
+            decode_ms=(now - first) * 1e3,
+            reached=main.memory.reaches.reached(len(main.memory.state.tokens if keeps else call.base_tokens)),
         )
         self._meters.note_recompute(usage.recomputed_tokens)
         self._end(running, keeps=keeps)
+        kept = self._sequences.take_byte_seconds(call.session_id) + self._sequences.take_left_over(call.tenant_tag)
+        self.events.append(replace(finished, device_byte_s=kept.device, host_byte_s=kept.host))
 
     def fail(self, call_id: CallId, error: KVServiceError) -> None:
         """Ends a call with an error, if it hasn't ended; its session is as it was before the call."""
@@ -154,13 +172,16 @@ class Calls:
         """Takes the call off; its session stays with what it keeps, and gives back what it reserved beyond that."""
         call, main = running.call, running.main
         del self.running[call.call_id]
+        answered = sum(len(each.generated) for each in running.sequences.values())
+        # Of an answer all is read but its last token, which is what it was charged with.
+        self._turns.leave(main.fare, num_unread=0 if answered else main.num_unread, num_answered=answered)
         self._meters.note_recall(main.counters_before, main.memory.counters)
         for sequence in running.sequences.values():
-            if sequence.has_ended:
-                continue
-            self.active.remove(sequence)
+            if not sequence.has_ended:
+                self.active.remove(sequence)
             if sequence.index:
                 self._sequences.drop(sequence.session_id)
+                self._sequences.leave_over(sequence.session_id, call.tenant_tag)
         memory = main.memory
         if not keeps:
             self._sequences.unpublish(call.session_id)
@@ -168,6 +189,8 @@ class Calls:
         memory.truncate(min(len(memory.state.tokens if keeps else call.base_tokens), memory.num_computed + 1))
         if not call.retain or memory.num_computed == 0:
             self._sequences.drop(call.session_id)
+            if not call.retain:
+                self._sequences.leave_over(call.session_id, call.tenant_tag)
             return
         if call.tenant_tag:
             self._writer.checkpoint(call.tenant_tag, call.session_id)
@@ -181,7 +204,7 @@ class Calls:
         return kv_telemetry(main.memory, self._shape, main.counters_before, redis_bytes)
 
 
-def _order(sequence: RunningSequence) -> tuple[int, int, int]:
+def _order(sequence: RunningSequence) -> tuple[int, float, int, int]:
     return sequence.order
 
 

@@ -37,6 +37,7 @@ from kvservice.engine.room import PATIENCE_S, Room
 from kvservice.engine.scheduler import Scheduled
 from kvservice.engine.sequences import HeldSequences
 from kvservice.engine.stopwatch import Stopwatch
+from kvservice.engine.turns import Turns
 from kvservice.errors import (
     ConfigError,
     Conflict,
@@ -47,6 +48,7 @@ from kvservice.errors import (
 )
 from kvservice.kv.layout import KVLayout
 from kvservice.kv.ledger import Owner
+from kvservice.kv.occupancy import ByteSeconds
 from kvservice.models.base import Model
 from kvservice.recall.memory import RecallCounters, SequenceMemory
 from kvservice.recall.parking import Place
@@ -108,25 +110,27 @@ class Engine:
         self._step_groups = config.step_tokens // GROUP_TOKENS + config.max_prefills
         layout = KVLayout.of(self._shape, model.dtype)
         self._recipes = served_recipes(shares_keys=sharing is not None)
-        self._sequences = HeldSequences(self._shape, layout, config, model.device, sharing)
+        self._sequences = HeldSequences(self._shape, layout, config, model.device, sharing, clock)
         self._sequences.ledger.add(Owner.WEIGHTS, model.weight_bytes)
         rate = config.host_link_bytes_per_s
         link = HostLink(rate) if rate is not None else None
         self._forward = Forward(model, self._sequences, deterministic=config.deterministic, link=link)
         self._meters = Meters()
-        self._calls = Calls(self._shape, self._sequences, writer, self._meters, clock)
+        turns = Turns(self._meters)
+        self._calls = Calls(self._shape, self._sequences, writer, self._meters, turns, clock)
         self._room = Room(self._calls, self._sequences)
         self._admission = Admission(
             self._calls,
             self._sequences,
             self._room,
-            self._shape,
-            config.max_batch,
-            grammars,
+            turns,
+            shape=self._shape,
+            max_batch=config.max_batch,
+            grammars=grammars,
             shares_keys=sharing is not None,
         )
         self._output = Output(self._calls, self._sequences, model.spec.eos_token_ids, clock)
-        self._planner = Planner(config, self._shape.num_layers, lambda: writer.has_room(self._step_groups))
+        self._planner = Planner(config, self._shape.num_layers, turns, lambda: writer.has_room(self._step_groups))
         self.stopwatch = Stopwatch()
 
     @property
@@ -189,6 +193,10 @@ class Engine:
             self._writer.delete(tenant_tag, session_id)
         return self._sequences.drop(session_id)
 
+    def take_byte_seconds(self, session_id: SessionId) -> ByteSeconds:
+        """What a session's KV has taken since its last call's end; for one that is released."""
+        return self._sequences.take_byte_seconds(session_id)
+
     def fork(self, session_id: SessionId, fork_id: SessionId, num_tokens: int | None = None) -> None:
         """Makes a held session known under one more name, at its end or at an earlier token. Copies no KV.
 
@@ -215,7 +223,7 @@ class Engine:
         if not 0 < tokens <= have:
             raise NotFound(f"num_tokens={tokens}: the session has KV of {have}", reason="beyond_end")
         twin = memory.fork()
-        self._sequences.add(fork_id, twin)
+        self._sequences.add(fork_id, twin, self._sequences.tenant_of(session_id))
         try:
             self._room.await_room(fork_id, Wish(tokens, num_kept=tokens))
         except Overloaded:
@@ -242,6 +250,7 @@ class Engine:
             self._run(work)
         elif self._calls.running:
             self._wait()
+        self._sequences.observe_running()
         return self._calls.take_events()
 
     def _run(self, work: Work) -> None:
@@ -278,6 +287,10 @@ class Engine:
         if chunk.passing is None:
             shares = [(item.sequence.memory, item.num_tokens, item.reach) for item in chunk.items]
             chunk.passing = self._forward.begin(plan_rows(shares))
+            for item in chunk.items:
+                if not item.decodes:
+                    # Now it has the bytes that it will have when the step is over, and its call may be.
+                    self._sequences.observe(item.sequence.session_id)
             self.stopwatch.lap("tables")
         before = chunk.passing.next_layer
         self._forward.advance(chunk.passing, span)
@@ -371,6 +384,7 @@ class Engine:
             waiting_tokens=sum(sequence.num_unread for sequence in self._calls.active),
             prefill_tokens_per_s=self._meters.prefill_tokens_per_s,
             prefixes=self._sequences.reported_prefixes(),
+            decode_tokens_per_s=self._meters.decode_tokens_per_s,
         )
         return replace(headroom, load=load)
 

@@ -15,7 +15,10 @@ class Meters:
     def __init__(self) -> None:
         self.prefill_tokens_per_s = 0.0
         """Smoothed over the last steps that read; 0: there was none."""
-        self._decode_tokens_per_s = 0.0
+        self.read_alone_tokens_per_s = 0.0
+        """Of these, those that did nothing else."""
+        self.decode_tokens_per_s = 0.0
+        """Of all answers together, smoothed over the last steps that decoded alone; 0: there was none."""
         self._recall_lookups = 0
         self._recall_hits = 0
         self._recomputed_tokens = 0
@@ -24,8 +27,10 @@ class Meters:
         """Takes in what a step computed, and how long that took."""
         if num_prefill:
             self.prefill_tokens_per_s = _smoothed(self.prefill_tokens_per_s, num_prefill / seconds)
+            if not num_decodes:
+                self.read_alone_tokens_per_s = _smoothed(self.read_alone_tokens_per_s, num_prefill / seconds)
         else:
-            self._decode_tokens_per_s = _smoothed(self._decode_tokens_per_s, num_decodes / seconds)
+            self.decode_tokens_per_s = _smoothed(self.decode_tokens_per_s, num_decodes / seconds)
 
     def note_recompute(self, num_tokens: int) -> None:
         """Counts tokens whose KV was computed again."""
@@ -40,7 +45,7 @@ class Meters:
         """What has been counted; sizes are for the caller to fill in."""
         return WorkerStats(
             prefill_tokens_per_s=self.prefill_tokens_per_s,
-            decode_tokens_per_s=self._decode_tokens_per_s,
+            decode_tokens_per_s=self.decode_tokens_per_s,
             recall_lookups=self._recall_lookups,
             recall_hits=self._recall_hits,
             recomputed_tokens=self._recomputed_tokens,

@@ -135,6 +135,7 @@ class Output:
                 index=index,
                 memory=self._sequences.fork_answer(main.session_id, name, wish),
                 rank=main.rank,
+                fare=main.fare,
                 tokens=main.tokens,
                 kept=len(main.tokens),
                 full_until=main.full_until,

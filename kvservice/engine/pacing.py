@@ -43,18 +43,19 @@ class Pace:
         self._token_layer_s: float | None = None
         self._steps_since_decodes = 0
 
-    def chunk_tokens(self, num_decodes: int, num_waiting: int, budget: int) -> int:
-        """Tokens of the next chunk, at most `budget`."""
+    def chunk_tokens(self, num_decodes: int, num_waiting: int, budget: int, *, gives_way: bool = False) -> int:
+        """Tokens of the next chunk, at most `budget`; those that decode may have to give way to it."""
         if num_decodes == 0:
             return budget
-        allowed = self._allowed(num_decodes, num_waiting)
+        allowed = self._allowed(num_decodes, num_waiting, gives_way=gives_way)
         return min(budget, max(LEAST_TOKENS, min(CHUNK_TOKENS, allowed), allowed // self._num_layers))
 
-    def layers(self, num_decodes: int, num_waiting: int, num_tokens: int) -> int:
+    def layers(self, num_decodes: int, num_waiting: int, num_tokens: int, *, gives_way: bool = False) -> int:
         """How many layers further a chunk of `num_tokens` tokens may go in the next step."""
         if num_decodes == 0:
             return self._num_layers
-        return min(self._num_layers, max(1, self._allowed(num_decodes, num_waiting) // num_tokens))
+        allowed = self._allowed(num_decodes, num_waiting, gives_way=gives_way)
+        return min(self._num_layers, max(1, allowed // num_tokens))
 
     def may_merge(self, num_decodes: int) -> bool:
         """Whether prefill may go through all layers along with those that decode: one pass reads the weights once.
@@ -78,11 +79,12 @@ class Pace:
         """Takes in that a pass had both."""
         self._steps_since_decodes += 1
 
-    def _allowed(self, num_decodes: int, num_waiting: int) -> int:
+    def _allowed(self, num_decodes: int, num_waiting: int, *, gives_way: bool) -> int:
         """Token-layers of a mixed step."""
         if self._decode_s is None or self._token_layer_s is None:
             return FIRST_GUESS_LAYERS * CHUNK_TOKENS
-        more = fair_stretch(self._stretch, num_decodes, num_waiting) - 1.0
+        usual = fair_stretch(self._stretch, num_decodes, num_waiting)
+        more = (max(usual, MOST_STRETCH) if gives_way else usual) - 1.0
         return int(more * self._decode_s / self._token_layer_s)
 
 

@@ -15,6 +15,7 @@ from kvservice.engine.chunk import Chunk
 from kvservice.engine.pacing import Pace
 from kvservice.engine.running import RunningSequence
 from kvservice.engine.scheduler import Scheduled, hold_back, share_prefill, share_questions, sort_out
+from kvservice.engine.turns import Turns
 
 
 @dataclass(slots=True)
@@ -24,12 +25,12 @@ class Work:
     Attributes:
         batch: goes through all layers.
         num_decodes: of the batch, those that decode; they come first.
-        spans: chunks, and how many layers further each goes.
+        spans: chunks, and how many layers further each goes; None: through all that are left, and on.
     """
 
     batch: list[Scheduled]
     num_decodes: int
-    spans: list[tuple[Chunk, int]] = field(default_factory=list)
+    spans: list[tuple[Chunk, int | None]] = field(default_factory=list)
 
     @property
     def items(self) -> list[Scheduled]:
@@ -51,12 +52,14 @@ class Planner:
     Args:
         config: of the engine.
         num_layers: of the model.
+        turns: told whose tokens are read.
         may_offload: whether what prefill pushes out of windows can be taken.
     """
 
-    def __init__(self, config: EngineConfig, num_layers: int, may_offload: Callable[[], bool]) -> None:
+    def __init__(self, config: EngineConfig, num_layers: int, turns: Turns, may_offload: Callable[[], bool]) -> None:
         self._config = config
         self._num_layers = num_layers
+        self._turns = turns
         self._may_offload = may_offload
         self._pace = Pace(config.max_decode_stretch, num_layers)
         self._prefill: Chunk | None = None
@@ -111,6 +114,12 @@ class Planner:
     def _plan_prefill(self, work: Work, reading: Sequence[RunningSequence]) -> None:
         """Adds what can be read along with those that decode, or takes what is being read further."""
         num_decodes = work.num_decodes or len(work.spans)
+        if self._prefill is not None and all(item.sequence.tenant != reading[0].tenant for item in self._prefill.items):
+            # Another tenant's turn has come: it waits for this chunk no longer than a step.
+            work.spans.append((self._prefill, None))
+            self._prefill = None
+            return
+        gives_way = _asks_too_much(work.items, reading)
         under_way = self._prefill.items if self._prefill else ()
         budget = self._config.step_tokens - num_decodes - sum(item.num_tokens for item in under_way)
         free = [each for each in reading if all(each is not item.sequence for item in under_way)]
@@ -121,14 +130,26 @@ class Planner:
             budget -= sum(item.num_tokens for item in questions)
             free = [each for each in free if all(each is not item.sequence for item in questions)]
         if self._prefill is None:
-            items = share_prefill(free, self._pace.chunk_tokens(num_decodes, len(reading), max(0, budget)))
+            tokens = self._pace.chunk_tokens(num_decodes, len(reading), max(0, budget), gives_way=gives_way)
+            items = share_prefill(free, tokens)
             if not items:
                 return
+            # It has most of the chunk; what it leaves to others doesn't bring their turn about.
+            self._turns.serve(free[0].fare)
             self._prefill = Chunk(items)
-        span = self._pace.layers(num_decodes, len(reading), self._prefill.cost)
+        span = self._pace.layers(num_decodes, len(reading), self._prefill.cost, gives_way=gives_way)
         is_whole = self._prefill.passing is None and span == self._num_layers
         if is_whole and self._pace.may_merge(num_decodes):
             work.batch += self._prefill.items
             self._prefill = None
         else:
             work.spans.append((self._prefill, span))
+
+
+def _asks_too_much(decoding: Sequence[Scheduled], reading: Sequence[RunningSequence]) -> bool:
+    """Whether all who decode have more to read behind another tenant's: then their answers give way to that.
+
+    They ask for more than their share. Where others answer too, these aren't slowed down.
+    """
+    waiting = {sequence.tenant for sequence in reading[1:]} - {reading[0].tenant}
+    return bool(decoding) and all(item.sequence.tenant in waiting for item in decoding)

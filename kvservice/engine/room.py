@@ -7,6 +7,7 @@ those of calls of a lower rank; those wait, in host memory or forgotten, until t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from kvservice.engine.calls import Calls
 from kvservice.engine.demand import Wish
@@ -14,7 +15,7 @@ from kvservice.engine.finding import Found
 from kvservice.engine.running import RunningSequence
 from kvservice.engine.sampler import SamplerRow
 from kvservice.engine.sequences import HeldSequences
-from kvservice.errors import InternalError, Overloaded
+from kvservice.errors import InternalError, Overloaded, QuotaExceeded
 from kvservice.recall.parking import Place
 from kvservice.recall.reach import ReachLog
 from kvservice.types import SessionId
@@ -48,20 +49,22 @@ class Room:
 
         Raises:
             Overloaded: there is no room. Nothing has changed.
+            QuotaExceeded: there is none within the tenant's limits.
         """
         session_id, memory, wish = sequence.session_id, sequence.memory, wish_of(sequence)
         try:
-            if any(other.rank[0] <= sequence.rank[0] and self._waits(other) for other in self._calls.active):
-                raise Overloaded("calls that were admitted before wait for room", retry_after_s=1.0)
-            victims = self._calls.victims_of(sequence)
-            lower = [other.session_id for other in victims if other.has_ended or other.rank[0] > sequence.rank[0]]
+            if any(other.order < sequence.order and self._waits(other) for other in self._calls.active):
+                raise Overloaded("calls that go first wait for room", retry_after_s=1.0)
+            lower = [other.session_id for other in self._calls.victims_of(sequence) if _gives_way(other, sequence)]
             self._sequences.check_room(session_id, memory, wish, lower)
-        except Overloaded:
+            most = replace(wish, num_tokens=sequence.most_tokens)
+            self._sequences.keep_to_terms(session_id, memory, most, sequence.tenant, sequence.call.terms)
+        except (Overloaded, QuotaExceeded):
             if found.donor is not None:
                 memory.close()
             raise
         sequence.counters_before = memory.counters.copy()
-        self._sequences.add(session_id, memory)
+        self._sequences.add(session_id, memory, sequence.tenant)
         self._calls.add(sequence, further, found.num_reused)
         if self._sequences.make_room(session_id, wish, lower):
             self._enter(sequence)
@@ -137,6 +140,14 @@ class Room:
     def _waits(self, sequence: RunningSequence) -> bool:
         """Whether it has no bytes for all its tokens: it must go on waiting, or has made room."""
         return self._sequences.reserved_tokens(sequence.session_id) < sequence.num_known
+
+
+def _gives_way(other: RunningSequence, to: RunningSequence) -> bool:
+    """Whether a running sequence makes room for a call that comes and goes first.
+
+    Of a lower priority it does, whatever it has come to; for another tenant's turn only while it has answered nothing.
+    """
+    return other.has_ended or other.rank[0] > to.rank[0] or not other.generated
 
 
 def _wanted_tokens(sequence: RunningSequence) -> int:

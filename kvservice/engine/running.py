@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvservice.engine.sampler import SamplerRow
+from kvservice.engine.turns import Fare
 from kvservice.recall.memory import RecallCounters, SequenceMemory
 from kvservice.recall.reach import Reach
 from kvservice.types import SINK_TOKENS, CallId, Distant, EngineCall, FinishReason, Reached, RestoredKv, SessionId
 
-Rank = tuple[int, int]
-"""Lower goes first: (-priority, number of the call)."""
+Rank = tuple[int, float, int]
+"""Lower goes first: (-priority, fair order among tenants, number of the call)."""
 
 
 @dataclass(slots=True, eq=False)
@@ -24,6 +25,7 @@ class RunningSequence:
         index: number of the answer.
         memory: its KV. Until `has_begun` its tokens are those of the last call.
         rank: who goes first, and who makes room for whom.
+        fare: of the call.
         tokens: all tokens given: base, document, prompt.
         kept: of those, the leading ones whose KV need not be computed.
         full_until: tokens before this position attend to everything.
@@ -42,6 +44,7 @@ class RunningSequence:
     index: int
     memory: SequenceMemory
     rank: Rank
+    fare: Fare
     tokens: Sequence[int]
     kept: int
     full_until: int
@@ -54,12 +57,17 @@ class RunningSequence:
     has_ended: bool = False
     prefill_from: int = 0
     generated: list[int] = field(default_factory=list)
-    order: tuple[int, int, int] = field(init=False)
+    order: tuple[int, float, int, int] = field(init=False)
     most_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.order = (*self.rank, self.index)
         self.most_tokens = len(self.tokens) + (self.call.sampling.max_new_tokens if self.call.sampling else 0)
+
+    @property
+    def tenant(self) -> bytes:
+        """Whose it is."""
+        return self.call.tenant_tag
 
     @property
     def num_pending(self) -> int:

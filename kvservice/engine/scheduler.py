@@ -109,8 +109,9 @@ def share_questions(reading: Iterable[RunningSequence], num_tokens: int) -> list
 def share_prefill(reading: Sequence[RunningSequence], budget: int) -> list[Scheduled]:
     """Shares prefill tokens among sequences.
 
-    A question need not wait for the document before it: sequences that have less to read than the first may take half
-    of the budget, the shortest first. The first has the rest, and what it leaves is for those behind it, in order.
+    A question need not wait for its tenant's document before it: those of the first one's tenant that have less to read
+    may take half of the budget, the shortest first. The first has the rest, and what it leaves is for those behind it,
+    in order. Between tenants the order has seen to that.
 
     Args:
         reading: those that may take part, those that go first before the others.
@@ -120,7 +121,8 @@ def share_prefill(reading: Sequence[RunningSequence], budget: int) -> list[Sched
         return []
     first = reading[0]
     short = sorted(
-        (each for each in reading if each.num_pending < first.num_pending), key=lambda each: each.num_pending
+        (each for each in reading if each.tenant == first.tenant and each.num_pending < first.num_pending),
+        key=lambda each: each.num_pending,
     )
     plan: list[Scheduled] = []
     left = budget // 2

@@ -8,7 +8,8 @@ host keeps its bytes until it is there: nothing is ever promised twice.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,22 +19,29 @@ from kvservice.compression.sharing import SharingPlan
 from kvservice.config.engine import EngineConfig
 from kvservice.engine.demand import Demand, Wish
 from kvservice.engine.prefixes import PrefixIndex
-from kvservice.errors import BudgetTooSmall, ConfigError, InternalError, Overloaded
+from kvservice.errors import QUOTA_KEY, BudgetTooSmall, ConfigError, InternalError, Overloaded, QuotaExceeded
 from kvservice.kernels.memory import device_memory
 from kvservice.kv.arena import Arena
 from kvservice.kv.layout import KVLayout
 from kvservice.kv.ledger import Ledger, Owner, Reservation
+from kvservice.kv.occupancy import ByteSeconds, Occupancy
 from kvservice.recall.distant import StagingRing, staging_blocks
 from kvservice.recall.memory import SequenceMemory, SharedStore, Store
 from kvservice.recall.parking import Place
 from kvservice.recall.sharing import SharedCells
 from kvservice.tier.host import HostTier
 from kvservice.tier.swap import SwapSpace
-from kvservice.types import BLOCK_TOKENS, Headroom, ModelShape, RecipeSpec, RestoredKv, SessionId
+from kvservice.types import BLOCK_TOKENS, Headroom, ModelShape, RecipeSpec, RestoredKv, SessionId, TenantTerms
 
 logger = logging.getLogger(__name__)
 
 NOTHING = Reservation(0, 0)
+
+OBSERVE_INTERVAL_S = 0.05
+"""Running sequences' bytes are added up over time in steps of at least so long."""
+
+QUOTA_RETRY_AFTER_S = 1.0
+"""When a running call of the tenant may have ended: a guess."""
 
 
 @dataclass(slots=True)
@@ -51,10 +59,14 @@ class _Holding:
     """A sequence that is held.
 
     Attributes:
+        tenant: whose it is.
+        occupancy: the bytes that it has taken over time.
         granted: what it has bytes for; None for an idle one, and for one that made room until it asks again.
     """
 
     memory: SequenceMemory
+    tenant: bytes
+    occupancy: Occupancy
     is_busy: bool = True
     granted: Wish | None = None
 
@@ -71,6 +83,7 @@ class HeldSequences:
         config: budgets.
         device: the model's.
         plan: how distant keys are shared, by recipes that do that; None: none can.
+        clock: seconds, monotonic.
 
     Raises:
         ConfigError: `kv_bytes` doesn't hold the prefill workspace.
@@ -83,7 +96,9 @@ class HeldSequences:
         config: EngineConfig,
         device: torch.device,
         plan: SharingPlan | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock = clock
         staging = staging_blocks(shape.num_kv_heads)
         num_blocks = config.kv_bytes // layout.block_bytes
         # A step's prefill tokens stay beside the window until it has slid over them. Each sequence may round up.
@@ -120,6 +135,9 @@ class HeldSequences:
         self._held: dict[SessionId, _Holding] = {}  # least recently used first
         self._moving: dict[SessionId, SequenceMemory] = {}
         self._prefixes = PrefixIndex()
+        self._observed_at = clock()
+        self._unclaimed: dict[SessionId, ByteSeconds] = {}
+        self._left_over: dict[bytes, ByteSeconds] = {}
 
     # -- who is here -------------------------------------------------------------------------------------------------
 
@@ -146,17 +164,18 @@ class HeldSequences:
         layout = self.arena.layout
         return torch.frombuffer(restored.memory, dtype=layout.dtype).view(-1, *layout.group_shape)
 
-    def add(self, session_id: SessionId, memory: SequenceMemory) -> None:
-        """Holds a sequence from now on, busy, in place of one of the same name."""
+    def add(self, session_id: SessionId, memory: SequenceMemory, tenant: bytes) -> None:
+        """Holds a tenant's sequence from now on, busy, in place of one of the same name."""
         holding = self._held.pop(session_id, None)
         if holding is not None and holding.memory is not memory:
-            self._free(session_id, holding.memory)
+            self._free(session_id, holding)
             holding = None
         if holding is None:
-            holding = _Holding(memory)
+            holding = _Holding(memory, tenant, Occupancy(self._clock()))
             self.ledger.reserve_shared(session_id, Reservation(memory.device_bytes, memory.host_bytes))
         holding.is_busy = True
         self._held[session_id] = holding
+        self._observe(holding)
 
     def settle(self, session_id: SessionId) -> None:
         """The call has ended: the sequence is idle and gives back what it reserved beyond what it holds."""
@@ -164,11 +183,12 @@ class HeldSequences:
         holding.is_busy, holding.granted = False, None
         holding.memory.end_call()
         self._fit(session_id)
+        self._observe(holding)
 
     def drop(self, session_id: SessionId) -> tuple[int, int]:
         """Frees a sequence. Returns its device and host bytes; (0, 0) if it isn't held."""
         holding = self._held.pop(session_id, None)
-        return (0, 0) if holding is None else self._free(session_id, holding.memory)
+        return (0, 0) if holding is None else self._free(session_id, holding)
 
     def close(self) -> None:
         """Drops everything."""
@@ -289,11 +309,14 @@ class HeldSequences:
         holding.granted = replace(holding.granted, num_kept=None)
         holding.memory.begin_call()
         self._fit(session_id)
+        self._observe(holding)
 
     def bring_back(self, session_id: SessionId) -> None:
         """Begins to bring a sequence in host memory back to the device, in the bytes that it has reserved."""
-        memory = self._moving[session_id] = self._held[session_id].memory
-        memory.swap_in()
+        holding = self._held[session_id]
+        self._moving[session_id] = holding.memory
+        holding.memory.swap_in()
+        self._observe(holding)
 
     def fork_answer(self, session_id: SessionId, answer_id: SessionId, wish: Wish) -> SequenceMemory:
         """Forks a busy sequence for one more answer, in the bytes that `make_room` reserved for it.
@@ -304,7 +327,7 @@ class HeldSequences:
             wish: what is left to the sequence, without this answer.
         """
         twin, own = self._held[session_id].memory.fork(), Wish(wish.num_tokens)
-        self.add(answer_id, twin)
+        self.add(answer_id, twin, self._held[session_id].tenant)
         wanted = self._demand.of(twin, own)
         more = Reservation(wanted.device_bytes - twin.device_bytes, wanted.host_bytes - twin.host_bytes)
         self.ledger.hand_over(session_id, answer_id, more)
@@ -342,6 +365,7 @@ class HeldSequences:
                 self._fit(session_id)
             if not memory.is_moving:
                 del self._moving[session_id]
+            self._observe(self._held[session_id])
         return lost
 
     def headroom(self, running_calls: int) -> Headroom:
@@ -358,6 +382,87 @@ class HeldSequences:
             running_calls=running_calls,
             resident_sessions=len(self._held),
         )
+
+    # -- tenants -----------------------------------------------------------------------------------------------------
+
+    def tenant_of(self, session_id: SessionId) -> bytes:
+        """Whose a held sequence is."""
+        return self._held[session_id].tenant
+
+    def keep_to_terms(
+        self, session_id: SessionId, memory: SequenceMemory, wish: Wish, tenant: bytes, terms: TenantTerms
+    ) -> None:
+        """Has a tenant's idle sequences make room for one more, until together they keep to its limits.
+
+        Args:
+            session_id: what the sequence is called, or will be.
+            memory: the sequence; not yet held, perhaps.
+            wish: what it is to grow to.
+            tenant: whose it is.
+            terms: its limits.
+
+        Raises:
+            QuotaExceeded: what runs leaves no room. Nothing has changed.
+        """
+        if terms.device_bytes is None and terms.host_bytes is None:
+            return
+        wanted = self._demand.of(memory, wish)
+        others = [other for other, held in self._held.items() if held.tenant == tenant and other != session_id]
+        running = self._reserved_by(other for other in others if self._held[other].is_busy)
+        for quota, most, taken in (
+            ("device_bytes", terms.device_bytes, running.device_bytes + wanted.device_bytes),
+            ("host_bytes", terms.host_bytes, running.host_bytes + wanted.host_bytes),
+        ):
+            if most is not None and taken > most:
+                raise QuotaExceeded(
+                    f"with this call the tenant's running calls would hold {taken} {quota.replace('_', ' ')} on the "
+                    f"worker, and may hold {most}: try again when one has ended, or send fewer tokens",
+                    retry_after_s=QUOTA_RETRY_AFTER_S,
+                    metadata={QUOTA_KEY: quota},
+                )
+        left = running.device_bytes + wanted.device_bytes, running.host_bytes + wanted.host_bytes
+        idle = [other for other in others if not self._held[other].is_busy]
+        for other in idle:
+            rest = self._reserved_by(each for each in idle if each in self._held)
+            over_device = terms.device_bytes is not None and left[0] + rest.device_bytes > terms.device_bytes
+            over_host = terms.host_bytes is not None and left[1] + rest.host_bytes > terms.host_bytes
+            if not over_device and not over_host:
+                return
+            self._drop_idle(other)
+
+    def observe_running(self) -> None:
+        """Adds up over time what running sequences hold. To be called after each step."""
+        now = self._clock()
+        if now - self._observed_at >= OBSERVE_INTERVAL_S:
+            self._observed_at = now
+            for holding in self._held.values():
+                if holding.is_busy:
+                    self._observe(holding)
+
+    def observe(self, session_id: SessionId) -> None:
+        """Adds up over time what a held sequence holds."""
+        self._observe(self._held[session_id])
+
+    def take_byte_seconds(self, session_id: SessionId) -> ByteSeconds:
+        """What a session's KV has taken since this was last asked, whether it is still held or not."""
+        taken = self._unclaimed.pop(session_id, ByteSeconds())
+        holding = self._held.get(session_id)
+        if holding is not None:
+            self._observe(holding)
+            taken += holding.occupancy.take()
+        return taken
+
+    def leave_over(self, session_id: SessionId, tenant: bytes) -> None:
+        """A sequence is gone that belongs to no session: what it has taken is its tenant's next call's."""
+        self._left_over[tenant] = self._left_over.get(tenant, ByteSeconds()) + self.take_byte_seconds(session_id)
+
+    def take_left_over(self, tenant: bytes) -> ByteSeconds:
+        """What was left over of a tenant's calls."""
+        return self._left_over.pop(tenant, ByteSeconds())
+
+    def _observe(self, holding: _Holding) -> None:
+        memory = holding.memory
+        holding.occupancy.observe(self._clock(), memory.device_bytes, memory.host_bytes)
 
     # -- checks ------------------------------------------------------------------------------------------------------
 
@@ -429,6 +534,7 @@ class HeldSequences:
         if not for_host and self._can_swap_out(session_id, memory):
             memory.swap_out()
             self._moving[session_id] = memory
+            self._observe(holding)
             counts.swapped += busy
             counts.idle_swapped += not busy
             logger.info("sequence_swapped_out", extra={"session_id": session_id, "running": busy})
@@ -448,6 +554,7 @@ class HeldSequences:
         self._prefixes.remove(session_id)
         holding.memory.forget()
         self.ledger.reserve(session_id, NOTHING)
+        self._observe(holding)
 
     def _lose(self, session_id: SessionId) -> bool:
         """A sequence's move failed. Whether a call ran on it."""
@@ -493,8 +600,11 @@ class HeldSequences:
         logger.info("sequence_evicted", extra={"session_id": session_id})
         self.drop(session_id)
 
-    def _free(self, session_id: SessionId, memory: SequenceMemory) -> tuple[int, int]:
+    def _free(self, session_id: SessionId, holding: _Holding) -> tuple[int, int]:
         """Frees what a sequence that is no longer held has; device and host bytes of it."""
+        memory = holding.memory
+        holding.occupancy.observe(self._clock(), 0, 0)
+        self._unclaimed[session_id] = self._unclaimed.get(session_id, ByteSeconds()) + holding.occupancy.take()
         self._moving.pop(session_id, None)
         self._prefixes.remove(session_id)
         freed = (memory.device_bytes, memory.host_bytes)

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
+from collections import defaultdict
+from dataclasses import dataclass
 
-from kvservice.errors import BudgetTooSmall, DeadlineExceeded, KVServiceError, Overloaded, Unavailable
+from kvservice.errors import (
+    TENANT_ANSWERS,
+    BudgetTooSmall,
+    DeadlineExceeded,
+    KVServiceError,
+    Overloaded,
+    Unavailable,
+    hopeless,
+)
 from kvservice.gateway.fleet import Fleet
 from kvservice.gateway.line import Line, Ticket
-from kvservice.gateway.placement import PlacementRequest, WorkerView, has_room, place
+from kvservice.gateway.placement import Estimate, PlacementRequest, WorkerView, estimate, has_room, place
 from kvservice.gateway.worker_link import RETRY_AFTER_S, WorkerCall
+from kvservice.internal.fair import DEFAULT_WEIGHT, LATE_MARGIN, FairShares, Turn, cannot_meet, leaves_room
 from kvservice.internal.v1 import worker_pb2
 
 MAX_ASKED = 8
@@ -22,9 +34,10 @@ PATIENCE_SHARE = 0.25
 class Admission:
     """Submits calls to the workers in the order of `place`.
 
-    A call that the workers refuse for now waits in the line of its model: behind those of its priority and of higher
-    ones. The first in line asks again whenever a headroom changes. When it is refused, calls that need fewer bytes may
-    pass it, for a while: so small calls don't wait for a large one, and a large one isn't overtaken for ever.
+    A call that the workers refuse for now waits in the line of its model: behind those of higher priorities, and among
+    those of its own in fair order (`internal.fair`), so that nobody waits for all that another tenant has sent. The
+    first in line asks again whenever a headroom changes. When it is refused, calls that need fewer bytes may pass it,
+    for a while: so small calls don't wait for a large one, and a large one isn't overtaken for ever.
     """
 
     def __init__(self, fleet: Fleet, *, max_waiting: int, max_wait_s: float) -> None:
@@ -32,6 +45,8 @@ class Admission:
         self._max_waiting = max_waiting
         self._max_wait_s = max_wait_s
         self._lines: dict[str, Line] = {}
+        self._shares: defaultdict[str, FairShares] = defaultdict(FairShares)
+        """By model: workers of one don't serve another."""
 
     @property
     def waiting(self) -> int:
@@ -49,84 +64,102 @@ class Admission:
             deadline: in seconds of `time.monotonic`.
 
         Raises:
-            DeadlineExceeded: the deadline passed before a worker was asked.
+            DeadlineExceeded: the deadline passed before a worker was asked, or can't be met any more.
             BudgetTooSmall: it fits on no worker even alone.
             Overloaded: no room within the longest wait, or too many calls in line already.
             Unavailable: no worker of the model is connected, or all of them drain.
             KVServiceError: what a worker refused it with for good.
         """
-        version = -1
-        if request.model not in self._lines:
+        if deadline is not None and deadline <= time.monotonic():
+            raise _too_late()
+        expected = estimate(request, self._fleet.views())
+        if deadline is not None and cannot_meet(expected.read_s, deadline - time.monotonic()):
+            raise hopeless(expected.read_s, deadline - time.monotonic())
+        shares = self._shares[request.model]
+        turn = shares.join(submit.tenant_tag, expected.seconds, submit.weight or DEFAULT_WEIGHT)
+        used_s = 0.0
+        try:
+            call = await self._admit(_Asker(request, submit, deadline, expected), turn)
+            shares.serve(turn)
+            used_s = expected.seconds
+        finally:
+            shares.leave(turn, used_s)
+        return call
+
+    async def _admit(self, asker: _Asker, turn: Turn) -> WorkerCall:
+        model, version, has_its_share = asker.request.model, -1, False
+        if model not in self._lines:
             version = self._fleet.version
-            call = await self._try(request, submit, deadline)
+            call, has_its_share = await self._try(asker)
             if call is not None:
                 return call
-        return await self._wait_in_line(request, submit, deadline, version)
-
-    async def _wait_in_line(
-        self, request: PlacementRequest, submit: worker_pb2.Submit, deadline: float | None, version: int
-    ) -> WorkerCall:
-        if self.waiting >= self._max_waiting:
-            raise Overloaded(
-                f"{self.waiting} calls wait for room already, as many as may; try again later",
-                reason="queue_full",
-                retry_after_s=self._max_wait_s,
-            )
-        patience_s = PATIENCE_SHARE * self._max_wait_s
-        line = self._lines.setdefault(request.model, Line(patience_s))
-        device_bytes, host_bytes = self._size(request)
-        ticket = line.join(submit.priority, device_bytes, host_bytes, version, time.monotonic())
-        wait_s = self._max_wait_s if deadline is None else min(self._max_wait_s, deadline - time.monotonic())
+        self._check_line(asker.submit.tenant_tag)
+        line = self._lines.setdefault(model, Line(PATIENCE_SHARE * self._max_wait_s))
+        need = asker.request.need(self._fleet.model(model).shape)
+        ticket = line.join(
+            asker.submit.priority,
+            need.device_bytes,
+            need.host_bytes,
+            version,
+            time.monotonic(),
+            order=turn.order,
+            tenant=asker.submit.tenant_tag,
+        )
+        ticket.has_its_share = has_its_share
+        wait_s = min(self._max_wait_s, asker.left_s(time.monotonic()))
         try:
             async with asyncio.timeout(wait_s):
-                return await self._take_turns(line, ticket, request, submit, deadline)
+                return await self._take_turns(line, ticket, asker)
         except TimeoutError:
             if wait_s < self._max_wait_s:
-                raise _too_late() from None
+                raise asker.too_late(time.monotonic()) from None
             raise Overloaded(
-                f"no worker had room for {request.num_tokens} tokens under recipe {request.recipe.name} within "
-                f"{self._max_wait_s:g} s; try again later",
+                f"no worker had room for {asker.request.num_tokens} tokens under recipe {asker.request.recipe.name} "
+                f"within {self._max_wait_s:g} s; try again later",
                 retry_after_s=self._max_wait_s,
             ) from None
         finally:
             line.leave(ticket, time.monotonic())
             if not line:
-                del self._lines[request.model]
+                del self._lines[model]
 
-    async def _take_turns(
-        self,
-        line: Line,
-        ticket: Ticket,
-        request: PlacementRequest,
-        submit: worker_pb2.Submit,
-        deadline: float | None,
-    ) -> WorkerCall:
+    def _check_line(self, tenant_tag: bytes) -> None:
+        """Refuses a call when the lines are full, or as full as its tenant alone may make them."""
+        free = self._max_waiting - self.waiting
+        own = sum(line.num_of(tenant_tag) for line in self._lines.values())
+        if not free or not leaves_room(own, 1, free):
+            raise Overloaded(
+                f"{self.waiting} calls wait for room already, {own} of them this tenant's, as many as may; try again "
+                "later",
+                reason="queue_full",
+                retry_after_s=self._max_wait_s,
+            )
+
+    async def _take_turns(self, line: Line, ticket: Ticket, asker: _Asker) -> WorkerCall:
         """Asks whenever it has the turn, until a worker takes the call."""
         while True:
             await ticket.turn.wait()
             if line.is_first(ticket):
                 await self._fleet.changed_since(ticket.tried_version)
                 if not ticket.turn.is_set():
-                    continue  # One of a higher priority has come, or one that may pass.
+                    continue  # One that goes first has come, or one that may pass.
             ticket.tried_version = self._fleet.version
             # Who passes asks only where there seems to be room; the first may have others make room for it.
-            if line.is_first(ticket) or has_room(request, self._fleet.views()):
-                call = await self._try(request, submit, deadline)
+            if line.is_first(ticket) or has_room(asker.request, self._fleet.views()):
+                call, ticket.has_its_share = await self._try(asker)
                 if call is not None:
                     return call
             line.hand_on(ticket, time.monotonic())
 
-    def _size(self, request: PlacementRequest) -> tuple[int, int]:
-        """Device and host bytes of a call, to tell small from large."""
-        need = request.need(self._fleet.model(request.model).shape)
-        return need.device_bytes, need.host_bytes
+    async def _try(self, asker: _Asker) -> tuple[WorkerCall | None, bool]:
+        """One round over the ranked workers.
 
-    async def _try(
-        self, request: PlacementRequest, submit: worker_pb2.Submit, deadline: float | None
-    ) -> WorkerCall | None:
-        """One round over the ranked workers; None when all refuse for now."""
-        if deadline is not None:
-            submit.deadline_s = deadline - time.monotonic()
+        Returns:
+            The call; None when all refuse for now. And whether they do because its tenant has all that it may have.
+        """
+        request, submit = asker.request, asker.submit
+        if asker.deadline is not None:
+            submit.deadline_s = asker.deadline - time.monotonic()
             if submit.deadline_s <= 0.0:
                 raise _too_late()
         views = self._fleet.views()
@@ -136,13 +169,34 @@ class Admission:
         refusals: list[KVServiceError] = []
         for worker_id in ranked[:MAX_ASKED]:
             try:
-                return await self._fleet.submit(worker_id, submit)
+                return await self._fleet.submit(worker_id, submit), False
             except (Overloaded, Unavailable, BudgetTooSmall) as error:
                 # Unavailable: it drains, or was lost since it was ranked.
                 refusals.append(error)
-        if any(isinstance(error, Overloaded) for error in refusals):
-            return None
+        for_now = [error.reason for error in refusals if isinstance(error, Overloaded)]
+        if for_now:
+            return None, all(reason == TENANT_ANSWERS for reason in for_now)
         raise refusals[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Asker:
+    """A call that asks workers to take it. Its deadline is in seconds of `time.monotonic`."""
+
+    request: PlacementRequest
+    submit: worker_pb2.Submit
+    deadline: float | None
+    expected: Estimate
+
+    def left_s(self, now: float) -> float:
+        """How long it may wait until its deadline can't be met any more."""
+        return math.inf if self.deadline is None else self.deadline - now - self.expected.read_s / LATE_MARGIN
+
+    def too_late(self, now: float) -> DeadlineExceeded:
+        """What it is told then."""
+        if self.deadline is None or not self.expected.read_s:
+            return _too_late()
+        return hopeless(self.expected.read_s, self.deadline - now)
 
 
 def _too_late() -> DeadlineExceeded:

@@ -40,7 +40,8 @@ class EventLog:
 
     def started(self, session_id: str, worker: WorkerView, plan: Plan) -> None:
         """The first event."""
-        self._computed(len(plan.document) + len(plan.prompt))
+        if self.account is not None:
+            self.account.read_tokens += len(plan.document) + len(plan.prompt)
         started = common_pb2.Started(
             session_id=session_id, worker_id=worker.worker_id, recipe=plan.recipe.name, seed=plan.sampling.seed
         )
@@ -49,7 +50,8 @@ class EventLog:
     def relay(self, event: worker_pb2.CallEvent) -> None:
         """Passes tokens on. Progress of the prefill is no event of an answer."""
         if event.WhichOneof("event") == "tokens":
-            self._computed(len(event.tokens.token_ids))
+            if self.account is not None:
+                self.account.answered_tokens += len(event.tokens.token_ids)
             self._add(common_pb2.GenerateEvent(tokens=event.tokens))
 
     def finished(self, finished: common_pb2.Finished) -> None:
@@ -70,10 +72,6 @@ class EventLog:
         """See `Account.check_document`."""
         if self.account is not None:
             self.account.check_document(num_tokens)
-
-    def _computed(self, num_tokens: int) -> None:
-        if self.account is not None:
-            self.account.num_tokens += num_tokens
 
     def _add(self, event: common_pb2.GenerateEvent) -> None:
         event.sequence = len(self.events) + 1
@@ -165,9 +163,9 @@ class Answers:
                         reason="not_resumable",
                     )
                 else:
-                    async with self._quotas.call(caller.tenant) as account:
+                    async with self._quotas.call(caller.tenant, request_id, request.session_id) as account:
                         log.account = account
-                        finished = await self._ask(run, caller, request, sampling, log, watch)
+                        finished = await self._ask(run, caller, request, sampling, log, watch, account=account)
                         account.finished(finished.usage, finished.timings)
                     claim.keep(log.events)
             # Only now is the session free for the next call.
@@ -183,6 +181,8 @@ class Answers:
         sampling: SamplingParams,
         log: EventLog,
         watch: Stopwatch,
+        *,
+        account: Account,
     ) -> common_pb2.Finished:
         activity = Activity(sessions_pb2.SESSION_STATE_GENERATING)
         expected = request.expected_num_tokens if request.HasField("expected_num_tokens") else None
@@ -200,11 +200,13 @@ class Answers:
                 sampling = _fitted(model, request.sampling, sampling, len(record.token_ids), added)
                 submit = self._sessions.submission(record, recipe.name)
                 submit.priority = request.priority
+                account.put_terms(submit)
                 submit.generate.keep_partial = request.keep_partial
                 # At its deadline a worker fails a call; the end of the RPC cancels it, which keeps what is to be kept.
                 deadline = None if request.keep_partial else watch.deadline
                 order = _order(submit, Plan(model, recipe, before, prompt, sampling), log, record, deadline)
                 outcome = await carry_out(self._admission, order, watch)
+                account.carried_out(outcome)
             record = await self._sessions.commit(record, outcome)
             finished = _finished(outcome, watch, len(record.token_ids), record.durable_tokens)
             log.finished(finished)
@@ -239,8 +241,10 @@ class Answers:
                         raise InvalidRequest("document and prompt are empty: send one of them", field="prompt")
                     fitted = _fitted(model, request.sampling, sampling, 0, len(read) + len(prompt))
                     submit = self._sessionless(caller, recipe, priority)
+                    account.put_terms(submit)
                     order = _order(submit, Plan(model, recipe, read, prompt, fitted), log, None, watch.deadline)
                     outcome = await carry_out(self._admission, order, watch)
+                    account.carried_out(outcome)
                 finished = _finished(outcome, watch, 0, 0)
                 account.finished(finished.usage, finished.timings)
             log.finished(finished)

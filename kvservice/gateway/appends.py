@@ -135,7 +135,7 @@ class Appends:
                 if claim.kept is not None:
                     final = sessions_pb2.AppendResponse.FromString(claim.kept[0])
                 else:
-                    async with self._quotas.call(caller.tenant) as account:
+                    async with self._quotas.call(caller.tenant, start.request_id, start.session_id) as account:
                         final = await self._append(run, caller, upload, watch, account)
                         account.finished(final.finished.usage, final.finished.timings)
                     claim.keep([final])
@@ -158,6 +158,7 @@ class Appends:
         async with self._sessions.changing(run, caller, start.session_id, activity, expected) as record:
             with run.cancellable():
                 outcome = await self._read(run, record, upload, activity, watch, account)
+                account.carried_out(outcome)
             record = await self._sessions.commit(record, outcome)
         finished = sessions_pb2.AppendFinished(
             num_tokens=len(record.token_ids),
@@ -186,7 +187,7 @@ class Appends:
 
         def show(done_tokens: int, total_tokens: int) -> None:
             activity.done_tokens, activity.total_tokens = done_tokens, total_tokens
-            account.num_tokens = done_tokens
+            account.read_tokens = done_tokens
             progress = sessions_pb2.AppendProgress(done_tokens=done_tokens, total_tokens=total_tokens)
             run.emit(sessions_pb2.AppendResponse(progress=progress))
 
@@ -198,6 +199,7 @@ class Appends:
         submit = self._sessions.submission(record, record.recipe)
         submit.append.token_ids.extend(token_ids)
         submit.priority = upload.start.priority
+        account.put_terms(submit)
         order = Order(
             request=PlacementRequest(
                 record.model,

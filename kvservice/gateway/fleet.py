@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 from kvservice.errors import KVServiceError, NotFound, Unavailable
 from kvservice.gateway.placement import WorkerView
-from kvservice.gateway.worker_link import RETRY_AFTER_S, WorkerCall, WorkerLink
+from kvservice.gateway.worker_link import RETRY_AFTER_S, ChannelSecurity, WorkerCall, WorkerLink
 from kvservice.internal.v1 import worker_pb2
 from kvservice.store.base import StateStore, WorkerRecord
 from kvservice.store.tasks import end_tasks
@@ -25,15 +26,31 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Fleet:
-    """Holds one link to each worker. `version` grows with every change of the fleet or of a headroom."""
+@dataclass(frozen=True, slots=True)
+class Freed:
+    """What workers let go of a session, and what that took, in bytes times seconds, since its last call's end."""
 
-    def __init__(self, store: StateStore, gateway_id: str, interval_s: float) -> None:
+    device_bytes: int = 0
+    host_bytes: int = 0
+    device_byte_s: float = 0.0
+    host_byte_s: float = 0.0
+
+
+class Fleet:
+    """Holds one link to each worker. `version` grows with every change of the fleet or of a headroom.
+
+    Without `security` the workers are on loopback, without TLS.
+    """
+
+    def __init__(
+        self, store: StateStore, gateway_id: str, interval_s: float, security: ChannelSecurity | None = None
+    ) -> None:
         self.version = 0
         self.failed_looks = 0
         self._store = store
         self._gateway_id = gateway_id
         self._interval_s = interval_s
+        self._security = security
         self._links: dict[WorkerId, WorkerLink] = {}
         self._connecting: dict[WorkerId, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
@@ -91,8 +108,8 @@ class Fleet:
         """Token ids of all messages but the last, and of the last, by the least busy worker of `model`."""
         return await self._tokenizer(model).tokenize_chat(messages, first=first)
 
-    async def release(self, session_id: SessionId, tenant_tag: bytes, *, purge: bool) -> tuple[int, int]:
-        """Drops a session's KV on every worker; gives the device and host bytes that were freed.
+    async def release(self, session_id: SessionId, tenant_tag: bytes, *, purge: bool) -> Freed:
+        """Drops a session's KV on every worker.
 
         All are told, because a session that moved may have left KV behind.
 
@@ -110,7 +127,12 @@ class Fleet:
                 reason="no_worker",
                 retry_after_s=RETRY_AFTER_S,
             )
-        return sum(each.freed_device_bytes for each in released), sum(each.freed_host_bytes for each in released)
+        return Freed(
+            device_bytes=sum(each.freed_device_bytes for each in released),
+            host_bytes=sum(each.freed_host_bytes for each in released),
+            device_byte_s=sum(each.device_byte_s for each in released),
+            host_byte_s=sum(each.host_byte_s for each in released),
+        )
 
     async def stats(self) -> list[admin_pb2.WorkerStats]:
         """Counters of every worker that answers, ordered by id."""
@@ -183,7 +205,7 @@ class Fleet:
         if before is not None:
             # The worker was started again, or moved: what ran on the old connection is lost.
             await before.aclose()
-        link = WorkerLink(record, self._gateway_id, self._note_change)
+        link = WorkerLink(record, self._gateway_id, self._note_change, self._security)
         try:
             await link.connect()
         except Unavailable as error:

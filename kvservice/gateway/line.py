@@ -3,7 +3,8 @@
     first ──turn──► asks ──refused──► the next that may pass ──► asks ──► ... ──► first, at the next change of headroom
 
 A call may pass one that is blocked if it needs fewer bytes, and only while the blocked one is patient: after that
-nothing passes it any more, and what is freed is left for it.
+nothing passes it any more, and what is freed is left for it. One whose tenant has all that it may have at a time is
+passed by all others.
 """
 
 from __future__ import annotations
@@ -16,19 +17,28 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """A place in line: by priority, then by arrival."""
+    """A place in line: by priority, then by fair order among tenants, then by arrival."""
 
-    rank: tuple[int, int]
+    rank: tuple[int, float, int]
     device_bytes: int
     host_bytes: int
     patient_until: float
     turn: asyncio.Event = field(default_factory=asyncio.Event)
     tried_version: int = -1
     """Of the fleet, when it last asked."""
+    tenant: bytes = b""
+    has_its_share: bool = False
+    """It was refused because its tenant has all that it may have at a time: that is in nobody else's way."""
 
     def is_smaller(self, other: Ticket) -> bool:
         """Whether it needs less than `other`, and nothing more of."""
         return self.device_bytes < other.device_bytes and self.host_bytes <= other.host_bytes
+
+    def may_pass(self, other: Ticket, now: float) -> bool:
+        """Whether it may ask while `other`, which goes first, is blocked."""
+        if other.has_its_share and other.tenant != self.tenant:
+            return True
+        return self.is_smaller(other) and now < other.patient_until
 
 
 class Line:
@@ -42,7 +52,21 @@ class Line:
     def __len__(self) -> int:
         return len(self._tickets)
 
-    def join(self, priority: int, device_bytes: int, host_bytes: int, version: int, now: float) -> Ticket:
+    def num_of(self, tenant: bytes) -> int:
+        """A tenant's tickets."""
+        return sum(ticket.tenant == tenant for ticket in self._tickets)
+
+    def join(
+        self,
+        priority: int,
+        device_bytes: int,
+        host_bytes: int,
+        version: int,
+        now: float,
+        *,
+        order: float = 0.0,
+        tenant: bytes = b"",
+    ) -> Ticket:
         """Takes a place. It has the turn if it is first, or if it may pass all those before it.
 
         Args:
@@ -51,9 +75,12 @@ class Line:
             host_bytes: that it needs.
             version: of the fleet when it was refused; -1: it hasn't asked yet.
             now: seconds, of the clock that `hand_on` is told.
+            order: among calls of one priority, the lower first.
+            tenant: whose call it is.
         """
-        rank = (-priority, next(self._arrivals))
-        ticket = Ticket(rank, device_bytes, host_bytes, now + self._patience_s, tried_version=version)
+        rank = (-priority, order, next(self._arrivals))
+        patient_until = now + self._patience_s
+        ticket = Ticket(rank, device_bytes, host_bytes, patient_until, tried_version=version, tenant=tenant)
         bisect.insort(self._tickets, ticket, key=lambda other: other.rank)
         if self._tickets[0] is ticket or (version < 0 and self._may_pass(ticket, now)):
             self._give_turn(ticket)
@@ -85,7 +112,7 @@ class Line:
 
     def _may_pass(self, ticket: Ticket, now: float) -> bool:
         before = itertools.takewhile(lambda other: other is not ticket, self._tickets)
-        return all(ticket.is_smaller(other) and now < other.patient_until for other in before)
+        return all(ticket.may_pass(other, now) for other in before)
 
     def _give_turn(self, ticket: Ticket) -> None:
         for other in self._tickets:

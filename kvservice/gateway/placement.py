@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from kvservice.internal.fair import Price, expected_answer_tokens
 from kvservice.types import Footprint, Headroom, ModelInfo, ModelShape, RecipeSpec, WorkerId, footprint, further_answer
 
 UNMEASURED_TOKENS_PER_S = 1000.0
@@ -92,6 +93,35 @@ class Prediction:
     held_tokens: int
     fetched_bytes: int
     computed_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a call takes of a worker's time, by itself.
+
+    Attributes:
+        seconds: of all of it, as far as is expected of its answer, by which shares are counted (`internal.fair`).
+        read_s: before its first token; 0 if no worker has measured its speed.
+    """
+
+    seconds: float = 0.0
+    read_s: float = 0.0
+
+
+def estimate(request: PlacementRequest, fleet: Sequence[WorkerView]) -> Estimate:
+    """What the call takes where it would be asked first; nothing, if it can't be served at all."""
+    candidates = ranked(request, fleet)
+    if not candidates:
+        return Estimate()
+    best = candidates[0]
+    load = best.headroom.load
+    speed = load.prefill_tokens_per_s or UNMEASURED_TOKENS_PER_S
+    prediction = predict(request, best, request.need(best.model.shape), speed)
+    fetch_s = prediction.fetched_bytes / load.fetch_bytes_per_s if prediction.fetched_bytes else 0.0
+    read_s = prediction.computed_tokens / speed + fetch_s
+    answer = expected_answer_tokens(request.num_tokens - request.given_tokens, request.answers)
+    seconds = Price.of(load.prefill_tokens_per_s, load.decode_tokens_per_s).seconds(read_s * speed, answer)
+    return Estimate(seconds, read_s if load.prefill_tokens_per_s else 0.0)
 
 
 def predict(request: PlacementRequest, worker: WorkerView, need: Footprint, usual_tokens_per_s: float) -> Prediction:

@@ -13,12 +13,17 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from kvservice.config.gateway import QuotaConfig
 from kvservice.errors import QUOTA_KEY, InvalidRequest, KVServiceError, LimitExceeded, QuotaExceeded
+from kvservice.gateway.dispatch import Outcome
+from kvservice.gateway.metering import Metering
+from kvservice.internal.fair import DEFAULT_WEIGHT
+from kvservice.internal.v1 import worker_pb2
 from kvservice.store.rates import Meter, Quota, RateStore
 from kvservice.store.tasks import end_tasks
+from kvservice.store.usage import UsageKind, UsageRecord
 from kvservice.telemetry.metrics import GatewayMetrics
 from kvservice.types import TenantId, Usage
 from kvservice.v1 import admin_pb2, common_pb2
@@ -53,8 +58,39 @@ class Account:
         self._tenant = tenant
         self._quota = quota
         self._metrics = metrics
-        self.num_tokens = 0
-        """To be charged when the call ends, however it ends."""
+        self.read_tokens = 0
+        self.answered_tokens = 0
+        """What has been computed until now: it is charged when the call ends, however it ends."""
+        self._usage: Usage | None = None
+        self._outcome: Outcome | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Computed until now."""
+        return self.read_tokens + self.answered_tokens
+
+    def carried_out(self, outcome: Outcome) -> None:
+        """A worker has ended the call."""
+        self._outcome = outcome
+
+    def record(self, request_id: str, session_id: str, now: float) -> UsageRecord | None:
+        """What is written down of the call; None if nothing was done for it."""
+        done = self._outcome.done if self._outcome is not None else worker_pb2.Done()
+        ended_well = self._usage is not None
+        if not ended_well and not self.num_tokens:
+            return None
+        return UsageRecord(
+            UsageKind.CALL if ended_well else UsageKind.CUT_SHORT,
+            self._tenant,
+            # A request that failed may be made again, and ends well once.
+            request_id if ended_well and request_id else secrets.token_hex(16),
+            now,
+            session_id=session_id,
+            model=self._outcome.worker.model.name if self._outcome is not None else "",
+            usage=self._usage or Usage(prompt_tokens=self.read_tokens, completion_tokens=self.answered_tokens),
+            device_byte_s=done.device_byte_s,
+            host_byte_s=done.host_byte_s,
+        )
 
     def check_document(self, num_tokens: int) -> None:
         """Refuses a document that is longer than the tenant's may be.
@@ -71,10 +107,18 @@ class Account:
                 metadata={QUOTA_KEY: "document_tokens"},
             )
 
+    def put_terms(self, submit: worker_pb2.Submit) -> None:
+        """Tells the worker what the tenant gets of it."""
+        submit.weight = self._quota.weight or DEFAULT_WEIGHT
+        if self._quota.device_bytes is not None:
+            submit.tenant_device_bytes = self._quota.device_bytes
+        if self._quota.host_bytes is not None:
+            submit.tenant_host_bytes = self._quota.host_bytes
+
     def finished(self, usage: common_pb2.Usage, timings: common_pb2.Timings) -> None:
         """The call ended well: its usage is what is charged."""
-        self.num_tokens = usage.prompt_tokens + usage.completion_tokens
-        counted = Usage(
+        self.read_tokens, self.answered_tokens = usage.prompt_tokens, usage.completion_tokens
+        self._usage = counted = Usage(
             cached_tokens=usage.cached_tokens,
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,
@@ -92,8 +136,10 @@ class Quotas:
         rates: RateStore,
         defaults: QuotaConfig,
         metrics: GatewayMetrics,
+        metering: Metering,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.metering = metering
         self._rates = rates
         self._defaults = Quota(**defaults.model_dump())
         self._metrics = metrics
@@ -113,8 +159,8 @@ class Quotas:
             await self._draw(tenant, Meter.REQUESTS, quota.requests_per_minute, drawn=1.0)
 
     @asynccontextmanager
-    async def call(self, tenant: TenantId) -> AsyncIterator[Account]:
-        """The time of an Append or a Generate; what it has used is charged at its end.
+    async def call(self, tenant: TenantId, request_id: str = "", session_id: str = "") -> AsyncIterator[Account]:
+        """The time of an Append or a Generate; what it has used is charged, and written down, at its end.
 
         Raises:
             QuotaExceeded: as many of the tenant's calls run as may, or it has no tokens left.
@@ -129,11 +175,32 @@ class Quotas:
             tally.running_calls += 1
             try:
                 yield account
+            except QuotaExceeded as error:
+                # A worker's refusal: the tenant's sessions hold as many bytes there as they may.
+                tally.refused += 1
+                self._metrics.note_quota_refusal(tenant, error.metadata.get(QUOTA_KEY, ""))
+                raise
             finally:
                 tally.running_calls -= 1
                 tally.tokens += account.num_tokens
                 if quota.tokens_per_minute is not None and account.num_tokens:
                     await self._charge(tenant, quota.tokens_per_minute, account.num_tokens)
+                if (record := account.record(request_id, session_id, self.metering.now())) is not None:
+                    await self.metering.write(record)
+
+    async def most_sessions(self, tenant: TenantId) -> int | None:
+        """The most open sessions of a tenant; None: as many as the service allows."""
+        return (await self._quota(tenant)).sessions
+
+    def refuse_session(self, tenant: TenantId, most: int) -> LimitExceeded:
+        """The error of one session too many, counted."""
+        self._tally(tenant).refused += 1
+        self._metrics.note_quota_refusal(tenant, "sessions")
+        return LimitExceeded(
+            f"tenant {tenant!r} has {most} open sessions, as many as are allowed: close some",
+            reason="too_many_sessions",
+            metadata={QUOTA_KEY: "sessions"},
+        )
 
     async def change(self, request: admin_pb2.SetQuotaRequest) -> None:
         """Sets the limits that the request names.
@@ -145,25 +212,25 @@ class Quotas:
             raise InvalidRequest("tenant is empty: name one", field="tenant")
         tenant = TenantId(request.tenant)
         quota = await self._rates.quota(tenant)
-        for name in ("requests_per_minute", "tokens_per_minute", "concurrent_calls", "document_tokens"):
-            if request.HasField(name):
-                value = getattr(request, name)
+        names = {each.name for each in fields(Quota)}
+        for name, value in ((each.name, value) for each, value in request.ListFields()):
+            if name in names:
                 if not 0 <= value < float("inf"):
                     raise InvalidRequest(f"{name}={value}: it must be a number of at least 0", field=name)
                 quota = replace(quota, **{name: value or None})
         await self._rates.set_quota(tenant, quota)
         self._tally(tenant).looked_at = float("-inf")
 
-    async def report(self) -> list[admin_pb2.TenantStats]:
-        """Tenants with limits of their own, and those that have called; in the order of their names."""
-        tenants = sorted({*await self._rates.tenants(), *self._tallies})
+    async def report(self, tenant: str = "") -> list[admin_pb2.TenantStats]:
+        """Tenants with limits of their own, and those that have called, in the order of their names; or one alone."""
+        tenants = [TenantId(tenant)] if tenant else sorted({*await self._rates.tenants(), *self._tallies})
         stats = []
-        for tenant in tenants:
-            quota = await self._quota(tenant)
-            tally = self._tally(tenant)
+        for name in tenants:
+            quota = await self._quota(name)
+            tally = self._tally(name)
             stats.append(
                 admin_pb2.TenantStats(
-                    tenant=tenant,
+                    tenant=name,
                     requests=tally.requests,
                     refused=tally.refused,
                     tokens=tally.tokens,
@@ -172,6 +239,10 @@ class Quotas:
                     tokens_per_minute=quota.tokens_per_minute,
                     concurrent_calls=quota.concurrent_calls,
                     document_tokens=quota.document_tokens,
+                    sessions=quota.sessions,
+                    device_bytes=quota.device_bytes,
+                    host_bytes=quota.host_bytes,
+                    weight=quota.weight or DEFAULT_WEIGHT,
                 )
             )
         return stats

@@ -22,6 +22,7 @@ from kvservice.gateway.appends import Appends
 from kvservice.gateway.auth import Authenticator, KeySource
 from kvservice.gateway.fleet import Fleet
 from kvservice.gateway.interceptors import ServiceInterceptor
+from kvservice.gateway.metering import Metering
 from kvservice.gateway.operations import Operations
 from kvservice.gateway.quotas import Quotas
 from kvservice.gateway.reception import Reception
@@ -33,12 +34,13 @@ from kvservice.gateway.servicer_sessions import SessionServicer
 from kvservice.gateway.sessions import Sessions
 from kvservice.gateway.web.front import WebFront
 from kvservice.gateway.web_tokens import WebTokens
-from kvservice.gateway.worker_link import CREDENTIALS, ChannelSecurity
+from kvservice.gateway.worker_link import ChannelSecurity
 from kvservice.internal.https import server_context
 from kvservice.internal.tls import PemFiles, channel_credentials, server_credentials
 from kvservice.store.base import StateStore
 from kvservice.store.rates import MemoryRateStore, RateStore
 from kvservice.store.tasks import end_tasks
+from kvservice.store.usage import MemoryUsageLog, UsageLog
 from kvservice.telemetry.metrics import GatewayLevels, GatewayMetrics
 from kvservice.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc, sessions_pb2, sessions_pb2_grpc
 
@@ -59,8 +61,8 @@ STOP_GRACE_S = 5.0
 class Gateway:
     """One gateway. The stores and the keys are the caller's; `clock` gives unix seconds.
 
-    `rates` counts what tenants use; without it this gateway counts alone. Without keys and tokens everybody is the
-    operator of tenant `local`, and only loopback addresses are listened on.
+    `rates` counts what tenants use, and `usage` writes it down; without them this gateway does so alone. Without keys
+    and tokens everybody is the operator of tenant `local`, and only loopback addresses are listened on.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Gateway:
         keys: KeySource | None = None,
         *,
         rates: RateStore | None = None,
+        usage: UsageLog | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         if keys is None and config.jwt is None and not _is_loopback(config.host):
@@ -82,13 +85,16 @@ class Gateway:
         self._credentials = _server_credentials(config)
         self.metrics = GatewayMetrics()
         """What it counts."""
-        self._quotas = Quotas(rates or MemoryRateStore(clock), config.quota, self.metrics)
+        self._metering = Metering(usage or MemoryUsageLog(), clock)
+        self._quotas = Quotas(rates or MemoryRateStore(clock), config.quota, self.metrics, self._metering)
         self._ledger = store.ledger
         self._runs = Runs()
-        self._fleet = Fleet(store, f"gateway-{secrets.token_hex(4)}", config.discovery_interval_s)
+        self._fleet = Fleet(
+            store, f"gateway-{secrets.token_hex(4)}", config.discovery_interval_s, _worker_security(config)
+        )
         self._admission = Admission(self._fleet, max_waiting=limits.waiting_calls, max_wait_s=config.max_wait_s)
         repeats = Repeats(store, limits.request_memory_s)
-        self._sessions = Sessions(config, store, self._fleet, self._runs, repeats, clock)
+        self._sessions = Sessions(config, store, self._fleet, self._runs, repeats, clock, quotas=self._quotas)
         self._appends = Appends(
             self._sessions, self._fleet, self._admission, self._runs, repeats, limits, quotas=self._quotas
         )
@@ -122,6 +128,7 @@ class Gateway:
         self._tasks: list[asyncio.Task[None]] = []
         self._draining: asyncio.Task[None] | None = None
         self.failed_sweeps = 0
+        self.failed_samples = 0
         self.health_address: str | None = None
         """Where the health-only port is, once started."""
         self.http_address: str | None = None
@@ -170,10 +177,8 @@ class Gateway:
             context = server_context(PemFiles(tls.cert, tls.key, tls.client_ca)) if tls is not None else None
             self.http_address = await self._web.start(self._config.host, self._config.http_port, context)
             logger.info("http_started", extra={"address": self.http_address})
-        # Read by the links that the fleet's tasks make.
-        CREDENTIALS.set(_worker_security(self._config))
         self._fleet.start()
-        self._tasks = [asyncio.create_task(self._report_health()), asyncio.create_task(self._sweep())]
+        self._tasks = [asyncio.create_task(each) for each in (self._report_health(), self._sweep(), self._meter())]
         logger.info("gateway_started", extra={"address": address, "tls": self._credentials is not None})
         if self._credentials is None and not _is_loopback(self._config.host):
             logger.warning("listening_without_tls", extra={"address": address})
@@ -255,6 +260,16 @@ class Gateway:
                 # What wasn't swept now is swept later.
                 self.failed_sweeps += 1
                 logger.exception("sweep_failed", extra={"failed_sweeps": self.failed_sweeps})
+
+    async def _meter(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.usage_period_s)
+            try:
+                await self._metering.sample_stored(self._ledger, self._config.usage_period_s)
+            except Exception:
+                # A period without a record; the next one has its own.
+                self.failed_samples += 1
+                logger.exception("usage_sample_failed", extra={"failed_samples": self.failed_samples})
 
 
 def _is_loopback(host: str) -> bool:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 from kvservice import __version__
-from kvservice.errors import InvalidRequest, NotImplementedYet
+from kvservice.errors import InvalidRequest
 from kvservice.gateway import convert
 from kvservice.gateway.admission import Admission
 from kvservice.gateway.fleet import Fleet
@@ -17,9 +17,6 @@ from kvservice.store.ledger import KvLedger
 from kvservice.types import TenantId, WorkerId
 from kvservice.v1 import admin_pb2
 from kvservice.v1.admin_pb2_grpc import AdminServiceServicer
-
-NOT_LIMITED_YET = ("device_bytes", "host_bytes", "sessions")
-"""Of SetQuota."""
 
 SESSION_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -60,11 +57,16 @@ class AdminServicer(AdminServiceServicer):
         return admin_pb2.DrainResponse(running_calls=running)
 
     async def GetStats(self, request: admin_pb2.GetStatsRequest, context: Context) -> admin_pb2.GetStatsResponse:  # noqa: ARG002, D102
-        return await self.report()
+        return await self.report(request.tenant)
 
-    async def report(self) -> admin_pb2.GetStatsResponse:
-        """The service as this gateway sees it."""
+    async def report(self, tenant: str = "") -> admin_pb2.GetStatsResponse:
+        """The service as this gateway sees it; of the tenants only one, with its stored bytes, if it is named."""
         workers = await self._fleet.stats()
+        tenants = await self._quotas.report(tenant)
+        if tenant:
+            stored = await self._ledger.tenant_bytes(TenantId(tenant))
+            tenants[0].stored_bytes = stored.stored_bytes + stored.reserved_bytes
+            tenants[0].redis_bytes = stored.quota_bytes
         return admin_pb2.GetStatsResponse(
             workers=workers,
             sessions=sum(worker.resident_sessions for worker in workers),
@@ -72,18 +74,18 @@ class AdminServicer(AdminServiceServicer):
             running_calls=len(self._runs),
             draining=self._runs.draining,
             version=__version__,
-            tenants=await self._quotas.report(),
+            tenants=tenants,
         )
 
     async def SetQuota(self, request: admin_pb2.SetQuotaRequest, context: Context) -> admin_pb2.SetQuotaResponse:  # noqa: ARG002, D102
         _check_tenant(request.tenant)
-        asked = [field.name for field, _ in request.ListFields() if field.name in NOT_LIMITED_YET]
-        if asked:
-            raise NotImplementedYet(f"SetQuota of {', '.join(asked)} is not in this release: leave it out")
         await self._quotas.change(request)
         if request.HasField("redis_bytes"):
             await self._ledger.set_quota(TenantId(request.tenant), request.redis_bytes or None)
         return admin_pb2.SetQuotaResponse()
+
+    async def ListUsage(self, request: admin_pb2.ListUsageRequest, context: Context) -> admin_pb2.ListUsageResponse:  # noqa: ARG002, D102
+        return await self._quotas.metering.page(request)
 
     async def Verify(self, request: admin_pb2.VerifyRequest, context: Context) -> admin_pb2.VerifyResponse:  # noqa: ARG002, D102
         _check_tenant(request.tenant)

@@ -15,13 +15,14 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from kvservice.config.gateway import GatewayConfig
-from kvservice.errors import Conflict, InvalidRequest, KVServiceError, LimitExceeded, NotFound, Unavailable
+from kvservice.errors import Conflict, InvalidRequest, KVServiceError, NotFound, Unavailable
 from kvservice.gateway import convert
 from kvservice.gateway.auth import Caller, tenant_tag
 from kvservice.gateway.catalogue import choose_model, choose_recipe
 from kvservice.gateway.dispatch import Outcome
-from kvservice.gateway.fleet import Fleet
+from kvservice.gateway.fleet import Fleet, Freed
 from kvservice.gateway.locks import hold_session
+from kvservice.gateway.quotas import Quotas
 from kvservice.gateway.repeats import Repeats, digest
 from kvservice.gateway.runs import Run, Runs
 from kvservice.internal.convert import ON_MISS_CODES
@@ -69,7 +70,10 @@ class Sessions:
         runs: Runs,
         repeats: Repeats,
         clock: Callable[[], float],
+        *,
+        quotas: Quotas,
     ) -> None:
+        self._quotas = quotas
         self._config = config
         self._limits = config.limits
         self._secret = config.secret.get_secret_value()
@@ -96,7 +100,6 @@ class Sessions:
                     return
                 model = choose_model(self._fleet, request.model, self._config.default_model)
                 recipe = choose_recipe(model, request.recipe, self._config.default_recipe)
-                await self._check_quota(caller.tenant)
                 now = self._clock()
                 record = SessionRecord(
                     session_id=SessionId(secrets.token_hex(16)),
@@ -109,7 +112,7 @@ class Sessions:
                     created_at=now,
                     expires_at=now + ttl_s,
                 )
-                record = await self._store.create_session(record)
+                record = await self.add(record)
                 response = sessions_pb2.CreateResponse(session=self._show(record))
                 claim.keep([response])
             run.emit(response)
@@ -152,9 +155,11 @@ class Sessions:
                 record = await self.find(caller, request.session_id)
                 async with hold_session(self._store, record.session_id, secrets.token_hex(8), self._config.lock_ttl_s):
                     # The record last: should something fail, the session is still there to be closed again.
-                    device, host = await self._let_go(record, purge=request.purge)
+                    freed = await self._let_go(record, purge=request.purge)
                     await self._store.delete_session(record.session_id)
-                response = sessions_pb2.CloseResponse(freed_device_bytes=device, freed_host_bytes=host)
+                response = sessions_pb2.CloseResponse(
+                    freed_device_bytes=freed.device_bytes, freed_host_bytes=freed.host_bytes
+                )
                 claim.keep([response])
             run.emit(response)
 
@@ -241,8 +246,16 @@ class Sessions:
 
     async def add(self, record: SessionRecord) -> SessionRecord:
         """Keeps a new session. Raises LimitExceeded if its tenant has too many."""
-        await self._check_quota(record.tenant)
-        return await self._store.create_session(record)
+        quota = await self._quotas.most_sessions(record.tenant)
+        most = min(quota or self._limits.sessions_per_tenant, self._limits.sessions_per_tenant)
+        if await self._num_sessions(record.tenant, most) >= most:
+            raise self._quotas.refuse_session(record.tenant, most)
+        record = await self._store.create_session(record)
+        if await self._num_sessions(record.tenant, most + 1) > most:
+            # Another gateway was as quick: rather one too few than one too many.
+            await self._store.delete_session(record.session_id)
+            raise self._quotas.refuse_session(record.tenant, most)
+        return record
 
     def now(self) -> float:
         """Unix seconds."""
@@ -269,8 +282,8 @@ class Sessions:
                 break
         return swept
 
-    async def _let_go(self, record: SessionRecord, *, purge: bool) -> tuple[int, int]:
-        """Has workers drop a session, forgets its manifest, and deletes its blobs; gives device and host bytes freed.
+    async def _let_go(self, record: SessionRecord, *, purge: bool) -> Freed:
+        """Has workers drop a session, forgets its manifest, and deletes its blobs; gives what was freed.
 
         In this order: a worker that has dropped it publishes no more, and a reader that finds no manifest looks for no
         blobs. Those that a fork still reads stay; without `purge` all stay until their time is up.
@@ -280,6 +293,7 @@ class Sessions:
         for home in await self._store.ledger.delete_manifest(record.tenant, record.session_id):
             if purge:
                 await self._fleet.release(home, tag, purge=True)
+        await self._quotas.metering.end_session(record, freed)
         return freed
 
     def _show(self, record: SessionRecord) -> sessions_pb2.Session:
@@ -292,13 +306,12 @@ class Sessions:
             session.prefill_total_tokens = activity.total_tokens
         return session
 
-    async def _check_quota(self, tenant: TenantId) -> None:
-        most = self._limits.sessions_per_tenant
-        if len(await self._store.list_sessions(tenant, after="", limit=most)) >= most:
-            raise LimitExceeded(
-                f"tenant {tenant!r} has {most} open sessions, as many as are allowed: close some",
-                reason="too_many_sessions",
-            )
+    async def _num_sessions(self, tenant: TenantId, up_to: int) -> int:
+        """A tenant's open sessions. Records are read only where it may have so many."""
+        number = await self._store.count_sessions(tenant)
+        if number >= up_to:
+            number = len(await self._store.list_sessions(tenant, after="", limit=up_to))
+        return number
 
     async def _note_failure(self, record: SessionRecord, run: Run[T], error: KVServiceError | None) -> None:
         """Even a failed call moves the expiry; why a detached one failed can only be told here."""

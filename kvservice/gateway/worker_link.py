@@ -8,12 +8,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 import grpc
 
-from kvservice.errors import KVServiceError, Unavailable, error_class
+from kvservice.errors import QUOTA_KEY, KVServiceError, Unavailable, error_class
 from kvservice.gateway.placement import WorkerView
 from kvservice.internal import convert
 from kvservice.internal.tls import PemFiles, channel_credentials, server_name_options
@@ -52,12 +51,7 @@ class ChannelSecurity:
     server_name: str
 
 
-CREDENTIALS: ContextVar[ChannelSecurity | None] = ContextVar("CREDENTIALS", default=None)
-"""Set by a gateway before it looks for workers, for all of its tasks. None: workers are on loopback, without TLS."""
-
-
-def _channel(address: str) -> grpc.aio.Channel:
-    security = CREDENTIALS.get()
+def _channel(address: str, security: ChannelSecurity | None) -> grpc.aio.Channel:
     if security is None:
         return grpc.aio.insecure_channel(address, options=_OPTIONS)
     options = (*_OPTIONS, *server_name_options(security.server_name))
@@ -68,7 +62,8 @@ def failure_error(failure: worker_pb2.Failure) -> KVServiceError:
     """The error that a worker reported."""
     cls = error_class(failure.code, failure.reason, retryable=failure.retryable)
     retry_after_s = RETRY_AFTER_S if cls.retryable else None
-    return cls(failure.message, reason=failure.reason, retry_after_s=retry_after_s)
+    metadata = {QUOTA_KEY: failure.quota} if failure.quota else None
+    return cls(failure.message, reason=failure.reason, retry_after_s=retry_after_s, metadata=metadata)
 
 
 def _is_refused(answer: asyncio.Future[worker_pb2.Admission]) -> bool:
@@ -129,13 +124,23 @@ class WorkerCall:
 
 
 class WorkerLink:
-    """The stream to one worker. `on_change` is called when headroom changes and when the worker is lost."""
+    """The stream to one worker. `on_change` is called when headroom changes and when the worker is lost.
 
-    def __init__(self, record: WorkerRecord, gateway_id: str, on_change: Callable[[], None]) -> None:
+    Without `security` the worker is on loopback, without TLS.
+    """
+
+    def __init__(
+        self,
+        record: WorkerRecord,
+        gateway_id: str,
+        on_change: Callable[[], None],
+        security: ChannelSecurity | None = None,
+    ) -> None:
         self.record = record
         self.closed = False
         self._gateway_id = gateway_id
         self._on_change = on_change
+        self._security = security
         self._view: WorkerView | None = None
         self._prefixes: tuple[int, ...] = ()
         self._outgoing: asyncio.Queue[worker_pb2.ConnectRequest | None] = asyncio.Queue()
@@ -164,7 +169,7 @@ class WorkerLink:
         Raises:
             Unavailable: the worker can't be reached, or is another one than the lease says.
         """
-        self._channel = _channel(self.record.address)
+        self._channel = _channel(self.record.address, self._security)
         self._stub = worker_pb2_grpc.WorkerServiceStub(self._channel)
         self.send(worker_pb2.ConnectRequest(hello=worker_pb2.Hello(gateway_id=self._gateway_id)))
         stream = self._stub.Connect(self._requests())

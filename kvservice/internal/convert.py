@@ -136,6 +136,7 @@ def headroom_to_proto(headroom: Headroom) -> worker_pb2.Headroom:
         waiting_tokens=headroom.load.waiting_tokens,
         prefill_tokens_per_s=headroom.load.prefill_tokens_per_s,
         fetch_bytes_per_s=headroom.load.fetch_bytes_per_s,
+        decode_tokens_per_s=headroom.load.decode_tokens_per_s,
     )
 
 
@@ -151,7 +152,13 @@ def headroom_from_proto(message: worker_pb2.Headroom, prefixes: tuple[int, ...] 
         running_calls=message.running_calls,
         resident_sessions=message.resident_sessions,
         draining=message.draining,
-        load=Load(message.waiting_tokens, message.prefill_tokens_per_s, message.fetch_bytes_per_s, prefixes),
+        load=Load(
+            message.waiting_tokens,
+            message.prefill_tokens_per_s,
+            message.fetch_bytes_per_s,
+            prefixes,
+            message.decode_tokens_per_s,
+        ),
     )
 
 

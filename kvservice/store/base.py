@@ -123,6 +123,10 @@ class StateStore(Protocol):
         """
         ...
 
+    async def count_sessions(self, tenant: TenantId) -> int:
+        """How many sessions the tenant has; it may count some that have expired. Reads no record."""
+        ...
+
     async def list_sessions(self, tenant: TenantId, *, after: str, limit: int) -> list[SessionRecord]:
         """At most `limit` sessions of a tenant, ordered by id, with ids greater than `after` ("" for all)."""
         ...

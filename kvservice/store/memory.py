@@ -80,6 +80,10 @@ class MemoryStateStore:
             raise version_moved(record.session_id, record.version, kept.version)
         return self._keep(record, version=record.version + 1)
 
+    async def count_sessions(self, tenant: TenantId) -> int:
+        """See `StateStore.count_sessions`."""
+        return sum(record.tenant == tenant for record in self._sessions.values())
+
     async def list_sessions(self, tenant: TenantId, *, after: str, limit: int) -> list[SessionRecord]:
         """See `StateStore.list_sessions`."""
         now = self._clock()

@@ -65,12 +65,19 @@ class Meter(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """A tenant's limits. None: no limit."""
+    """A tenant's limits, and its weight. None: no limit of its own."""
 
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
     concurrent_calls: int | None = None
     document_tokens: int | None = None
+    sessions: int | None = None
+    device_bytes: int | None = None
+    """On each worker."""
+    host_bytes: int | None = None
+    """On each worker."""
+    weight: float | None = None
+    """Share of the workers' time, against that of other tenants."""
 
     def per_minute(self, meter: Meter) -> float | None:
         """Of what `meter` counts."""
@@ -279,4 +286,8 @@ def _unpacked(found: dict[bytes, bytes]) -> Quota:
         tokens_per_minute=number("tokens_per_minute"),
         concurrent_calls=count("concurrent_calls"),
         document_tokens=count("document_tokens"),
+        sessions=count("sessions"),
+        device_bytes=count("device_bytes"),
+        host_bytes=count("host_bytes"),
+        weight=number("weight"),
     )

@@ -266,6 +266,11 @@ class RedisStateStore:
         self._note_durability(settings)
         return self._with_durability(kept)
 
+    async def count_sessions(self, tenant: TenantId) -> int:
+        """See `StateStore.count_sessions`."""
+        (number,) = await self._run(("ZCARD", _tenant_key(tenant)))
+        return int(number)
+
     async def list_sessions(self, tenant: TenantId, *, after: str, limit: int) -> list[SessionRecord]:
         """See `StateStore.list_sessions`."""
         now = self._clock()

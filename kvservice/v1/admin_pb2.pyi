@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from kvservice.v1 import common_pb2 as _common_pb2
 import builtins as _builtins
 import sys
@@ -19,6 +20,35 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _UsageKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _UsageKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UsageKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    USAGE_KIND_UNSPECIFIED: _UsageKind.ValueType  # 0
+    USAGE_KIND_CALL: _UsageKind.ValueType  # 1
+    """An Append or a Generate that ended well. Of one request_id there is one at most."""
+    USAGE_KIND_CUT_SHORT: _UsageKind.ValueType  # 2
+    """One that was cut short: what had been computed until then."""
+    USAGE_KIND_SESSION_END: _UsageKind.ValueType  # 3
+    """A session was closed or has expired: what its KV took since its last call."""
+    USAGE_KIND_STORED: _UsageKind.ValueType  # 4
+    """A minute of what a tenant had in the kv Redis, by the ledger."""
+
+class UsageKind(_UsageKind, metaclass=_UsageKindEnumTypeWrapper): ...
+
+USAGE_KIND_UNSPECIFIED: UsageKind.ValueType  # 0
+USAGE_KIND_CALL: UsageKind.ValueType  # 1
+"""An Append or a Generate that ended well. Of one request_id there is one at most."""
+USAGE_KIND_CUT_SHORT: UsageKind.ValueType  # 2
+"""One that was cut short: what had been computed until then."""
+USAGE_KIND_SESSION_END: UsageKind.ValueType  # 3
+"""A session was closed or has expired: what its KV took since its last call."""
+USAGE_KIND_STORED: UsageKind.ValueType  # 4
+"""A minute of what a tenant had in the kv Redis, by the ledger."""
+Global___UsageKind: _TypeAlias = UsageKind  # noqa: Y015
 
 @_typing.final
 class DrainRequest(_message.Message):
@@ -68,12 +98,17 @@ Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
 class GetStatsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    TENANT_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """Of the tenants only this one, with its stored bytes; empty: all, without."""
     def __init__(
         self,
+        *,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -135,6 +170,12 @@ class TenantStats(_message.Message):
     TOKENS_PER_MINUTE_FIELD_NUMBER: _builtins.int
     CONCURRENT_CALLS_FIELD_NUMBER: _builtins.int
     DOCUMENT_TOKENS_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    SESSIONS_FIELD_NUMBER: _builtins.int
+    DEVICE_BYTES_FIELD_NUMBER: _builtins.int
+    HOST_BYTES_FIELD_NUMBER: _builtins.int
+    STORED_BYTES_FIELD_NUMBER: _builtins.int
+    REDIS_BYTES_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     requests: _builtins.int
     """Since the gateway started: calls of any kind, of these refused for a quota, and tokens charged."""
@@ -147,6 +188,15 @@ class TenantStats(_message.Message):
     tokens_per_minute: _builtins.float
     concurrent_calls: _builtins.int
     document_tokens: _builtins.int
+    weight: _builtins.float
+    """Its share of the workers' time, against that of others."""
+    sessions: _builtins.int
+    """Unset: no limit. Bytes are on each worker."""
+    device_bytes: _builtins.int
+    host_bytes: _builtins.int
+    stored_bytes: _builtins.int
+    """In the kv Redis: what it has stored or reserved, and may have. Set when one tenant was asked for."""
+    redis_bytes: _builtins.int
     def __init__(
         self,
         *,
@@ -159,25 +209,51 @@ class TenantStats(_message.Message):
         tokens_per_minute: _builtins.float | None = ...,
         concurrent_calls: _builtins.int | None = ...,
         document_tokens: _builtins.int | None = ...,
+        weight: _builtins.float = ...,
+        sessions: _builtins.int | None = ...,
+        device_bytes: _builtins.int | None = ...,
+        host_bytes: _builtins.int | None = ...,
+        stored_bytes: _builtins.int | None = ...,
+        redis_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_concurrent_calls", b"_concurrent_calls", "_document_tokens", b"_document_tokens", "_requests_per_minute", b"_requests_per_minute", "_tokens_per_minute", b"_tokens_per_minute", "concurrent_calls", b"concurrent_calls", "document_tokens", b"document_tokens", "requests_per_minute", b"requests_per_minute", "tokens_per_minute", b"tokens_per_minute"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_concurrent_calls", b"_concurrent_calls", "_device_bytes", b"_device_bytes", "_document_tokens", b"_document_tokens", "_host_bytes", b"_host_bytes", "_redis_bytes", b"_redis_bytes", "_requests_per_minute", b"_requests_per_minute", "_sessions", b"_sessions", "_stored_bytes", b"_stored_bytes", "_tokens_per_minute", b"_tokens_per_minute", "concurrent_calls", b"concurrent_calls", "device_bytes", b"device_bytes", "document_tokens", b"document_tokens", "host_bytes", b"host_bytes", "redis_bytes", b"redis_bytes", "requests_per_minute", b"requests_per_minute", "sessions", b"sessions", "stored_bytes", b"stored_bytes", "tokens_per_minute", b"tokens_per_minute"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_concurrent_calls", b"_concurrent_calls", "_document_tokens", b"_document_tokens", "_requests_per_minute", b"_requests_per_minute", "_tokens_per_minute", b"_tokens_per_minute", "concurrent_calls", b"concurrent_calls", "document_tokens", b"document_tokens", "refused", b"refused", "requests", b"requests", "requests_per_minute", b"requests_per_minute", "running_calls", b"running_calls", "tenant", b"tenant", "tokens", b"tokens", "tokens_per_minute", b"tokens_per_minute"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_concurrent_calls", b"_concurrent_calls", "_device_bytes", b"_device_bytes", "_document_tokens", b"_document_tokens", "_host_bytes", b"_host_bytes", "_redis_bytes", b"_redis_bytes", "_requests_per_minute", b"_requests_per_minute", "_sessions", b"_sessions", "_stored_bytes", b"_stored_bytes", "_tokens_per_minute", b"_tokens_per_minute", "concurrent_calls", b"concurrent_calls", "device_bytes", b"device_bytes", "document_tokens", b"document_tokens", "host_bytes", b"host_bytes", "redis_bytes", b"redis_bytes", "refused", b"refused", "requests", b"requests", "requests_per_minute", b"requests_per_minute", "running_calls", b"running_calls", "sessions", b"sessions", "stored_bytes", b"stored_bytes", "tenant", b"tenant", "tokens", b"tokens", "tokens_per_minute", b"tokens_per_minute", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__concurrent_calls: _TypeAlias = _typing.Literal["concurrent_calls"]  # noqa: Y015
     _WhichOneofArgType__concurrent_calls: _TypeAlias = _typing.Literal["_concurrent_calls", b"_concurrent_calls"]  # noqa: Y015
+    _WhichOneofReturnType__device_bytes: _TypeAlias = _typing.Literal["device_bytes"]  # noqa: Y015
+    _WhichOneofArgType__device_bytes: _TypeAlias = _typing.Literal["_device_bytes", b"_device_bytes"]  # noqa: Y015
     _WhichOneofReturnType__document_tokens: _TypeAlias = _typing.Literal["document_tokens"]  # noqa: Y015
     _WhichOneofArgType__document_tokens: _TypeAlias = _typing.Literal["_document_tokens", b"_document_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__host_bytes: _TypeAlias = _typing.Literal["host_bytes"]  # noqa: Y015
+    _WhichOneofArgType__host_bytes: _TypeAlias = _typing.Literal["_host_bytes", b"_host_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__redis_bytes: _TypeAlias = _typing.Literal["redis_bytes"]  # noqa: Y015
+    _WhichOneofArgType__redis_bytes: _TypeAlias = _typing.Literal["_redis_bytes", b"_redis_bytes"]  # noqa: Y015
     _WhichOneofReturnType__requests_per_minute: _TypeAlias = _typing.Literal["requests_per_minute"]  # noqa: Y015
     _WhichOneofArgType__requests_per_minute: _TypeAlias = _typing.Literal["_requests_per_minute", b"_requests_per_minute"]  # noqa: Y015
+    _WhichOneofReturnType__sessions: _TypeAlias = _typing.Literal["sessions"]  # noqa: Y015
+    _WhichOneofArgType__sessions: _TypeAlias = _typing.Literal["_sessions", b"_sessions"]  # noqa: Y015
+    _WhichOneofReturnType__stored_bytes: _TypeAlias = _typing.Literal["stored_bytes"]  # noqa: Y015
+    _WhichOneofArgType__stored_bytes: _TypeAlias = _typing.Literal["_stored_bytes", b"_stored_bytes"]  # noqa: Y015
     _WhichOneofReturnType__tokens_per_minute: _TypeAlias = _typing.Literal["tokens_per_minute"]  # noqa: Y015
     _WhichOneofArgType__tokens_per_minute: _TypeAlias = _typing.Literal["_tokens_per_minute", b"_tokens_per_minute"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__concurrent_calls) -> _WhichOneofReturnType__concurrent_calls | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__device_bytes) -> _WhichOneofReturnType__device_bytes | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__document_tokens) -> _WhichOneofReturnType__document_tokens | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__host_bytes) -> _WhichOneofReturnType__host_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__redis_bytes) -> _WhichOneofReturnType__redis_bytes | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__requests_per_minute) -> _WhichOneofReturnType__requests_per_minute | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sessions) -> _WhichOneofReturnType__sessions | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__stored_bytes) -> _WhichOneofReturnType__stored_bytes | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__tokens_per_minute) -> _WhichOneofReturnType__tokens_per_minute | None: ...
 
@@ -518,8 +594,8 @@ Global___TierStats: _TypeAlias = TierStats  # noqa: Y015
 
 @_typing.final
 class SetQuotaRequest(_message.Message):
-    """What is unset stays as it is. For redis_bytes, requests_per_minute, tokens_per_minute, concurrent_calls and
-    document_tokens 0 takes the tenant's own limit away: the service's default holds then.
+    """What is unset stays as it is; 0 takes the tenant's own limit away: the service's default holds then. device_bytes and
+    host_bytes are on each worker.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -533,6 +609,7 @@ class SetQuotaRequest(_message.Message):
     REQUESTS_PER_MINUTE_FIELD_NUMBER: _builtins.int
     CONCURRENT_CALLS_FIELD_NUMBER: _builtins.int
     DOCUMENT_TOKENS_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     device_bytes: _builtins.int
     host_bytes: _builtins.int
@@ -544,6 +621,8 @@ class SetQuotaRequest(_message.Message):
     """Appends and Generates at a time."""
     document_tokens: _builtins.int
     """Of one Append, or of the document of one Generate without a session."""
+    weight: _builtins.float
+    """Share of the workers' time, against that of others."""
     def __init__(
         self,
         *,
@@ -556,10 +635,11 @@ class SetQuotaRequest(_message.Message):
         requests_per_minute: _builtins.float | None = ...,
         concurrent_calls: _builtins.int | None = ...,
         document_tokens: _builtins.int | None = ...,
+        weight: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_concurrent_calls", b"_concurrent_calls", "_device_bytes", b"_device_bytes", "_document_tokens", b"_document_tokens", "_host_bytes", b"_host_bytes", "_redis_bytes", b"_redis_bytes", "_requests_per_minute", b"_requests_per_minute", "_sessions", b"_sessions", "_tokens_per_minute", b"_tokens_per_minute", "concurrent_calls", b"concurrent_calls", "device_bytes", b"device_bytes", "document_tokens", b"document_tokens", "host_bytes", b"host_bytes", "redis_bytes", b"redis_bytes", "requests_per_minute", b"requests_per_minute", "sessions", b"sessions", "tokens_per_minute", b"tokens_per_minute"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_concurrent_calls", b"_concurrent_calls", "_device_bytes", b"_device_bytes", "_document_tokens", b"_document_tokens", "_host_bytes", b"_host_bytes", "_redis_bytes", b"_redis_bytes", "_requests_per_minute", b"_requests_per_minute", "_sessions", b"_sessions", "_tokens_per_minute", b"_tokens_per_minute", "_weight", b"_weight", "concurrent_calls", b"concurrent_calls", "device_bytes", b"device_bytes", "document_tokens", b"document_tokens", "host_bytes", b"host_bytes", "redis_bytes", b"redis_bytes", "requests_per_minute", b"requests_per_minute", "sessions", b"sessions", "tokens_per_minute", b"tokens_per_minute", "weight", b"weight"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_concurrent_calls", b"_concurrent_calls", "_device_bytes", b"_device_bytes", "_document_tokens", b"_document_tokens", "_host_bytes", b"_host_bytes", "_redis_bytes", b"_redis_bytes", "_requests_per_minute", b"_requests_per_minute", "_sessions", b"_sessions", "_tokens_per_minute", b"_tokens_per_minute", "concurrent_calls", b"concurrent_calls", "device_bytes", b"device_bytes", "document_tokens", b"document_tokens", "host_bytes", b"host_bytes", "redis_bytes", b"redis_bytes", "requests_per_minute", b"requests_per_minute", "sessions", b"sessions", "tenant", b"tenant", "tokens_per_minute", b"tokens_per_minute"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_concurrent_calls", b"_concurrent_calls", "_device_bytes", b"_device_bytes", "_document_tokens", b"_document_tokens", "_host_bytes", b"_host_bytes", "_redis_bytes", b"_redis_bytes", "_requests_per_minute", b"_requests_per_minute", "_sessions", b"_sessions", "_tokens_per_minute", b"_tokens_per_minute", "_weight", b"_weight", "concurrent_calls", b"concurrent_calls", "device_bytes", b"device_bytes", "document_tokens", b"document_tokens", "host_bytes", b"host_bytes", "redis_bytes", b"redis_bytes", "requests_per_minute", b"requests_per_minute", "sessions", b"sessions", "tenant", b"tenant", "tokens_per_minute", b"tokens_per_minute", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__concurrent_calls: _TypeAlias = _typing.Literal["concurrent_calls"]  # noqa: Y015
     _WhichOneofArgType__concurrent_calls: _TypeAlias = _typing.Literal["_concurrent_calls", b"_concurrent_calls"]  # noqa: Y015
@@ -577,6 +657,8 @@ class SetQuotaRequest(_message.Message):
     _WhichOneofArgType__sessions: _TypeAlias = _typing.Literal["_sessions", b"_sessions"]  # noqa: Y015
     _WhichOneofReturnType__tokens_per_minute: _TypeAlias = _typing.Literal["tokens_per_minute"]  # noqa: Y015
     _WhichOneofArgType__tokens_per_minute: _TypeAlias = _typing.Literal["_tokens_per_minute", b"_tokens_per_minute"]  # noqa: Y015
+    _WhichOneofReturnType__weight: _TypeAlias = _typing.Literal["weight"]  # noqa: Y015
+    _WhichOneofArgType__weight: _TypeAlias = _typing.Literal["_weight", b"_weight"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__concurrent_calls) -> _WhichOneofReturnType__concurrent_calls | None: ...
     @_typing.overload
@@ -593,6 +675,8 @@ class SetQuotaRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__sessions) -> _WhichOneofReturnType__sessions | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__tokens_per_minute) -> _WhichOneofReturnType__tokens_per_minute | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight) -> _WhichOneofReturnType__weight | None: ...
 
 Global___SetQuotaRequest: _TypeAlias = SetQuotaRequest  # noqa: Y015
 
@@ -732,3 +816,101 @@ class SessionFindings(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SessionFindings: _TypeAlias = SessionFindings  # noqa: Y015
+
+@_typing.final
+class ListUsageRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AFTER_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    after: _builtins.str
+    """The cursor of the last page; empty: from the oldest record that is kept."""
+    page_size: _builtins.int
+    """Records of a page, at most 1,000; 0: so many."""
+    def __init__(
+        self,
+        *,
+        after: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "page_size", b"page_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListUsageRequest: _TypeAlias = ListUsageRequest  # noqa: Y015
+
+@_typing.final
+class ListUsageResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECORDS_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    cursor: _builtins.str
+    """For the next page; there may be none yet."""
+    @_builtins.property
+    def records(self) -> _containers.RepeatedCompositeFieldContainer[Global___UsageRecord]: ...
+    def __init__(
+        self,
+        *,
+        records: _abc.Iterable[Global___UsageRecord] | None = ...,
+        cursor: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "records", b"records"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListUsageResponse: _TypeAlias = ListUsageResponse  # noqa: Y015
+
+@_typing.final
+class UsageRecord(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    RECORD_ID_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    ENDED_AT_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    DEVICE_BYTE_S_FIELD_NUMBER: _builtins.int
+    HOST_BYTE_S_FIELD_NUMBER: _builtins.int
+    REDIS_BYTE_S_FIELD_NUMBER: _builtins.int
+    kind: Global___UsageKind.ValueType
+    tenant: _builtins.str
+    record_id: _builtins.str
+    """Names the record, once for ever: a request_id, or what stands for one."""
+    session_id: _builtins.str
+    """Empty: a call without a session, or a record of the whole tenant."""
+    model: _builtins.str
+    ended_at: _builtins.float
+    """Unix seconds."""
+    device_byte_s: _builtins.float
+    host_byte_s: _builtins.float
+    redis_byte_s: _builtins.float
+    @_builtins.property
+    def usage(self) -> _common_pb2.Usage: ...
+    def __init__(
+        self,
+        *,
+        kind: Global___UsageKind.ValueType = ...,
+        tenant: _builtins.str = ...,
+        record_id: _builtins.str = ...,
+        session_id: _builtins.str = ...,
+        model: _builtins.str = ...,
+        ended_at: _builtins.float = ...,
+        usage: _common_pb2.Usage | None = ...,
+        device_byte_s: _builtins.float = ...,
+        host_byte_s: _builtins.float = ...,
+        redis_byte_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_byte_s", b"device_byte_s", "ended_at", b"ended_at", "host_byte_s", b"host_byte_s", "kind", b"kind", "model", b"model", "record_id", b"record_id", "redis_byte_s", b"redis_byte_s", "session_id", b"session_id", "tenant", b"tenant", "usage", b"usage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UsageRecord: _TypeAlias = UsageRecord  # noqa: Y015

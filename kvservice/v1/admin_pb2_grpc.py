@@ -54,6 +54,11 @@ class AdminServiceStub:
                 request_serializer=kvservice_dot_v1_dot_admin__pb2.VerifyRequest.SerializeToString,
                 response_deserializer=kvservice_dot_v1_dot_admin__pb2.VerifyResponse.FromString,
                 _registered_method=True)
+        self.ListUsage = channel.unary_unary(
+                '/kvservice.v1.AdminService/ListUsage',
+                request_serializer=kvservice_dot_v1_dot_admin__pb2.ListUsageRequest.SerializeToString,
+                response_deserializer=kvservice_dot_v1_dot_admin__pb2.ListUsageResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -85,6 +90,13 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListUsage(self, request, context):
+        """What calls have used, in the order in which it was written down; a page at a time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -107,6 +119,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.Verify,
                     request_deserializer=kvservice_dot_v1_dot_admin__pb2.VerifyRequest.FromString,
                     response_serializer=kvservice_dot_v1_dot_admin__pb2.VerifyResponse.SerializeToString,
+            ),
+            'ListUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListUsage,
+                    request_deserializer=kvservice_dot_v1_dot_admin__pb2.ListUsageRequest.FromString,
+                    response_serializer=kvservice_dot_v1_dot_admin__pb2.ListUsageResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -217,6 +234,33 @@ class AdminService:
             '/kvservice.v1.AdminService/Verify',
             kvservice_dot_v1_dot_admin__pb2.VerifyRequest.SerializeToString,
             kvservice_dot_v1_dot_admin__pb2.VerifyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvservice.v1.AdminService/ListUsage',
+            kvservice_dot_v1_dot_admin__pb2.ListUsageRequest.SerializeToString,
+            kvservice_dot_v1_dot_admin__pb2.ListUsageResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,8 @@ class AdminServiceStub:
     SetQuota: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SetQuotaRequest, _admin_pb2.SetQuotaResponse]
     Verify: _grpc.UnaryUnaryMultiCallable[_admin_pb2.VerifyRequest, _admin_pb2.VerifyResponse]
     """Says what is stored of a tenant: records, leases, manifests, frames; reads every named frame back and checks it."""
+    ListUsage: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListUsageRequest, _admin_pb2.ListUsageResponse]
+    """What calls have used, in the order in which it was written down; a page at a time."""
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -47,6 +49,8 @@ class AdminServiceAsyncStub(AdminServiceStub):
     SetQuota: _aio.UnaryUnaryMultiCallable[_admin_pb2.SetQuotaRequest, _admin_pb2.SetQuotaResponse]  # type: ignore[assignment]
     Verify: _aio.UnaryUnaryMultiCallable[_admin_pb2.VerifyRequest, _admin_pb2.VerifyResponse]  # type: ignore[assignment]
     """Says what is stored of a tenant: records, leases, manifests, frames; reads every named frame back and checks it."""
+    ListUsage: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListUsageRequest, _admin_pb2.ListUsageResponse]  # type: ignore[assignment]
+    """What calls have used, in the order in which it was written down; a page at a time."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -78,5 +82,13 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.VerifyResponse, _abc.Awaitable[_admin_pb2.VerifyResponse]]:
         """Says what is stored of a tenant: records, leases, manifests, frames; reads every named frame back and checks it."""
+
+    @_abc_1.abstractmethod
+    def ListUsage(
+        self,
+        request: _admin_pb2.ListUsageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ListUsageResponse, _abc.Awaitable[_admin_pb2.ListUsageResponse]]:
+        """What calls have used, in the order in which it was written down; a page at a time."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from kvservice.config.recipes import get_recipe
-from kvservice.errors import InternalError, InvalidRequest, KVServiceError, NotFound
+from kvservice.errors import QUOTA_KEY, InternalError, InvalidRequest, KVServiceError, NotFound
 from kvservice.internal import convert
+from kvservice.internal.fair import DEFAULT_WEIGHT
 from kvservice.internal.v1 import worker_pb2
 from kvservice.store.verify import TenantFindings
 from kvservice.types import (
@@ -15,6 +16,7 @@ from kvservice.types import (
     ModelInfo,
     ProgressEvent,
     SessionId,
+    TenantTerms,
     TokenLogprob,
 )
 from kvservice.v1 import admin_pb2, common_pb2
@@ -67,6 +69,11 @@ def engine_call(submit: worker_pb2.Submit, call_id: CallId, info: ModelInfo, now
         tenant_tag=submit.tenant_tag,
         priority=submit.priority,
         deadline=now + submit.deadline_s if submit.deadline_s > 0 else None,
+        terms=TenantTerms(
+            weight=submit.weight or DEFAULT_WEIGHT,
+            device_bytes=submit.tenant_device_bytes if submit.HasField("tenant_device_bytes") else None,
+            host_bytes=submit.tenant_host_bytes if submit.HasField("tenant_host_bytes") else None,
+        ),
     )
 
 
@@ -142,7 +149,13 @@ def failure(error: Exception) -> worker_pb2.Failure:
     """An error as the gateway gets it. What isn't ours says no more than that."""
     if not isinstance(error, KVServiceError):
         error = InternalError("the call failed inside; the worker's log says why")
-    return worker_pb2.Failure(code=error.status, reason=error.reason, message=error.message, retryable=error.retryable)
+    return worker_pb2.Failure(
+        code=error.status,
+        reason=error.reason,
+        message=error.message,
+        retryable=error.retryable,
+        quota=error.metadata.get(QUOTA_KEY, ""),
+    )
 
 
 def call_event(event: CallOutput, call_id: str) -> worker_pb2.CallEvent:
@@ -183,4 +196,6 @@ def _done(event: FinishedEvent) -> worker_pb2.Done:
         appended_token_ids=event.appended_tokens,
         prefill_ms=event.prefill_ms,
         decode_ms=event.decode_ms,
+        device_byte_s=event.device_byte_s,
+        host_byte_s=event.host_byte_s,
     )

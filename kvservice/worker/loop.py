@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from kvservice.errors import Conflict, InternalError, KVServiceError, NotFound, Overloaded, Unavailable
+from kvservice.kv.occupancy import ByteSeconds
 from kvservice.types import (
     CallId,
     EngineCall,
@@ -80,6 +81,9 @@ class EngineLike(Protocol):
 
     def release(self, session_id: SessionId, tenant_tag: bytes, *, purge: bool) -> tuple[int, int]:
         """Drops a session's KV, with `purge` its stored blobs too: (device, host) bytes freed."""
+
+    def take_byte_seconds(self, session_id: SessionId) -> ByteSeconds:
+        """What a session's KV has taken since its last call's end."""
 
     def fork(self, session_id: SessionId, fork_id: SessionId) -> None:
         """Makes a session's KV known under one more name. Raises NotFound or Overloaded if that can't be."""
@@ -356,7 +360,8 @@ class EngineLoop:
 
     def _release(self, listener: Listener, session_id: SessionId, tenant_tag: bytes, *, purge: bool) -> None:
         device_bytes, host_bytes = self._engine.release(session_id, tenant_tag, purge=purge)
-        self._deliver(listener, Released(session_id, device_bytes, host_bytes))
+        byte_seconds = self._engine.take_byte_seconds(session_id)
+        self._deliver(listener, Released(session_id, device_bytes, host_bytes, byte_seconds))
         if device_bytes or host_bytes:
             self._tell_of_room((listener,))
 

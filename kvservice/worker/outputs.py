@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from kvservice.errors import InternalError, KVServiceError
+from kvservice.kv.occupancy import ByteSeconds
 from kvservice.types import (
     CallId,
     EngineEvent,
@@ -68,6 +69,7 @@ class Released:
     session_id: SessionId
     device_bytes: int
     host_bytes: int
+    byte_seconds: ByteSeconds
 
 
 Output = Connected | Admission | Stepped | Released

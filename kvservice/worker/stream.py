@@ -129,7 +129,9 @@ class GatewayStream:
                 message.step.events.extend(
                     convert.call_event(event, self._gateways_id(event.call_id)) for event in events
                 )
-            case Released(session_id, device_bytes, host_bytes):
+            case Released(session_id, device_bytes, host_bytes, byte_seconds):
+                message.released.device_byte_s = byte_seconds.device
+                message.released.host_byte_s = byte_seconds.host
                 message.released.session_id = session_id
                 message.released.freed_device_bytes = device_bytes
                 message.released.freed_host_bytes = host_bytes

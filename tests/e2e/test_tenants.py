@@ -137,6 +137,15 @@ def test_metrics_commands_logs_and_traces_of_one_talk(service: Run, cli: Callabl
     assert "recall hit rate" in shown
     assert re.search(r"ann .*6,000", shown)
 
+    cli("tenants", "set", "ann", "--weight", "2", "--host-bytes", "1GiB", "--sessions", "7")
+    shown = cli("tenants", "show", "ann")
+    for row in ("weight .*2", "most sessions .*7", "most host bytes on each worker .*1.0 GiB"):
+        assert re.search(row, shown)
+    *records, last = (json.loads(line) for line in cli("usage", "--tenant", "ann").splitlines())
+    assert [(each["kind"], each["session_id"]) for each in records] == [("call", session_id)] * 2
+    assert all(each["prompt_tokens"] and each["device_byte_s"] for each in records)
+    assert json.loads(cli("usage", "--after", last["cursor"])) == last
+
     # Metrics, of both processes.
     addresses = [str(record["address"]) for record in service.records() if record.get("event") == "metrics_started"]
     assert len(addresses) == 2
@@ -157,7 +166,7 @@ def test_metrics_commands_logs_and_traces_of_one_talk(service: Run, cli: Callabl
     records = service.records()
     started = [record for record in records if "context" in record]
     audits = [record for record in records if record.get("event") == "operator_call"]
-    assert [(record["by_key"], record["code"]) for record in audits] == [("ops-1", "OK")] * 3
+    assert [(record["by_key"], record["code"]) for record in audits] == [("ops-1", "OK")] * 8
     assert any(record.get("request") == {"tenant": "ann", "requests_per_minute": 6000.0} for record in audits)
     words = [*set(re.findall(r"\w{6,}", DOCUMENT + QUESTION)), ANN_KEY, OPERATOR_KEY, SECRET, "no-key-of-ours-77"]
     written = service.written

@@ -113,6 +113,9 @@ class Submit(_message.Message):
     DEADLINE_S_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    TENANT_DEVICE_BYTES_FIELD_NUMBER: _builtins.int
+    TENANT_HOST_BYTES_FIELD_NUMBER: _builtins.int
     call_id: _builtins.str
     session_id: _builtins.str
     tenant_tag: _builtins.bytes
@@ -128,6 +131,11 @@ class Submit(_message.Message):
     """Whose stored bytes it is charged to; empty: nothing of it is published."""
     traceparent: _builtins.str
     """W3C trace context of the gateway's span; empty: the call isn't traced."""
+    weight: _builtins.float
+    """The tenant's share of the worker's time, against that of others; 0: as one who has no share of its own."""
+    tenant_device_bytes: _builtins.int
+    """The most bytes that its sessions may hold on this worker; unset: no limit."""
+    tenant_host_bytes: _builtins.int
     @_builtins.property
     def base_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """All tokens of the session before this call. KV that the worker doesn't hold is computed again."""
@@ -152,13 +160,25 @@ class Submit(_message.Message):
         deadline_s: _builtins.float = ...,
         tenant: _builtins.str = ...,
         traceparent: _builtins.str = ...,
+        weight: _builtins.float = ...,
+        tenant_device_bytes: _builtins.int | None = ...,
+        tenant_host_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["append", b"append", "generate", b"generate", "work", b"work"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tenant_device_bytes", b"_tenant_device_bytes", "_tenant_host_bytes", b"_tenant_host_bytes", "append", b"append", "generate", b"generate", "tenant_device_bytes", b"tenant_device_bytes", "tenant_host_bytes", b"tenant_host_bytes", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["append", b"append", "base_token_ids", b"base_token_ids", "call_id", b"call_id", "deadline_s", b"deadline_s", "generate", b"generate", "on_miss", b"on_miss", "priority", b"priority", "recipe", b"recipe", "retain", b"retain", "session_id", b"session_id", "tenant", b"tenant", "tenant_tag", b"tenant_tag", "traceparent", b"traceparent", "work", b"work"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tenant_device_bytes", b"_tenant_device_bytes", "_tenant_host_bytes", b"_tenant_host_bytes", "append", b"append", "base_token_ids", b"base_token_ids", "call_id", b"call_id", "deadline_s", b"deadline_s", "generate", b"generate", "on_miss", b"on_miss", "priority", b"priority", "recipe", b"recipe", "retain", b"retain", "session_id", b"session_id", "tenant", b"tenant", "tenant_device_bytes", b"tenant_device_bytes", "tenant_host_bytes", b"tenant_host_bytes", "tenant_tag", b"tenant_tag", "traceparent", b"traceparent", "weight", b"weight", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__tenant_device_bytes: _TypeAlias = _typing.Literal["tenant_device_bytes"]  # noqa: Y015
+    _WhichOneofArgType__tenant_device_bytes: _TypeAlias = _typing.Literal["_tenant_device_bytes", b"_tenant_device_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__tenant_host_bytes: _TypeAlias = _typing.Literal["tenant_host_bytes"]  # noqa: Y015
+    _WhichOneofArgType__tenant_host_bytes: _TypeAlias = _typing.Literal["_tenant_host_bytes", b"_tenant_host_bytes"]  # noqa: Y015
     _WhichOneofReturnType_work: _TypeAlias = _typing.Literal["append", "generate"]  # noqa: Y015
     _WhichOneofArgType_work: _TypeAlias = _typing.Literal["work", b"work"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tenant_device_bytes) -> _WhichOneofReturnType__tenant_device_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tenant_host_bytes) -> _WhichOneofReturnType__tenant_host_bytes | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_work) -> _WhichOneofReturnType_work | None: ...
 
 Global___Submit: _TypeAlias = Submit  # noqa: Y015
@@ -353,6 +373,7 @@ class Headroom(_message.Message):
     WAITING_TOKENS_FIELD_NUMBER: _builtins.int
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
     FETCH_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    DECODE_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
     device_capacity_bytes: _builtins.int
     device_free_bytes: _builtins.int
     device_freeable_bytes: _builtins.int
@@ -368,6 +389,8 @@ class Headroom(_message.Message):
     prefill_tokens_per_s: _builtins.float
     fetch_bytes_per_s: _builtins.float
     """From the kv Redis; 0: it reads nothing from there."""
+    decode_tokens_per_s: _builtins.float
+    """Of late steps of decoding alone, all answers together; 0: it has decoded nothing yet."""
     def __init__(
         self,
         *,
@@ -383,10 +406,11 @@ class Headroom(_message.Message):
         waiting_tokens: _builtins.int = ...,
         prefill_tokens_per_s: _builtins.float = ...,
         fetch_bytes_per_s: _builtins.float = ...,
+        decode_tokens_per_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_capacity_bytes", b"device_capacity_bytes", "device_free_bytes", b"device_free_bytes", "device_freeable_bytes", b"device_freeable_bytes", "draining", b"draining", "fetch_bytes_per_s", b"fetch_bytes_per_s", "host_capacity_bytes", b"host_capacity_bytes", "host_free_bytes", b"host_free_bytes", "host_freeable_bytes", b"host_freeable_bytes", "prefill_tokens_per_s", b"prefill_tokens_per_s", "resident_sessions", b"resident_sessions", "running_calls", b"running_calls", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_tokens_per_s", b"decode_tokens_per_s", "device_capacity_bytes", b"device_capacity_bytes", "device_free_bytes", b"device_free_bytes", "device_freeable_bytes", b"device_freeable_bytes", "draining", b"draining", "fetch_bytes_per_s", b"fetch_bytes_per_s", "host_capacity_bytes", b"host_capacity_bytes", "host_free_bytes", b"host_free_bytes", "host_freeable_bytes", b"host_freeable_bytes", "prefill_tokens_per_s", b"prefill_tokens_per_s", "resident_sessions", b"resident_sessions", "running_calls", b"running_calls", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -450,10 +474,13 @@ class Failure(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     RETRYABLE_FIELD_NUMBER: _builtins.int
+    QUOTA_FIELD_NUMBER: _builtins.int
     code: _builtins.str
     reason: _builtins.str
     message: _builtins.str
     retryable: _builtins.bool
+    quota: _builtins.str
+    """The tenant's quota that was met; empty: none."""
     def __init__(
         self,
         *,
@@ -461,10 +488,11 @@ class Failure(_message.Message):
         reason: _builtins.str = ...,
         message: _builtins.str = ...,
         retryable: _builtins.bool = ...,
+        quota: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message", "reason", b"reason", "retryable", b"retryable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message", "quota", b"quota", "reason", b"reason", "retryable", b"retryable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -559,8 +587,13 @@ class Done(_message.Message):
     APPENDED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     PREFILL_MS_FIELD_NUMBER: _builtins.int
     DECODE_MS_FIELD_NUMBER: _builtins.int
+    DEVICE_BYTE_S_FIELD_NUMBER: _builtins.int
+    HOST_BYTE_S_FIELD_NUMBER: _builtins.int
     prefill_ms: _builtins.float
     decode_ms: _builtins.float
+    device_byte_s: _builtins.float
+    """What the session's KV has taken since the last call's end: bytes on the device and in host memory times seconds."""
+    host_byte_s: _builtins.float
     @_builtins.property
     def finish_reasons(self) -> _containers.RepeatedScalarFieldContainer[_common_pb2.FinishReason.ValueType]:
         """One for each of the call's answers; one if it generates nothing."""
@@ -582,10 +615,12 @@ class Done(_message.Message):
         appended_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         prefill_ms: _builtins.float = ...,
         decode_ms: _builtins.float = ...,
+        device_byte_s: _builtins.float = ...,
+        host_byte_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv", b"kv", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["appended_token_ids", b"appended_token_ids", "decode_ms", b"decode_ms", "finish_reasons", b"finish_reasons", "kv", b"kv", "prefill_ms", b"prefill_ms", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["appended_token_ids", b"appended_token_ids", "decode_ms", b"decode_ms", "device_byte_s", b"device_byte_s", "finish_reasons", b"finish_reasons", "host_byte_s", b"host_byte_s", "kv", b"kv", "prefill_ms", b"prefill_ms", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -598,19 +633,26 @@ class Released(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     FREED_DEVICE_BYTES_FIELD_NUMBER: _builtins.int
     FREED_HOST_BYTES_FIELD_NUMBER: _builtins.int
+    DEVICE_BYTE_S_FIELD_NUMBER: _builtins.int
+    HOST_BYTE_S_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     freed_device_bytes: _builtins.int
     freed_host_bytes: _builtins.int
+    device_byte_s: _builtins.float
+    """As in Done, until now."""
+    host_byte_s: _builtins.float
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
         freed_device_bytes: _builtins.int = ...,
         freed_host_bytes: _builtins.int = ...,
+        device_byte_s: _builtins.float = ...,
+        host_byte_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["freed_device_bytes", b"freed_device_bytes", "freed_host_bytes", b"freed_host_bytes", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_byte_s", b"device_byte_s", "freed_device_bytes", b"freed_device_bytes", "freed_host_bytes", b"freed_host_bytes", "host_byte_s", b"host_byte_s", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

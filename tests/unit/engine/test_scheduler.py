@@ -24,6 +24,7 @@ class Sequence:
     num_pending: int = 1
     generated: tuple = ()
     reach: Reach = Reach.FULL
+    tenant: bytes = b""
 
     @property
     def is_decoding(self):

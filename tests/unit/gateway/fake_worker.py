@@ -80,6 +80,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         """How the next admitted calls end, instead of well."""
         self.pause_after: int | None = None
         """Tokens (or progress events) after which a call waits for `go` or for its cancellation."""
+        self.done_byte_s = (0.0, 0.0)
+        """On the device and in host memory: of each call that ends well, and of what is released."""
+        self.released_byte_s = (0.0, 0.0)
         self.go = asyncio.Event()
         self.submits: list[worker_pb2.Submit] = []
         self.cancels: list[str] = []
@@ -195,6 +198,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                 released = worker_pb2.Released(
                     session_id=request.release.session_id, freed_device_bytes=10, freed_host_bytes=20
                 )
+                released.device_byte_s, released.host_byte_s = self.released_byte_s
                 self._send(outgoing, worker_pb2.ConnectResponse(released=released))
             self.news.set()
 
@@ -272,6 +276,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         done.usage.prompt_tokens = len(given)
         done.usage.completion_tokens = len(produced)
         done.kv.bytes.device_window = 4096
+        done.device_byte_s, done.host_byte_s = self.done_byte_s
         return worker_pb2.CallEvent(call_id=submit.call_id, done=done)
 
     def _event(self, outgoing: asyncio.Queue[worker_pb2.ConnectResponse], event: worker_pb2.CallEvent) -> None:

@@ -11,9 +11,11 @@ from kvservice.config.gateway import QuotaConfig
 from kvservice.errors import InternalError, KVServiceError, PermissionDenied, Unauthenticated
 from kvservice.gateway.auth import Authenticator, secret_key_id, tenant_tag
 from kvservice.gateway.interceptors import ServiceInterceptor, error_status
+from kvservice.gateway.metering import Metering
 from kvservice.gateway.quotas import Quotas
 from kvservice.gateway.reception import Reception
 from kvservice.store.rates import MemoryRateStore
+from kvservice.store.usage import MemoryUsageLog
 from kvservice.telemetry.metrics import GatewayMetrics
 from kvservice.types import Role, TenantId
 from kvservice.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -45,7 +47,8 @@ class Raising(inference_pb2_grpc.InferenceServiceServicer):
 async def raising():
     servicer = Raising()
     metrics = GatewayMetrics()
-    quotas = Quotas(MemoryRateStore(), QuotaConfig(), metrics)
+    metering = Metering(MemoryUsageLog(), lambda: 0.0)
+    quotas = Quotas(MemoryRateStore(), QuotaConfig(), metrics, metering)
     server = grpc.aio.server(interceptors=[ServiceInterceptor(Reception(Authenticator(None), quotas, metrics))])
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -140,9 +143,9 @@ async def test_operators_calls_need_an_operators_key() -> None:
             bearer = (("authorization", "Bearer operator-key"),)
             error = await raised(stub.SetQuota(admin_pb2.SetQuotaRequest(), metadata=bearer))
             assert error.field == "tenant"
-            asked = admin_pb2.SetQuotaRequest(tenant="a", sessions=3)
+            asked = admin_pb2.SetQuotaRequest(tenant="a", weight=-1)
             error = await raised(stub.SetQuota(asked, metadata=bearer))
-            assert error.status == "UNIMPLEMENTED"
+            assert (error.status, error.field) == ("INVALID_ARGUMENT", "weight")
             for refused in (stub.SetQuota(admin_pb2.SetQuotaRequest()), stub.Verify(admin_pb2.VerifyRequest())):
                 assert (await raised(refused)).status == "UNAUTHENTICATED"
             error = await raised(stub.Verify(admin_pb2.VerifyRequest(tenant="a"), metadata=bearer))

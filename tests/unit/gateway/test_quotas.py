@@ -10,6 +10,7 @@ from grpc_status import rpc_status
 from kvservice.client import Client
 from kvservice.config.gateway import QuotaConfig
 from kvservice.errors import LimitExceeded, QuotaExceeded
+from kvservice.internal.v1 import worker_pb2
 from kvservice.store.rates import RedisRateStore
 from kvservice.types import Role
 from kvservice.v1 import admin_pb2, admin_pb2_grpc, sessions_pb2, sessions_pb2_grpc
@@ -116,6 +117,63 @@ async def test_a_document_beyond_the_tenants_size_is_refused_for_good() -> None:
         await ann.append(session.session_id, "x" * 10)
         theirs = await bob.create_session()
         await bob.append(theirs.session_id, "x" * 11)
+
+
+async def test_as_many_sessions_as_may_be_are_open_and_one_that_is_closed_makes_room() -> None:
+    async with running(api_keys=KEYS) as service:
+        await set_quota(service, sessions=2)
+        ann = await service.client("ann-key")
+        first = await ann.create_session()
+        await ann.fork_session(first.session_id)
+        for refused in (ann.create_session(), ann.fork_session(first.session_id)):
+            with pytest.raises(LimitExceeded, match="2 open sessions") as caught:
+                await refused
+            assert caught.value.metadata == {"quota": "sessions"}
+        await ann.close_session(first.session_id)
+        await ann.create_session()
+        assert (await tenants(service))["ann"].refused == 2
+
+
+async def test_sessions_that_have_expired_count_no_more() -> None:
+    async with running(api_keys=KEYS) as service:
+        await set_quota(service, sessions=1)
+        ann = await service.client("ann-key")
+        await ann.create_session(ttl_s=60)
+        service.clock.now += 61
+        await ann.create_session()
+
+
+async def test_a_workers_refusal_for_a_tenants_bytes_reaches_the_caller_with_quota_and_time() -> None:
+    async with running(api_keys=KEYS) as service:
+        ann = await service.client("ann-key")
+        session = await ann.create_session()
+        service.worker.refusals.append(
+            worker_pb2.Failure(
+                code="RESOURCE_EXHAUSTED",
+                reason="quota_exceeded",
+                message="too many bytes",
+                retryable=True,
+                quota="device_bytes",
+            )
+        )
+        with pytest.raises(QuotaExceeded, match="too many bytes") as caught:
+            await ann.append(session.session_id, "x")
+        assert caught.value.metadata == {"quota": "device_bytes"}
+        assert caught.value.retry_after_s is not None
+        assert (await tenants(service))["ann"].refused == 1
+        # It doesn't wait in line for what only its own calls can free.
+        assert len(service.worker.submits) == 1
+
+
+async def test_an_operator_sees_what_one_tenant_has_stored_and_may_have() -> None:
+    async with running(api_keys=KEYS) as service:
+        await set_quota(service, redis_bytes=1000, weight=2.5, device_bytes=7)
+        ops = await service.client("ops-key")
+        (ann,) = (await ops.stats("ann")).tenants
+        assert (ann.stored_bytes, ann.redis_bytes, ann.weight, ann.device_bytes) == (0, 1000, 2.5, 7)
+        await set_quota(service, weight=0, device_bytes=0, redis_bytes=0)
+        (ann,) = (await ops.stats("ann")).tenants
+        assert (ann.weight, ann.device_bytes) == (1.0, None)
 
 
 async def test_defaults_hold_for_tenants_without_limits_and_0_goes_back_to_them() -> None:

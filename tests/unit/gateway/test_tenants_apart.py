@@ -11,7 +11,9 @@ import grpc
 import pytest
 
 from kvservice.client.errors import error_from_rpc
+from kvservice.errors import KVServiceError
 from kvservice.gateway.auth import tenant_tag
+from kvservice.internal.prefixes import lengths_by_name
 from kvservice.types import Role, TenantId
 from kvservice.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc, sessions_pb2, sessions_pb2_grpc
 from tests.unit.gateway.conftest import SECRET, keys, running
@@ -188,6 +190,8 @@ async def test_a_tenant_sees_and_sets_nothing_of_the_service(service) -> None:
         admin.SetQuota(admin_pb2.SetQuotaRequest(tenant="eve", requests_per_minute=0), metadata=EVE),
         admin.Drain(admin_pb2.DrainRequest(), metadata=EVE),
         admin.Verify(admin_pb2.VerifyRequest(tenant="ann"), metadata=EVE),
+        admin.ListUsage(admin_pb2.ListUsageRequest(), metadata=EVE),
+        admin.GetStats(admin_pb2.GetStatsRequest(tenant="eve"), metadata=EVE),
     ):
         assert (await refusal(call))[0] == "PERMISSION_DENIED"
 
@@ -200,3 +204,59 @@ async def test_answers_without_a_session_are_no_session_of_anybody(service) -> N
     sessions = sessions_pb2_grpc.SessionServiceStub(await service.channel())
     name = service.worker.submits[0].session_id
     assert (await refusal(sessions.Get(sessions_pb2.GetRequest(session_id=name), metadata=EVE)))[0] == "NOT_FOUND"
+
+
+async def test_the_timing_of_a_hit_tells_nothing_since_names_of_what_is_held_are_each_tenants_own(service) -> None:
+    """Placement looks for what workers hold under the tenant's own names: another's document is never a reason."""
+    document = "the same document, longer than a group of 64 tokens, so that a part of it has a name" * 3
+    tags = []
+    for name in ("ann", "eve"):
+        client = await service.client(f"{name}-key")
+        session = await client.create_session()
+        await client.append(session.session_id, document)
+        tags.append(service.worker.submits[-1].tenant_tag)
+    ann, eve = (lengths_by_name(tag, "recall", tuple(document.encode())) for tag in tags)
+    assert ann
+    assert not ann.keys() & eve.keys()
+
+
+async def test_the_same_document_costs_each_tenant_the_same(service) -> None:
+    """What is charged and told doesn't depend on whether another tenant has had it read, forked or closed."""
+    ann = await service.client("ann-key")
+    session = await ann.create_session()
+    await ann.append(session.session_id, "a document")
+    fork = await ann.fork_session(session.session_id)
+    await ann.close_session(session.session_id)
+    usages = []
+    for name in ("ann", "eve"):
+        client = await service.client(f"{name}-key")
+        own = await client.create_session()
+        usages.append((await client.append(own.session_id, "a document")).usage)
+    assert usages[0] == usages[1]
+    assert fork.num_tokens == 10
+
+
+@pytest.mark.parametrize(
+    "limit", [{"sessions": 1}, {"document_tokens": 3}, {"requests_per_minute": 3}, {"concurrent_calls": 1}]
+)
+async def test_errors_of_one_tenant_speak_of_no_other(service, limit: dict[str, int]) -> None:
+    admin = admin_pb2_grpc.AdminServiceStub(await service.channel())
+    operator = (("authorization", "Bearer operator-key"),)
+    await admin.SetQuota(admin_pb2.SetQuotaRequest(tenant="eve", **limit), metadata=operator)
+    ann, eve = await service.client("ann-key"), await service.client("eve-key")
+    theirs = await ann.create_session()
+    own = await eve.create_session()
+    told: list[str] = []
+    for attempt in range(4):
+        for call in (
+            lambda: eve.create_session(),
+            lambda: eve.append(own.session_id, "x" * 9),
+            lambda: eve.fork_session(theirs.session_id),
+            lambda attempt=attempt: eve.ask(theirs.session_id, "q", request_id=f"r{attempt}"),  # type: ignore[misc]
+        ):
+            try:
+                await call()
+            except KVServiceError as error:
+                told.append(f"{error.message} {error.reason} {error.metadata}".replace(theirs.session_id, ""))
+    assert told
+    assert not any(word in text for text in told for word in ("ann", "ops", "w1", service.worker.address))

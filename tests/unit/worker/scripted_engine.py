@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvservice.errors import KVServiceError, NotFound
+from kvservice.kv.occupancy import ByteSeconds
 from kvservice.types import (
     CallId,
     EngineCall,
@@ -140,6 +141,10 @@ class ScriptedEngine:
         held = session_id in self.sessions
         self.sessions.discard(session_id)
         return (100, 200) if held else (0, 0)
+
+    def take_byte_seconds(self, session_id: SessionId) -> ByteSeconds:
+        self._check_thread()
+        return ByteSeconds(2.5, 3.5)
 
     def fork(self, session_id: SessionId, fork_id: SessionId) -> None:
         self._check_thread()
