@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvservice.cli.bench_context import context
+from kvservice.cli.bench_fairness import fairness
 from kvservice.cli.bench_interference import interference
 from kvservice.cli.bench_kernels import kernels
 from kvservice.cli.bench_placement import placement
@@ -321,3 +322,4 @@ app.command("interference")(interference)
 app.command("kernels")(kernels)
 app.command("tier")(tier)
 app.command("placement")(placement)
+app.command("fairness")(fairness)
