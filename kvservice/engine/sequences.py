@@ -497,7 +497,10 @@ class HeldSequences:
                 or memory.host_bytes > reserved.host_bytes
             ):
                 raise InternalError(
-                    f"a sequence holds {memory.device_bytes} and {memory.host_bytes} bytes and reserved {reserved}"
+                    f"a sequence of {len(memory.state.tokens)} tokens ({memory.num_computed} computed, "
+                    f"{memory.recipe.name}, {memory.place.value}) holds {memory.device_bytes} bytes, "
+                    f"{memory.prepared_bytes} of them for a step under way, and {memory.host_bytes} in the host tier; "
+                    f"{reserved} reserved for {holding.granted}"
                 )
 
     # ----------------------------------------------------------------------------------------------------------------

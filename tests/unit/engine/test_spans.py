@@ -22,8 +22,10 @@ def model():
 @pytest.fixture(autouse=True)
 def a_layer_a_step(monkeypatch):
     """Whatever is read beside decoding is read in chunks of 48 tokens, a layer a step."""
-    monkeypatch.setattr(Pace, "chunk_tokens", lambda self, num_decodes, num_waiting, budget: min(budget, 48))
-    monkeypatch.setattr(Pace, "layers", lambda self, num_decodes, num_waiting, num_tokens: 1 if num_decodes else LAYERS)
+    monkeypatch.setattr(Pace, "chunk_tokens", lambda self, num_decodes, num_waiting, budget, **_: min(budget, 48))
+    monkeypatch.setattr(
+        Pace, "layers", lambda self, num_decodes, num_waiting, num_tokens, **_: 1 if num_decodes else LAYERS
+    )
 
 
 def decoding(model, **settings):

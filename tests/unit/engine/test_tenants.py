@@ -104,7 +104,7 @@ def test_a_chunk_of_the_flood_on_its_way_through_the_layers_is_waited_for_one_st
     steps_to_first_token(drive, "eve")
     read(drive, "flood", ANN)
     drive.until(lambda: drive.engine._planner._prefill is not None)
-    read(drive, "one", BOB, length=32)
+    read(drive, "one", BOB, length=100)
     drive.step()
     chunk = drive.engine._planner._prefill
     assert chunk is None or all(item.sequence.tenant == BOB for item in chunk.items)
