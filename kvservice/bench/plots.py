@@ -249,6 +249,33 @@ def plot_recall(path: Path, lines: Mapping[str, Sequence[tuple[float, float]]], 
     _save(figure, path)
 
 
+def plot_sharing(path: Path, lines: Mapping[str, Sequence[tuple[float, float]]], title: str) -> None:
+    """How far from dense each way to save KV bytes is, one line a way.
+
+    Args:
+        path: of the PNG.
+        lines: points of (share of all KV bytes saved, KL in nats), by the way's name.
+        title: of the figure.
+
+    Raises:
+        ConfigError: the file can't be written.
+    """
+    figure = Figure(figsize=(9.5, 5.5), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, points) in enumerate(lines.items()):
+        color, mark = LINES[number % len(LINES)], MARKS[number // len(LINES) % len(MARKS)]
+        # What saves nothing loses nothing, and a scale of logarithms has no 0.
+        shown = sorted({(saved, kl) for saved, kl in points if kl > 0})
+        style = ("-", "--")[number % 2]
+        axes.plot([100 * x for x, _ in shown], [kl for _, kl in shown], style, marker=mark, color=color, label=name)
+    axes.set_yscale("log")
+    axes.set_xlabel("KV bytes saved, %")
+    axes.set_ylabel("KL to dense, nats a token")
+    axes.set_title(title)
+    _beside(axes)
+    _save(figure, path)
+
+
 def _plot_preemptions(axes: Axes, minutes: Sequence[float], samples: Sequence[Sample]) -> None:
     """A row of marks for each kind; each mark is a second in which it happened."""
     for row, (name, (label, color)) in enumerate(PREEMPTIONS.items()):

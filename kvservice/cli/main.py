@@ -17,6 +17,7 @@ from kvservice.cli import (
     chat,
     eval_indexes,
     eval_precision,
+    eval_sharing,
     evaluate,
     model,
     serve,
@@ -60,6 +61,7 @@ app.command("size")(size.size)
 app.add_typer(bench.app, name="bench")
 evaluate.app.command("indexes")(eval_indexes.indexes)
 evaluate.app.command("precision")(eval_precision.precision)
+evaluate.app.command("sharing")(eval_sharing.sharing)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(calibrate.app, name="calibrate")
 
