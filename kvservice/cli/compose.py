@@ -205,8 +205,6 @@ def make_engine(
         rope_theta=spec.rope_theta,
         keys_rotated=layout.keys_rotated,
         tokenizer=hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
-        # Keys that aren't there, and values of layers that attended otherwise.
-        **({"sharing": sharing.digest} if sharing else {}),
     )
     frame_set = FrameSet(fingerprint, layout.group_shape, layout.dtype)
     if on_frames is not None:

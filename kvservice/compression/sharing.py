@@ -6,7 +6,6 @@ arXiv:2412.02252, stages 2 and 3. Torch-free. Knows nothing of where keys lie.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -59,12 +58,6 @@ class SharingPlan:
     def num_followers(self) -> int:
         """Cells that store no distant keys."""
         return self.groups.num_cells - self.groups.num_groups
-
-    @property
-    def digest(self) -> str:
-        """Stands for all of it: KV that was computed under another plan has other values."""
-        text = f"{self.groups.digest} {self.mode.value} {self.skip_above}"
-        return hashlib.blake2b(text.encode(), digest_size=16, person=b"kv1-sharing").hexdigest()
 
 
 def shape_under(plan: SharingPlan, shape: ModelShape) -> ModelShape:
