@@ -429,6 +429,14 @@ class KvTelemetry:
     """Groups of 64 tokens that were to be scored, over all layers and KV heads. Not sent: for evaluation."""
     index_groups_scanned: int = 0
     """Of those, how many an index that bounds the scores of groups scored token by token. Not sent."""
+    gated_rows: int = 0
+    """Of layers that use another's keys: rows (a query in a query head) that might have left distant tokens out."""
+    skipped_rows: int = 0
+    """Of those, the rows that did."""
+    follower_bytes: int = 0
+    """Of `recalled_bytes`, those of layers that use another's keys, in decode steps."""
+    arrived_bytes: int = 0
+    """Of those, what a simulated link had brought when it was needed. Not sent."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from torch import Tensor
 from kvservice.attention.sharing import Anchors, visible_masks
 from kvservice.errors import InternalError
 from kvservice.kernels.base import PartAttention
-from kvservice.kernels.cpu import StepRecall, StepSequence
+from kvservice.kernels.cpu import StepRecall, StepSequence, StepSharing
 from kvservice.kernels.fixed_order import FixedOrderAttention
 from kvservice.kernels.flash import FlashAttention, attend
 from kvservice.kv.arena import Arena
@@ -42,6 +42,16 @@ from kvservice.types import GROUP_TOKENS, SINK_TOKENS
 
 _Part = tuple[Tensor, Tensor, Tensor | None]
 """Keys, values, mask."""
+
+
+class RecallTimer(Protocol):
+    """Told when layers recall."""
+
+    def begins(self, layer: int) -> None:
+        """A layer is about to recall."""
+
+    def ends(self, layer: int) -> None:
+        """It has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +148,22 @@ def prepare(memory: SequenceMemory, first_row: int, num_tokens: int, reach: Reac
 
 
 class BatchAttention:
-    """The attention of one step; the model calls it once a layer (`models.base.Attend`)."""
+    """The attention of one step; the model calls it once a layer (`models.base.Attend`).
+
+    Attributes:
+        timer: to be told when layers recall, by runners that attend by themselves; None: nobody is.
+    """
 
     def __init__(
-        self, arena: Arena, ring: StagingRing, sequences: list[SequenceRows], *, deterministic: bool = False
+        self,
+        arena: Arena,
+        ring: StagingRing,
+        sequences: list[SequenceRows],
+        *,
+        deterministic: bool = False,
+        timer: RecallTimer | None = None,
     ) -> None:
+        self.timer = timer
         self._arena = arena
         self._scale = arena.layout.head_dim**-0.5
         self._ring = ring
@@ -152,6 +173,7 @@ class BatchAttention:
         self._masks: dict[int, Tensor] = {}
         self._pairs_of_masks: dict[int, tuple[Tensor, Tensor]] = {}
         self._kernel: type[PartAttention] = FixedOrderAttention if deterministic else FlashAttention
+        self._shared_heads: int | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -170,20 +192,43 @@ class BatchAttention:
         """Whether `add_recalled` has anything to add: sequences with distant tokens that `near` doesn't describe."""
         return any(self._is_far_by_torch(sequence) for sequence in self._sequences)
 
-    def near(self) -> list[StepSequence]:
-        """What each sequence attends to: all of it but for what `add_recalled` adds."""
-        return [
-            StepSequence(
-                table=sequence.memory.state.table,
-                num_resident=sequence.memory.state.num_resident,
-                num_queries=sequence.num_queries,
-                first_row=sequence.rows.start,
-                window_start=sequence.memory.state.window_start,
-                groups=None if sequence.selects or sequence.anchors else sequence.memory.distant.addresses,
-                recall=_recall_by_keys(sequence) if sequence.selects and sequence.recalls_by_keys else None,
-            )
-            for sequence in self._sequences
-        ]
+    def near(self, shared_heads: int | None = None) -> list[StepSequence]:
+        """What each sequence attends to: all of it but for what `add_recalled` adds.
+
+        Args:
+            shared_heads: the model's query heads, for kernels that know keys shared between layers: then such sequences
+                are described too, as far as they can be. None: `add_recalled` adds their distant tokens.
+        """
+        self._shared_heads = shared_heads
+        return [self._described(sequence) for sequence in self._sequences]
+
+    def _described(self, sequence: SequenceRows) -> StepSequence:
+        state, is_shared = sequence.memory.state, self._is_shared_by_kernels(sequence)
+        is_whole = sequence.anchors is None or is_shared
+        recalls = sequence.selects and sequence.recalls_by_keys and is_whole
+        recall = _recall_by_keys(sequence) if recalls else None
+        return StepSequence(
+            table=state.table,
+            num_resident=state.num_resident,
+            num_queries=sequence.num_queries,
+            first_row=sequence.rows.start,
+            window_start=state.window_start,
+            groups=None if sequence.selects or not is_whole else sequence.memory.distant.addresses,
+            recall=recall,
+            sharing=self._sharing(sequence, recall) if is_shared else None,
+        )
+
+    def _sharing(self, sequence: SequenceRows, recall: StepRecall | None) -> StepSharing | None:
+        assert sequence.anchors is not None
+        assert self._shared_heads is not None
+        return sequence.anchors.for_kernels(sequence.num_queries, self._shared_heads, recall)
+
+    def _is_shared_by_kernels(self, sequence: SequenceRows) -> bool:
+        """Whether kernels attend to keys that a sequence's layers share."""
+        if self._shared_heads is None or sequence.anchors is None:
+            return False
+        # What a row skips is known only once what is near has been attended to.
+        return sequence.anchors.cells.plan.skip_above is None and (sequence.recalls_by_keys or not sequence.selects)
 
     def add_recalled(self, layer: int, q: Tensor, out: Tensor, lse: Tensor, *, by_keys: bool = False) -> None:
         """Merges what sequences recall into their attention over what is near, and what they share with other layers.
@@ -211,7 +256,7 @@ class BatchAttention:
 
     def _is_far_by_torch(self, sequence: SequenceRows) -> bool:
         """Whether kernels leave a sequence's distant tokens to torch; or, in a fixed order, all of them."""
-        if sequence.anchors is not None:
+        if sequence.anchors is not None and not self._is_shared_by_kernels(sequence):
             return self._deterministic or sequence.has_distant
         return sequence.selects and not sequence.recalls_by_keys
 
@@ -232,10 +277,14 @@ class BatchAttention:
         self.write(layer, k, v)
         out = torch.empty_like(q)
         num_kv = k.shape[1]
+        if self.timer:
+            self.timer.begins(layer)
         for sequence in self._sequences:
             rows = sequence.rows
             queries = _by_kv_head(q[rows], num_kv)
             out[rows] = _by_query(self._attend(sequence, layer, queries), sequence.num_queries)
+        if self.timer:
+            self.timer.ends(layer)
         return out
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -404,6 +453,7 @@ class BatchAttention:
         slots.write(layer, placed.heads, placed.slots, staged)
         moved = (count + with_keys) * self._arena.layout.row_bytes // 2
         memory.counters.note(chosen.numel(), chosen.numel() - count, moved)
+        memory.counters.follower_tally += (count - with_keys) * self._arena.layout.row_bytes // 2
         keys_at = placed.where if anchors is None else anchors.keys_at(layer, placed.where)
         return slots.read(layer, keys_at, placed.where)
 

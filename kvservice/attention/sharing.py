@@ -13,11 +13,12 @@ import math
 import torch
 from torch import Tensor
 
+from kvservice.kernels.cpu import StepRecall, StepSharing
 from kvservice.kv.partial import AttnPartial
 from kvservice.recall.choosing import Query
 from kvservice.recall.memory import SequenceMemory
 from kvservice.recall.sharing import SharedCells
-from kvservice.types import SINK_TOKENS
+from kvservice.types import GROUP_TOKENS, SINK_TOKENS
 
 
 class Anchors:
@@ -32,9 +33,34 @@ class Anchors:
         self.cells = cells
         self._memory = memory
         self._queries: Tensor | None = None
+        self._step: StepSharing | None = None
         self._chosen: dict[int, Tensor] = {}
         self._keys_at: Tensor | None = None
         self._lse: dict[int, Tensor] = {}
+
+    def for_kernels(self, num_queries: int, num_heads: int, recall: StepRecall | None) -> StepSharing:
+        """The same for kernels, which keep there what they take from anchors.
+
+        Args:
+            num_queries: new tokens of the step.
+            num_heads: query heads.
+            recall: from what they recall, if they do; the same in every layer.
+        """
+        if self._step is None:
+            state, recipe, layout = self._memory.state, self._memory.recipe, self._memory.layout
+            kept = (num_queries, layout.num_kv_heads, recall.budget) if recall else None
+            slots = kept[1:] if kept and recall and recall.slots is not None else None
+            queries = (num_queries, num_heads, layout.head_dim)
+            self._step = StepSharing(
+                cells=self.cells.table,
+                until_slide=state.window_start + GROUP_TOKENS + recipe.window_tokens - state.num_computed,
+                # As large as the tokens' residual stream.
+                far_queries=torch.empty(queries, dtype=layout.dtype) if self.cells.shares_scores else None,
+                chosen=torch.empty(kept, dtype=torch.int32) if kept else None,
+                key_slots=torch.empty(slots, dtype=torch.int32) if slots else None,
+                fetched=self._memory.counters.follower_tally,
+            )
+        return self._step
 
     def splits(self, layer: int) -> bool:
         """Whether distant tokens must be attended to apart from the others."""

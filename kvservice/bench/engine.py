@@ -17,6 +17,7 @@ from kvservice.types import (
     FailedEvent,
     FinishedEvent,
     Headroom,
+    KvTelemetry,
     ModelShape,
     RecipeSpec,
     SamplingParams,
@@ -38,6 +39,9 @@ class EngineRow:
         prefill_tokens_per_s: of all sequences together.
         decode_ms_per_token: time of one decode step, which is what each sequence waits for its next token.
         output_tokens_per_s: of all sequences together, while all decode.
+        arrived_fraction: of what layers that use another's keys fetched, the share that a simulated link had brought
+            when it was needed, 0 without a link; None where they fetched nothing.
+        skipped_fraction: of the rows of such layers that might have left distant tokens out, those that did; likewise.
     """
 
     prompt_tokens: int
@@ -45,6 +49,8 @@ class EngineRow:
     prefill_tokens_per_s: float
     decode_ms_per_token: float
     output_tokens_per_s: float
+    arrived_fraction: float | None = None
+    skipped_fraction: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,36 +117,47 @@ def measure(engine: Engine, load: Load, repeats: int, clock: Clock = time.perf_c
     rng = random.Random(load.seed)
     _run(engine, load, [random_ids(rng, 64, shape.vocab_size)], clock)
     prefill_s, step_s = [], []
+    answers: list[KvTelemetry] = []
     for _ in range(repeats):
         documents = [random_ids(rng, load.prompt_tokens, shape.vocab_size) for _ in range(load.batch)]
-        seconds, steps = _run(engine, load, documents, clock)
+        seconds, steps, kv = _run(engine, load, documents, clock)
         prefill_s.append(seconds)
         step_s.append(steps)
+        answers += kv
     return EngineRow(
         prompt_tokens=load.prompt_tokens,
         batch=load.batch,
         prefill_tokens_per_s=load.batch * load.prompt_tokens / statistics.median(prefill_s),
         decode_ms_per_token=statistics.median(statistics.median(steps) for steps in step_s) * 1e3,
         output_tokens_per_s=load.batch * load.new_tokens / statistics.median(sum(steps) for steps in step_s),
+        arrived_fraction=_share(sum(kv.arrived_bytes for kv in answers), sum(kv.follower_bytes for kv in answers)),
+        skipped_fraction=_share(sum(kv.skipped_rows for kv in answers), sum(kv.gated_rows for kv in answers)),
     )
 
 
-def _run(engine: Engine, load: Load, documents: Sequence[Sequence[int]], clock: Clock) -> tuple[float, list[float]]:
-    """Seconds of the whole prefill, and of each timed decode step."""
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _run(
+    engine: Engine, load: Load, documents: Sequence[Sequence[int]], clock: Clock
+) -> tuple[float, list[float], list[KvTelemetry]]:
+    """Seconds of the whole prefill, and of each timed decode step; and what the answers' KV did."""
     sampling = SamplingParams(max_new_tokens=load.max_new_tokens, ignore_eos=True)
     reads, answers = [], []
     for number, document in enumerate(documents):
         tokens, name = tuple(document), f"sequence-{number}"
         reads.append(EngineCall(CallId(f"read {name}"), SessionId(name), load.recipe, (), document_tokens=tokens))
         answers.append(EngineCall(CallId(f"answer {name}"), SessionId(name), load.recipe, tokens, sampling=sampling))
+    ended: list[KvTelemetry] = []
     try:
         prefill_s = _read(engine, reads, clock)
-        return prefill_s, _decode(engine, answers, load.new_tokens, clock)
+        return prefill_s, _decode(engine, answers, load.new_tokens, clock), ended
     finally:
         for call in reads:
             engine.release(call.session_id)
         while engine.has_work:  # what is left are the events of calls that were cancelled
-            engine.step()
+            ended += [event.telemetry for event in engine.step() if isinstance(event, FinishedEvent)]
 
 
 def _read(engine: Engine, calls: Sequence[EngineCall], clock: Clock) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -61,6 +61,7 @@ def engine(
     model: Model = DEFAULT_MODEL,
     kv_bytes: KvBytes = BENCH_KV_BYTES,
     host_bytes: HostBytes = None,
+    host_link: HostLink = None,
     sharing_map: Map = None,
     sharing: Sharing = None,
     skip_above: SkipAbove = None,
@@ -70,7 +71,10 @@ def engine(
     ] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Speed of prefill and decode in this process: no gateway, no RPC, no Redis. Documents are random tokens."""
+    """Speed of prefill and decode in this process: no gateway, no RPC, no Redis. Documents are random tokens.
+
+    With --host-link and layers that share keys, also how much of what they fetch arrives while others compute.
+    """
     lengths, batches = parse_counts(prompt_tokens), parse_counts(batch)
     from kvservice.bench.engine import EngineRow, Load, SkippedRow, measure
     from kvservice.cli.compose import make_engine
@@ -86,6 +90,7 @@ def engine(
             "host_bytes": host_bytes or defaults.host_bytes,
             "max_batch": max(batches),
             "threads": threads,
+            "host_link_bytes_per_s": host_link,
             **shared,
         }
     )
@@ -96,6 +101,8 @@ def engine(
         for load in bar.track(loads, description="measuring"):
             results.append(measure(measured, load, repeats))
     rows = [row for row in results if isinstance(row, EngineRow)]
+    if host_link is None:
+        rows = [replace(row, arrived_fraction=None) for row in rows]
     skipped = [row for row in results if isinstance(row, SkippedRow)]
     _show_rows(f"Engine, recipe {name}", rows)
     for row in skipped:
@@ -127,6 +134,7 @@ def engine(
             "kv_bytes": config.kv_bytes,
             "host_bytes": config.host_bytes,
             "threads": threads,
+            "host_link_bytes_per_s": host_link,
             **shared,
         }
         write_json(
@@ -157,6 +165,13 @@ def _show_rows(title: str, rows: list[EngineRow]) -> None:
         ],
         numeric=columns,
     )
+    for measured in rows:
+        size = f"{measured.batch} x {measured.prompt_tokens:,} tokens"
+        if measured.arrived_fraction is not None:
+            share = f"{measured.arrived_fraction:.1%}"
+            typer.echo(f"{size}: {share} of what followers fetched had arrived when they needed it.")
+        if measured.skipped_fraction is not None:
+            typer.echo(f"{size}: {measured.skipped_fraction:.1%} of followers' rows left distant tokens out.")
 
 
 @app.command("sessions")

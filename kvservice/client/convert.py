@@ -85,6 +85,9 @@ def telemetry(message: common_pb2.KvTelemetry) -> KvTelemetry:
         recall_hits=message.recall_hits,
         recalled_bytes=message.recalled_bytes,
         streamed_bytes=message.streamed_bytes,
+        gated_rows=message.gated_rows,
+        skipped_rows=message.skipped_rows,
+        follower_bytes=message.follower_bytes,
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvservice.attention.batch import BatchAttention, SequenceRows, prepare
+from kvservice.engine.overlap import FetchOverlap
 from kvservice.engine.sequences import HeldSequences
 from kvservice.models.base import Model
 from kvservice.recall.memory import SequenceMemory
@@ -85,12 +86,14 @@ class Forward:
         stop = self._num_layers if num_layers is None else min(self._num_layers, passing.next_layer + num_layers)
         layers, rows = range(passing.next_layer, stop), passing.rows
         arena, ring = self._sequences.arena, self._sequences.ring
-        attention = BatchAttention(arena, ring, list(rows), deterministic=self._deterministic)
+        overlap = self._overlap(rows)
+        attention = BatchAttention(arena, ring, list(rows), deterministic=self._deterministic, timer=overlap)
         carried = sum(row.memory.counters.recalled_bytes for row in rows) if self._link else 0
         is_whole = len(layers) == self._num_layers
         x = self._model.forward(passing.x, passing.positions, attention, None if is_whole else layers)
         if self._link:
-            carried = sum(row.memory.counters.recalled_bytes for row in rows) - carried
+            # Where fetches overlap with computation, the step has waited for them already.
+            carried = 0 if overlap else sum(row.memory.counters.recalled_bytes for row in rows) - carried
             whole = sum(row.whole_bytes for row in rows) * len(layers) // self._num_layers
             self._link.carry(carried + whole)
         passing.next_layer = stop
@@ -100,6 +103,11 @@ class Forward:
         """Until what was begun is done, so that its time can be told from that of what follows."""
         if self._model.device.type == "cuda":
             torch.cuda.current_stream(self._model.device).synchronize()
+
+    def _overlap(self, rows: Sequence[SequenceRows]) -> FetchOverlap | None:
+        if self._link is None or not any(row.anchors is not None and row.selects for row in rows):
+            return None
+        return FetchOverlap(rows, self._link.bytes_per_s)
 
     def logits(self, passing: Pass, which: Sequence[int]) -> Tensor:
         """The logits after the last token of some sequences, fp32 `[len(which), vocab]`.

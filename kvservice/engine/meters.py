@@ -70,6 +70,10 @@ def kv_telemetry(
         streamed_bytes=counters.streamed_bytes - before.streamed_bytes,
         index_groups=counters.scan.groups - before.scan.groups,
         index_groups_scanned=counters.scan.scanned - before.scan.scanned,
+        gated_rows=counters.gated - before.gated,
+        skipped_rows=counters.skipped - before.skipped,
+        follower_bytes=counters.follower_bytes - before.follower_bytes,
+        arrived_bytes=counters.arrived_bytes - before.arrived_bytes,
     )
 
 

@@ -216,6 +216,9 @@ def telemetry_to_proto(telemetry: KvTelemetry) -> common_pb2.KvTelemetry:
         recall_hits=telemetry.recall_hits,
         recalled_bytes=telemetry.recalled_bytes,
         streamed_bytes=telemetry.streamed_bytes,
+        gated_rows=telemetry.gated_rows,
+        skipped_rows=telemetry.skipped_rows,
+        follower_bytes=telemetry.follower_bytes,
     )
 
 

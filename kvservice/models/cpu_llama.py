@@ -54,16 +54,22 @@ class CpuLlama:
         if layers is None:
             layers = range(self._layers.num_layers)
         step = self._step_for(attention.cells, x.shape[0])
-        step.begin(positions, attention.near())
+        step.begin(positions, attention.near(shared_heads=self.spec.shape.num_heads))
         step.x.copy_(x)
-        if not attention.selects_by_torch:
+        timer, needs_torch = attention.timer, attention.selects_by_torch
+        if not needs_torch and timer is None:
             self._layers.run(step, layers)
             return step.x
         for layer in layers:
             self._layers.pre(layer, step)
             self._layers.attend(layer, step)
+            if timer:
+                timer.begins(layer)
             self._layers.recall(layer, step)
-            attention.add_recalled(layer, step.q, step.attended, step.lse)
+            if needs_torch:
+                attention.add_recalled(layer, step.q, step.attended, step.lse)
+            if timer:
+                timer.ends(layer)
             self._layers.post(layer, step)
         return step.x
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from kvservice.compression.protocols import ScanTally
 from kvservice.errors import InternalError
 from kvservice.kv.arena import Arena
+from kvservice.kv.layout import KVLayout
 from kvservice.kv.ledger import Owner
 from kvservice.kv.sequence import SequenceState
 from kvservice.recall.choosing import Query, choose_by_clusters, choose_by_scores, new_index
@@ -37,12 +38,16 @@ class RecallCounters:
         scan: groups that indexes had to look at, of those kinds that count them.
         gated: rows of followers, each a query in a query head, whose share of distant attention was known beforehand.
         skipped: of those, the rows that left distant tokens out.
+        follower_tally: int64 `[1]`, counted likewise: of the bytes that decode steps fetched, those of followers.
+        arrived_bytes: of those, what a simulated link had brought when it was needed.
     """
 
-    __slots__ = ("gated", "scan", "skipped", "streamed_bytes", "tally")
+    __slots__ = ("arrived_bytes", "follower_tally", "gated", "scan", "skipped", "streamed_bytes", "tally")
 
     def __init__(self) -> None:
         self.tally = torch.zeros(3, dtype=torch.int64)
+        self.follower_tally = torch.zeros(1, dtype=torch.int64)
+        self.arrived_bytes = 0
         self.streamed_bytes = 0
         self.scan = ScanTally()
         self.gated = 0
@@ -63,6 +68,11 @@ class RecallCounters:
         """Bytes fetched from host memory."""
         return int(self.tally[2])
 
+    @property
+    def follower_bytes(self) -> int:
+        """Of the bytes that decode steps fetched from host memory, those of followers: values alone."""
+        return int(self.follower_tally[0])
+
     def note(self, lookups: int, hits: int, num_bytes: int) -> None:
         """Adds to the tally."""
         self.tally += torch.tensor([lookups, hits, num_bytes])
@@ -72,6 +82,7 @@ class RecallCounters:
         twin = RecallCounters()
         twin.tally, twin.streamed_bytes, twin.scan = self.tally.clone(), self.streamed_bytes, replace(self.scan)
         twin.gated, twin.skipped = self.gated, self.skipped
+        twin.follower_tally, twin.arrived_bytes = self.follower_tally.clone(), self.arrived_bytes
         return twin
 
 
@@ -173,6 +184,11 @@ class SequenceMemory:
         return self.window_bytes + self.index_bytes + self.slot_bytes
 
     @property
+    def layout(self) -> KVLayout:
+        """Of its KV."""
+        return self._store.arena.layout
+
+    @property
     def returning_bytes(self) -> int:
         """Device bytes that it takes when it is back; 0 while it is on the device."""
         return self._parking.num_blocks * self._store.arena.layout.block_bytes
@@ -229,8 +245,6 @@ class SequenceMemory:
     def key_index(self) -> SequenceIndex | None:
         """The low-bit keys by which kernels may choose in place of `choose`, if that is how its recipe chooses."""
         index = self.index
-        if self.shared:
-            return None
         if isinstance(index, SequenceIndex) and index.is_key_index and not self.recipe.per_query_head:
             return index
         return None

@@ -25,6 +25,7 @@ class SharedCells:
         owns: bool `[layers, kv]`, the cells that are their own anchors.
         own_heads: int64, of each layer its KV heads that are their own anchors.
         key_rows: of each layer, where those are among all cells that are their own anchors.
+        table: int64 `[layers * kv, 5]`, all that for kernels: see `StepSharing.cells`.
     """
 
     def __init__(self, plan: SharingPlan, layout: KVLayout) -> None:
@@ -35,11 +36,21 @@ class SharedCells:
         self.has_followers = [heads.numel() < layout.num_kv_heads for heads in self.own_heads]
         ends = self.owns.sum(1).cumsum(0).tolist()
         self.key_rows = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+        self.table = self._cell_table()
 
     @property
     def shares_scores(self) -> bool:
         """Whether followers use their anchors' queries."""
         return self.plan.mode is SharingMode.SCORE
+
+    def _cell_table(self) -> Tensor:
+        key_layers = self.groups.key_layers
+        index_rows = torch.zeros_like(key_layers)
+        index_rows[self.owns] = torch.arange(self.groups.own.numel())
+        index_rows = index_rows.gather(0, key_layers)
+        followed = torch.zeros_like(key_layers).scatter_add_(0, key_layers, (~self.owns).long()).clamp_(max=1)
+        fields = [key_layers, index_rows, *self.groups.row_offsets.unbind(2), followed]
+        return torch.stack(fields, -1).flatten(0, 1).contiguous()
 
 
 class KeptKeys:

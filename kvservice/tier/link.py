@@ -9,16 +9,17 @@ class HostLink:
     """Lets bytes pass no faster than a link would.
 
     Nothing passes beside computation: what is carried holds up the step in full. A real link, which overlaps with
-    computation, costs at most as much.
+    computation, costs at most as much. What is known to be needed layers before is simulated as it overlaps: see
+    `engine.overlap`.
 
     Args:
         bytes_per_s: the link's speed.
     """
 
     def __init__(self, bytes_per_s: float) -> None:
-        self._bytes_per_s = bytes_per_s
+        self.bytes_per_s = bytes_per_s
 
     def carry(self, num_bytes: int) -> None:
         """Takes the time that so many bytes take."""
         if num_bytes:
-            time.sleep(num_bytes / self._bytes_per_s)
+            time.sleep(num_bytes / self.bytes_per_s)

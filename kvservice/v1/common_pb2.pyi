@@ -482,6 +482,9 @@ class KvTelemetry(_message.Message):
     RECALL_HITS_FIELD_NUMBER: _builtins.int
     RECALLED_BYTES_FIELD_NUMBER: _builtins.int
     STREAMED_BYTES_FIELD_NUMBER: _builtins.int
+    GATED_ROWS_FIELD_NUMBER: _builtins.int
+    SKIPPED_ROWS_FIELD_NUMBER: _builtins.int
+    FOLLOWER_BYTES_FIELD_NUMBER: _builtins.int
     dense_bytes: _builtins.int
     """What the same tokens take on the device under `dense`."""
     recall_lookups: _builtins.int
@@ -490,6 +493,13 @@ class KvTelemetry(_message.Message):
     recalled_bytes: _builtins.int
     """Bytes moved from host to device by recall, and by streaming of distant KV."""
     streamed_bytes: _builtins.int
+    gated_rows: _builtins.int
+    """Of layers that use another layer's keys: rows, each a query in a query head, that might have left distant tokens
+    out, and those that did.
+    """
+    skipped_rows: _builtins.int
+    follower_bytes: _builtins.int
+    """Of recalled_bytes, what decode steps fetched for such layers."""
     @_builtins.property
     def bytes(self) -> Global___KvBytes: ...
     def __init__(
@@ -501,10 +511,13 @@ class KvTelemetry(_message.Message):
         recall_hits: _builtins.int = ...,
         recalled_bytes: _builtins.int = ...,
         streamed_bytes: _builtins.int = ...,
+        gated_rows: _builtins.int = ...,
+        skipped_rows: _builtins.int = ...,
+        follower_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "dense_bytes", b"dense_bytes", "recall_hits", b"recall_hits", "recall_lookups", b"recall_lookups", "recalled_bytes", b"recalled_bytes", "streamed_bytes", b"streamed_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "dense_bytes", b"dense_bytes", "follower_bytes", b"follower_bytes", "gated_rows", b"gated_rows", "recall_hits", b"recall_hits", "recall_lookups", b"recall_lookups", "recalled_bytes", b"recalled_bytes", "skipped_rows", b"skipped_rows", "streamed_bytes", b"streamed_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

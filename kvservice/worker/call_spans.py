@@ -76,6 +76,8 @@ def _attributes(event: FinishedEvent) -> Attributes:
         "recall.hits": kv.recall_hits,
         "tier.recalled_bytes": kv.recalled_bytes,
         "tier.streamed_bytes": kv.streamed_bytes,
+        "sharing.gated_rows": kv.gated_rows,
+        "sharing.skipped_rows": kv.skipped_rows,
         "tier.host_bytes": kv.host_bytes,
         "tier.redis_bytes": kv.redis_bytes,
     }

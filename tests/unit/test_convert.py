@@ -110,6 +110,11 @@ def test_each_owner_of_bytes_has_its_own_field() -> None:
         numbers["recall_hits"],
     )
     assert (message.recalled_bytes, message.streamed_bytes) == (numbers["recalled_bytes"], numbers["streamed_bytes"])
+    assert (message.gated_rows, message.skipped_rows, message.follower_bytes) == (
+        numbers["gated_rows"],
+        numbers["skipped_rows"],
+        numbers["follower_bytes"],
+    )
 
 
 def test_usage_keeps_its_four_counts_apart() -> None:

@@ -26,6 +26,7 @@ from kvservice.kernels.cpu.library import (
     KvPart,
     KvRecall,
     KvSequence,
+    KvSharing,
     KvStep,
     library,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "Step",
     "StepRecall",
     "StepSequence",
+    "StepSharing",
     "draw_tokens",
     "empty_bytes",
     "encode_keys",
@@ -248,7 +250,8 @@ class StepRecall:
     """What a sequence's queries recall from.
 
     Attributes:
-        codes: int32 `[layers * kv, columns]`, arena blocks of its low-bit keys, as `methods.key_index` lays them out.
+        codes: int32 `[layers * kv, columns]`, arena blocks of its low-bit keys, as `methods.key_index` lays them out;
+            where keys are shared, a row for each (layer, KV head) that has some.
         params: likewise, of their quantisers.
         bits: of a number's code: 1, 2, 4 or 8.
         groups: int64 `[n]`, the addresses of all distant groups, as in `StepSequence`.
@@ -269,6 +272,35 @@ class StepRecall:
     counters: Tensor
 
 
+CELL_FIELDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class StepSharing:
+    """How a sequence shares distant keys between layers. Anchors write what their followers read in later layers.
+
+    Its buffers belong to the tokens of the step, and stay while those are on their way through the layers.
+
+    Attributes:
+        cells: int64 `[layers * kv, 5]`, where each (layer, KV head) finds distant KV: the layer whose keys they are;
+            the row of those in the tables of the index; the rows of `head_dim` numbers of token 0's key and of its
+            value in a group; whether others use its keys. A token's rows lie two after those of the token before.
+        until_slide: queries before the window slides; it does so again after each 64 more. What a query's own window
+            doesn't hold is distant to it.
+        far_queries: `[queries, h, d]`, what followers score distant tokens by; None: by their own queries.
+        chosen: int32 `[queries, kv, budget]`, the tokens that were recalled; there if and only if some are.
+        key_slots: int32 `[kv, budget]`, the slots of their keys; there if and only if there are slots.
+        fetched: int64 `[1]`, added to: bytes that followers fetched into slots.
+    """
+
+    cells: Tensor
+    until_slide: int
+    fetched: Tensor
+    far_queries: Tensor | None = None
+    chosen: Tensor | None = None
+    key_slots: Tensor | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class StepSequence:
     """One sequence's share of a step.
@@ -281,8 +313,10 @@ class StepSequence:
         first_row: of its tokens among the step's rows. Sequences follow one another in order.
         window_start: position of its 17th token in the arena.
         groups: int64 `[n]`, the addresses of all groups of 64 tokens between sinks and window, if the queries see them:
-            `[layers, kv, 64, K or V, d]` each, in the dtype of the arena. None: they see sinks and window.
+            `[layers, kv, 64, K or V, d]` each, in the dtype of the arena, or as `sharing` has it. None: they see sinks
+            and window.
         recall: from what they recall besides, if they do; then `groups` is None.
+        sharing: how layers share distant keys, if they do.
     """
 
     table: Tensor
@@ -292,6 +326,7 @@ class StepSequence:
     window_start: int
     groups: Tensor | None = None
     recall: StepRecall | None = None
+    sharing: StepSharing | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,6 +394,7 @@ class Step:
             torch.empty(heads[:2]),
         )
         self._kept: list[object] = [arena, cos, sin]
+        self._num_layers = layers.num_layers
         self._num_cells = 2 * layers.num_layers * layers.num_kv_heads
         self.record = KvStep(
             x=self._buffers[0].data_ptr(),
@@ -409,6 +445,7 @@ class Step:
         if table.stride(1) != 1 and columns > 1:
             raise ValueError(f"table has strides {table.stride()}: the second must be 1")
         recall = None if sequence.recall is None else ctypes.pointer(self._recall_record(sequence.recall, sequence))
+        sharing = None if sequence.sharing is None else ctypes.pointer(self._sharing_record(sequence.sharing, sequence))
         return KvSequence(
             table=table.data_ptr(),
             table_stride=table.stride(0),
@@ -419,6 +456,38 @@ class Step:
             groups=None if sequence.groups is None else sequence.groups.data_ptr(),
             num_groups=0 if sequence.groups is None else sequence.groups.numel(),
             recall=recall,
+            sharing=sharing,
+        )
+
+    def _sharing_record(self, sharing: StepSharing, sequence: StepSequence) -> KvSharing:
+        _, heads, dim = self.q.shape
+        rows, queries, recall = self._num_cells // 2, sequence.num_queries, sequence.recall
+        num_kv = rows // self._num_layers
+        _check(sharing.cells, torch.int64, (rows, CELL_FIELDS), "cells")
+        _check(sharing.fetched, torch.int64, (1,), "fetched")
+        if sharing.until_slide < 1:
+            raise ValueError(f"until_slide={sharing.until_slide}: the first query sees the sequence's own window")
+        if recall is not None and queries > sharing.until_slide:
+            raise ValueError(
+                f"{queries} queries can't recall as if all saw one window: it slides after {sharing.until_slide}"
+            )
+        if (sharing.chosen is None) != (recall is None):
+            raise ValueError("chosen tokens are kept if and only if the sequence recalls some")
+        if (sharing.key_slots is None) != (recall is None or recall.slots is None):
+            raise ValueError("slots of keys are kept if and only if there are slots")
+        if sharing.far_queries is not None:
+            _check(sharing.far_queries, self.q.dtype, (queries, heads, dim), "far_queries")
+        if recall is not None and sharing.chosen is not None:
+            _check(sharing.chosen, torch.int32, (queries, num_kv, recall.budget), "chosen")
+        if recall is not None and sharing.key_slots is not None:
+            _check(sharing.key_slots, torch.int32, (num_kv, recall.budget), "key_slots")
+        return KvSharing(
+            cells=sharing.cells.data_ptr(),
+            far_queries=_address(sharing.far_queries),
+            chosen=_address(sharing.chosen),
+            key_slots=_address(sharing.key_slots),
+            fetched=sharing.fetched.data_ptr(),
+            until_slide=sharing.until_slide,
         )
 
     def _recall_record(self, recall: StepRecall, sequence: StepSequence) -> KvRecall:
@@ -432,6 +501,8 @@ class Step:
         if has_slots != (recall.resident is not None) or (has_slots and sequence.num_queries > 1):
             raise ValueError("recall slots take the tokens of one query, and note what they hold")
         rows = self._num_cells // 2
+        if sequence.sharing is not None:
+            rows = int(sequence.sharing.cells[:, 1].max()) + 1
         for name, table in (("codes", recall.codes), ("params", recall.params)):
             if table.dtype is not torch.int32 or table.shape[0] != rows or table.stride(1) != 1:
                 raise ValueError(f"{name} is {table.dtype} {tuple(table.shape)}: must be torch.int32 ({rows}, n)")

@@ -65,6 +65,19 @@ class KvRecall(Structure):
     )
 
 
+class KvSharing(Structure):
+    """How a sequence shares distant keys between layers."""
+
+    _fields_ = (
+        ("cells", c_void_p),
+        ("far_queries", c_void_p),
+        ("chosen", c_void_p),
+        ("key_slots", c_void_p),
+        ("fetched", c_void_p),
+        ("until_slide", c_int32),
+    )
+
+
 class KvSequence(Structure):
     """A sequence's share of a step."""
 
@@ -78,6 +91,7 @@ class KvSequence(Structure):
         ("groups", c_void_p),
         ("num_groups", c_int32),
         ("recall", POINTER(KvRecall)),
+        ("sharing", POINTER(KvSharing)),
     )
 
 

@@ -7,8 +7,10 @@ from itertools import count
 import pytest
 
 from kvservice.bench.engine import EngineRow, Load, SkippedRow, measure, why_not
+from kvservice.compression.layer_groups import LayerGroups
+from kvservice.compression.sharing import SharingPlan
 from kvservice.config.engine import EngineConfig
-from kvservice.config.recipes import DENSE, RECALL
+from kvservice.config.recipes import DENSE, POD, RECALL
 from kvservice.engine import Engine
 from kvservice.engine.ports import NoWriter
 from kvservice.models.tiny import tiny_model
@@ -67,3 +69,17 @@ def test_host_bytes_can_be_what_is_short(engine: Engine) -> None:
     reason = why_not(replace(LOAD, recipe=RECALL, prompt_tokens=1000), engine.info.shape, headroom)
     assert reason is not None
     assert "host bytes" in reason
+
+
+def test_what_followers_fetch_and_skip_is_told_where_layers_share_keys() -> None:
+    model = tiny_model(seed=0, num_layers=4)
+    groups = LayerGroups(((0, 0, 2, 2), (0, 0, 2, 2)))
+    load = Load(replace(POD, window_tokens=64, recalled_tokens=32), prompt_tokens=300, batch=1, new_tokens=4, seed=7)
+    config = EngineConfig(kv_bytes=16 << 20, host_bytes=16 << 20, step_tokens=128, host_link_bytes_per_s=10 << 30)
+    row = measure(Engine(model, config, NoWriter(), sharing=SharingPlan(groups)), load, repeats=1)
+    assert row.arrived_fraction is not None
+    assert 0.5 <= row.arrived_fraction <= 1
+    assert row.skipped_fraction is None
+    gated = Engine(model, config, NoWriter(), sharing=SharingPlan(groups, skip_above=0.5))
+    skipping = measure(gated, load, repeats=1)
+    assert 0 < skipping.skipped_fraction < 1

@@ -39,12 +39,32 @@ struct KvLayer {
   int32_t head_dim;
 };
 
+// Where one (layer, KV head) of a sequence that shares distant keys between layers finds them. A group is rows of
+// head_dim numbers; a token's rows lie two after those of the token before.
+struct KvCell {
+  int64_t key_layer;    // whose keys: its own layer, or, of a follower, an earlier one, its anchor
+  int64_t index_row;    // of those keys, in the tables of the index
+  int64_t key_row;      // of token 0 in a group
+  int64_t value_row;    // likewise
+  int64_t is_followed;  // it is the anchor of others
+};
+
+// How a sequence shares distant keys between layers. Anchors write what their followers read in later layers.
+struct KvSharing {
+  const KvCell* cells;   // [layers, num_kv]
+  void* far_queries;     // [num_queries, num_heads, head_dim], of anchors: followers score by them; null: by their own
+  int32_t* chosen;       // [num_queries, num_kv, budget], tokens that were recalled; null where nothing is
+  int32_t* key_slots;    // [num_kv, budget], the slots of their keys; null: recall into no slots
+  int64_t* fetched;      // added to: bytes that followers fetched into slots
+  int32_t until_slide;   // queries before the window slides; it does so again after each 64 more
+};
+
 // What a sequence recalls from: low-bit keys of its distant tokens in arena blocks, their keys and values in host memory,
 // and slots in the arena for those recalled last. A group is 64 tokens.
 //   codes    of a group: vectors of 64 bytes, see key_codes.h
 //   params   of a group: for each channel the quantiser's step, then the middle of its range, [2, head_dim]
 struct KvRecall {
-  const int32_t* codes;    // [layers * num_kv, columns], blocks of the arena
+  const int32_t* codes;    // [layers * num_kv, or as KvCell, columns], blocks of the arena
   int64_t codes_stride;    // between rows
   const int32_t* params;   // as codes
   int64_t params_stride;
@@ -69,9 +89,10 @@ struct KvSequence {
   int32_t num_queries;    // tokens of the step, already counted in neither
   int32_t first_row;      // of its queries among the step's rows
   int32_t window_start;   // 16 + a multiple of 64
-  const int64_t* groups;  // addresses of groups of 64 tokens, [layers, num_kv, 64, K or V, head_dim] each
+  const int64_t* groups;  // addresses of groups of 64 tokens, [layers, num_kv, 64, K or V, head_dim] each, or as KvCell
   int32_t num_groups;     // 0, or all before window_start
   const KvRecall* recall;  // or null
+  const KvSharing* sharing;  // or null
 };
 
 // Keys and values of one part of one sequence outside the arena, seen by all its queries.

@@ -12,6 +12,7 @@
 
 #include <immintrin.h>
 
+#include <climits>
 #include <cmath>
 
 #include "parallel.h"
@@ -165,15 +166,54 @@ struct HeadRows {
   }
 };
 
+// Where token 0 of a (layer, KV head) lies in a group in host memory, in numbers from its start; tokens are 2 * head_dim
+// apart.
+struct GroupRows {
+  int64_t key;
+  int64_t value;
+
+  GroupRows(const KvLayer& layer, int layer_idx, const KvSequence& sequence, int kv_head) {
+    const int64_t head = static_cast<int64_t>(layer_idx) * layer.num_kv + kv_head;
+    key = head * kTileTokens * 2 * layer.head_dim;
+    value = key + layer.head_dim;
+    if (sequence.sharing) {
+      key = sequence.sharing->cells[head].key_row * layer.head_dim;
+      value = sequence.sharing->cells[head].value_row * layer.head_dim;
+    }
+  }
+};
+
 // One sequence's tokens: sinks in the arena, groups in host memory if its queries see them, window in the arena.
 template <class T>
 class PagedTokens {
  public:
   PagedTokens(const KvLayer& layer, int layer_idx, const KvStep& step, const KvSequence& sequence)
-      : layer_(layer), layer_idx_(layer_idx), arena_(static_cast<const T*>(step.arena)), sequence_(sequence) {}
+      : layer_(layer), layer_idx_(layer_idx), arena_(static_cast<const T*>(step.arena)), sequence_(sequence) {
+    if (!sequence.sharing) return;
+    for (int head = 0; head < layer.num_kv; ++head) {
+      if (follows(head)) until_slide_ = sequence.sharing->until_slide;
+    }
+  }
 
   int num_queries() const { return sequence_.num_queries; }
   int first_row() const { return sequence_.first_row; }
+
+  // Where layers share distant keys, which tiles are distant depends on the query: it sees the window that it would see
+  // if it came alone.
+  int until_slide() const { return until_slide_; }
+  // Tiles 1 to this one are distant to a query.
+  int last_far(int query) const {
+    return sequence_.num_groups + (query < until_slide_ ? 0 : 1 + (query - until_slide_) / kTileTokens);
+  }
+  // What rows score distant tiles by, as the step's queries but from the sequence's first on; null: by their own.
+  const T* far_queries(int kv_head) const {
+    return follows(kv_head) ? static_cast<const T*>(sequence_.sharing->far_queries) : nullptr;
+  }
+  // Where queries are to be left for followers; null: nowhere.
+  T* kept_queries(int kv_head) const {
+    return sequence_.sharing && cell(kv_head).is_followed ? static_cast<T*>(sequence_.sharing->far_queries) : nullptr;
+  }
+
   // How many tokens query i sees.
   int visible(int query) const { return grouped_tokens() + sequence_.num_resident + query + 1; }
 
@@ -188,13 +228,14 @@ class PagedTokens {
   // The next that holds anything.
   int split_after(int split) const { return larger(split + 1, split_of(1)); }
 
-  Tile<T> tile(int index, int kv_head, int tokens, T* spare) const {
+  // Of a distant tile, tile <= last_far, the keys are the anchor's.
+  Tile<T> tile(int index, int kv_head, int tokens, int last_far, T* spare) const {
     if (is_group(index)) return group_tile(index - 1, kv_head);
     Tile<T> tile;
     tile.stride = layer_.head_dim;
     tile.count = smaller(tokens, first_token(index + 1)) - first_token(index);
     const int column = first_column(index);
-    const int32_t* keys = row(0, kv_head) + column;
+    const int32_t* keys = key_blocks(index, kv_head, last_far) + column;
     const int32_t* values = row(1, kv_head) + column;
     const int64_t block_elements = kBlockTokens * static_cast<int64_t>(layer_.head_dim);
     for (int b = 0; b < tile.num_blocks(); ++b) {
@@ -206,14 +247,14 @@ class PagedTokens {
   }
 
   // What of a tile is worth fetching ahead. Not a group: there the processor itself runs ahead.
-  Ahead ahead(int index, int kv_head, int tokens) const {
+  Ahead ahead(int index, int kv_head, int tokens, int last_far) const {
     if (is_group(index)) return Ahead();
     const int64_t block_elements = kBlockTokens * static_cast<int64_t>(layer_.head_dim);
     Ahead ahead(block_elements * static_cast<int64_t>(sizeof(T)));
     const int column = first_column(index);
     const int count = smaller(tokens, first_token(index + 1)) - first_token(index);
     for (int kind = 1; kind >= 0; --kind) {
-      const int32_t* blocks = row(kind, kv_head) + column;
+      const int32_t* blocks = (kind ? row(kind, kv_head) : key_blocks(index, kv_head, last_far)) + column;
       for (int b = 0; b * kBlockTokens < count; ++b) ahead.add(arena_ + blocks[b] * block_elements);
     }
     return ahead;
@@ -231,26 +272,36 @@ class PagedTokens {
   }
 
   Tile<T> group_tile(int group, int kv_head) const {
-    const int64_t head = static_cast<int64_t>(layer_idx_) * layer_.num_kv + kv_head;
-    const T* pairs = reinterpret_cast<const T*>(sequence_.groups[group]) + head * kTileTokens * 2 * layer_.head_dim;
+    const T* start = reinterpret_cast<const T*>(sequence_.groups[group]);
+    const GroupRows rows(layer_, layer_idx_, sequence_, kv_head);
     Tile<T> tile;
     tile.stride = 2 * layer_.head_dim;
     tile.count = kTileTokens;
     for (int b = 0; b < kTileBlocks; ++b) {
-      tile.keys[b] = pairs + b * kBlockTokens * tile.stride;
-      tile.values[b] = tile.keys[b] + layer_.head_dim;
+      tile.keys[b] = start + rows.key + b * kBlockTokens * tile.stride;
+      tile.values[b] = start + rows.value + b * kBlockTokens * tile.stride;
     }
     return tile;
   }
 
-  const int32_t* row(int kind, int kv_head) const {
-    return sequence_.table + ((layer_idx_ * 2 + kind) * layer_.num_kv + kv_head) * sequence_.table_stride;
+  const KvCell& cell(int kv_head) const { return sequence_.sharing->cells[layer_idx_ * layer_.num_kv + kv_head]; }
+  bool follows(int kv_head) const { return sequence_.sharing && cell(kv_head).key_layer != layer_idx_; }
+
+  const int32_t* row(int kind, int kv_head) const { return row_of(layer_idx_, kind, kv_head); }
+  const int32_t* row_of(int64_t layer_idx, int kind, int kv_head) const {
+    return sequence_.table + ((layer_idx * 2 + kind) * layer_.num_kv + kv_head) * sequence_.table_stride;
+  }
+  // Of a tile in the arena.
+  const int32_t* key_blocks(int tile, int kv_head, int last_far) const {
+    const bool is_shared = tile >= 1 && tile <= last_far && follows(kv_head);
+    return is_shared ? row_of(cell(kv_head).key_layer, 0, kv_head) : row(0, kv_head);
   }
 
   const KvLayer& layer_;
   int layer_idx_;
   const T* arena_;
   const KvSequence& sequence_;
+  int until_slide_ = INT_MAX;  // where layers don't share keys it doesn't matter
 };
 
 // A part that lies contiguous outside the arena; all queries see all of it.
@@ -267,8 +318,12 @@ class PartTokens {
   static int split_of(int tile) { return tile / kTilesPerSplit; }
   static int first_tile(int split) { return split * kTilesPerSplit; }
   static int split_after(int split) { return split + 1; }
+  static int until_slide() { return INT_MAX; }
+  static int last_far(int) { return 0; }
+  static const T* far_queries(int) { return nullptr; }
+  static T* kept_queries(int) { return nullptr; }
 
-  Tile<T> tile(int index, int kv_head, int tokens, T* spare) const {
+  Tile<T> tile(int index, int kv_head, int tokens, int, T* spare) const {
     const int64_t start = kv_head * part_.head_stride + first_token(index) * part_.token_stride;
     Tile<T> tile;
     tile.stride = part_.token_stride;
@@ -283,7 +338,7 @@ class PartTokens {
   }
 
   // Nothing: the processor itself runs ahead in contiguous memory.
-  Ahead ahead(int, int, int) const { return Ahead(); }
+  Ahead ahead(int, int, int, int) const { return Ahead(); }
 
  private:
   const KvLayer& layer_;
@@ -334,13 +389,28 @@ class Plan {
     return tiles == 0 ? 0 : tokens.split_of(tiles - 1);
   }
   bool is_cut_by_split(const Tokens& tokens) const {
-    return tokens.num_queries() > 0 && tokens.num_queries() <= queries_per_item_ && last_split(tokens) > 0;
+    return tokens.num_queries() > 0 && tokens.num_queries() <= queries_per_item_ && last_split(tokens) > 0 &&
+           tokens.num_queries() <= tokens.until_slide();
+  }
+
+  // Calls visit(first, count) with queries that one item takes. Those of one item see the same window.
+  template <class Visit>
+  void each_run(const Tokens& tokens, Visit&& visit) const {
+    int end_of_window = tokens.until_slide();
+    for (int first = 0; first < tokens.num_queries();) {
+      if (first >= end_of_window) end_of_window += kTileTokens;
+      const int end = smaller(smaller(first + queries_per_item_, end_of_window), tokens.num_queries());
+      visit(first, end - first);
+      first = end;
+    }
   }
 
   int num_items(const Tokens& tokens) const {
     // Splits that hold nothing get no item.
     if (is_cut_by_split(tokens)) return last_split(tokens) - tokens.split_after(0) + 2;
-    return static_cast<int>(divide_up(tokens.num_queries(), queries_per_item_));
+    int count = 0;
+    each_run(tokens, [&](int, int) { ++count; });
+    return count;
   }
 
   void add(int s, int kv_head) {
@@ -353,11 +423,9 @@ class Plan {
       return;
     }
     // The last queries see most, so they go first.
-    for (int i = num_items(tokens) - 1; i >= 0; --i) {
-      const int first = i * queries_per_item_;
-      const int count = smaller(queries_per_item_, tokens.num_queries() - first);
-      items[num_planned++] = {s, kv_head, first, count, kAllSplits, 0};
-    }
+    num_planned += num_items(tokens);
+    int place = num_planned;
+    each_run(tokens, [&](int first, int count) { items[--place] = {s, kv_head, first, count, kAllSplits, 0}; });
   }
 
   const Tokens* tokens_;
@@ -394,6 +462,14 @@ class Attender {
     const int rows = item.num_queries * group;
     const HeadRows<T> heads{layer_, step_, item.kv_head, tokens.first_row() + item.first_query};
     fold_.set_queries(rows, [&](int row) { return heads.query(row); });
+    far_.last_tile = tokens.last_far(item.first_query);
+    far_.queries = tokens.far_queries(item.kv_head);
+    far_.is_asked = false;
+    if (T* kept_queries = tokens.kept_queries(item.kv_head); kept_queries && item.split <= 0) {
+      for (int row = 0; row < rows; ++row) {
+        std::memcpy(static_cast<void*>(kept_queries + far_row(item, row)), heads.query(row), layer_.head_dim * sizeof(T));
+      }
+    }
     // Rows of padding repeat the last row's, so that they never ask for a mask of their own.
     for (int row = 0; row < padded(rows); ++row) {
       visible_[row] = tokens.visible(item.first_query + smaller(row / group, item.num_queries - 1));
@@ -410,7 +486,8 @@ class Attender {
     total_.clear(padded(rows));
     for (int tile = 0; tile < num_tiles;) {
       const int end = smaller(num_tiles, tokens.first_tile(tokens.split_after(tokens.split_of(tile))));
-      fold_tiles(tokens, item, tile, end, seen, end < num_tiles ? tokens.ahead(end, item.kv_head, seen) : after, part_);
+      fold_tiles(tokens, item, tile, end, seen,
+                 end < num_tiles ? tokens.ahead(end, item.kv_head, seen, far_.last_tile) : after, part_);
       total_.merge(part_, rows);
       tile = end;
     }
@@ -429,8 +506,9 @@ class Attender {
                   State& state) {
     state.clear(padded(item.num_queries * layer_.num_heads / layer_.num_kv));
     for (int index = begin; index < end; ++index) {
-      const Tile<T> tile = tokens.tile(index, item.kv_head, seen, spare_);
-      Ahead ahead = index + 1 < end ? tokens.ahead(index + 1, item.kv_head, seen) : after;
+      if (far_.queries) ask(tokens, item, index >= 1 && index <= far_.last_tile, state);
+      const Tile<T> tile = tokens.tile(index, item.kv_head, seen, far_.last_tile, spare_);
+      Ahead ahead = index + 1 < end ? tokens.ahead(index + 1, item.kv_head, seen, far_.last_tile) : after;
       fold_.fold(tile, Tokens::first_token(index), visible_, ahead, state);
     }
     fold_.settle(state);
@@ -439,8 +517,30 @@ class Attender {
   static Ahead first_ahead(const Tokens& tokens, const Item& item) {
     const int seen = tokens.visible(item.first_query + item.num_queries - 1);
     const int tile = item.split == kAllSplits ? 0 : tokens.first_tile(item.split);
-    return tokens.ahead(tile, item.kv_head, seen);
+    return tokens.ahead(tile, item.kv_head, seen, tokens.last_far(item.first_query));
   }
+
+  // From here on tiles are scored by the anchor's queries, or by the rows' own.
+  void ask(const Tokens& tokens, const Item& item, bool is_far, State& state) {
+    if (is_far == far_.is_asked) return;
+    far_.is_asked = is_far;
+    fold_.flush(state);
+    const int rows = item.num_queries * (layer_.num_heads / layer_.num_kv);
+    const HeadRows<T> heads{layer_, step_, item.kv_head, tokens.first_row() + item.first_query};
+    fold_.set_queries(rows, [&](int row) { return is_far ? far_.queries + far_row(item, row) : heads.query(row); });
+  }
+
+  // Of a row among the sequence's queries.
+  int64_t far_row(const Item& item, int row) const {
+    return HeadRows<T>{layer_, step_, item.kv_head, item.first_query}.head(row) * layer_.head_dim;
+  }
+
+  // Of the item in work: its last distant tile, what those are scored by, and whether they are now.
+  struct Far {
+    int last_tile = 0;
+    const T* queries = nullptr;
+    bool is_asked = false;
+  };
 
   const KvLayer& layer_;
   const KvStep& step_;
@@ -448,6 +548,7 @@ class Attender {
   State part_;
   int32_t* visible_;  // of each row: how many tokens it sees
   T* spare_;
+  Far far_;
   Fold fold_;
 };
 

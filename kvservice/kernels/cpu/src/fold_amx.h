@@ -181,6 +181,9 @@ class AmxFold {
     visible_ = visible;
   }
 
+  // Before queries change within a split.
+  void flush(State& state) { settle(state); }
+
   // At the end of a split.
   void settle(State& state) {
     if (num_tiles_ == 0) return;

@@ -39,6 +39,10 @@ class DecodeFold {
     }
   }
 
+  void flush(State& state) {
+    if (!is_few_) many_.flush(state);
+  }
+
   void settle(State& state) {
     if (is_few_) {
       few_.settle(state);

@@ -34,6 +34,7 @@ class FewRowsFold {
     masses_ = reinterpret_cast<float*>(weights_ + kTileBlocks * kWeightWords);
     scores_ = masses_ + kMostRows * Vec::width;
     queries_ = reinterpret_cast<uint32_t*>(scores_ + kMostQuads * kTileTokens * 4);
+    std::memset(masses_, 0, kMostRows * Vec::width * sizeof(float));
   }
 
   static bool takes(int /*head_dim*/, int rows) { return rows <= kMostRows; }
@@ -48,7 +49,6 @@ class FewRowsFold {
       const bf16* query = query_of(smaller(row, rows - 1));
       for (int pair = 0; pair < head_dim_ / 2; ++pair) std::memcpy(to + pair * 4, query + 2 * pair, 4);
     }
-    std::memset(masses_, 0, kMostRows * Vec::width * sizeof(float));
     session_.set(shapes_for(rows));
   }
 

@@ -49,6 +49,9 @@ class VecFold {
   // Sums are in order as they are.
   void settle(State&) const {}
 
+  // Nothing is pending when queries change.
+  void flush(State&) const {}
+
   // Up to a tile of tokens that lie anywhere; all rows see them all.
   void fold_scattered(const T* const* keys, const T* const* values, int num_tokens, State& state) {
     for (int t = 0; t < num_tokens; ++t) {

@@ -6,6 +6,9 @@
 //   choose  the tokens of most mass, in order of position
 //   fetch   from host memory, into recall slots in the arena, those that aren't there yet
 //   attend  to them, and merge with what is near
+// Where layers share distant keys, only anchors score and choose. A follower takes their choice, the slots of their keys
+// and, if it is to, their queries; its values it fetches by itself.
+//
 // A query's choice depends on that query alone, and tokens are added in order of position, not of slot: what was
 // recalled before never shows in a result.
 #pragma once
@@ -160,12 +163,19 @@ class Recaller {
     const KvRecall& recall = *sequence.recall;
     const int num_tokens = recall.num_groups * kGroupTokens;
     const HeadRows<T> heads{layer_, step_, kv_head, sequence.first_row + query};
-    score(recall, kv_head, heads);
-    weigh(heads, num_tokens);
     const int budget = smaller(recall.budget, num_tokens);
-    choose(num_tokens, budget);
-    locate(recall, kv_head, budget);
-    fold_.set_queries(group_, [&](int row) { return heads.query(row); });
+    if (follows(sequence, kv_head)) {
+      std::memcpy(m_.chosen, shared_choice(sequence, kv_head, query), budget * sizeof(int32_t));
+    } else {
+      score(sequence, kv_head, heads);
+      weigh(heads, num_tokens);
+      choose(num_tokens, budget);
+      if (sequence.sharing) {
+        std::memcpy(shared_choice(sequence, kv_head, query), m_.chosen, budget * sizeof(int32_t));
+      }
+    }
+    locate(sequence, kv_head, budget);
+    ask(sequence, kv_head, query, heads);
     state_.clear(padded(group_));
     for (int t = 0; t < budget; t += kTileTokens) {
       fold_.fold_scattered(m_.keys + t, m_.values + t, smaller(kTileTokens, budget - t), state_);
@@ -229,9 +239,38 @@ class Recaller {
     return m;
   }
 
+  // -- share ----------------------------------------------------------------------------------------------------------
+
+  const KvCell& cell(const KvSequence& sequence, int kv_head) const {
+    return sequence.sharing->cells[layer_idx_ * layer_.num_kv + kv_head];
+  }
+
+  bool follows(const KvSequence& sequence, int kv_head) const {
+    return sequence.sharing && cell(sequence, kv_head).key_layer != layer_idx_;
+  }
+
+  int32_t* shared_choice(const KvSequence& sequence, int kv_head, int query) const {
+    const int64_t place = static_cast<int64_t>(query) * layer_.num_kv + kv_head;
+    return sequence.sharing->chosen + place * sequence.recall->budget;
+  }
+
+  // Sets what the chosen tokens are scored by.
+  void ask(const KvSequence& sequence, int kv_head, int query, const HeadRows<T>& heads) {
+    if (!follows(sequence, kv_head) || !sequence.sharing->far_queries) {
+      fold_.set_queries(group_, [&](int row) { return heads.query(row); });
+      return;
+    }
+    const HeadRows<T> own{layer_, step_, kv_head, query};
+    const T* queries = static_cast<const T*>(sequence.sharing->far_queries);
+    fold_.set_queries(group_, [&](int row) { return queries + own.head(row) * layer_.head_dim; });
+  }
+
   // -- score ----------------------------------------------------------------------------------------------------------
 
-  void score(const KvRecall& recall, int kv_head, const HeadRows<T>& heads) {
+  void score(const KvSequence& sequence, int kv_head, const HeadRows<T>& heads) {
+    const KvRecall& recall = *sequence.recall;
+    const int64_t row = sequence.sharing ? cell(sequence, kv_head).index_row
+                                         : static_cast<int64_t>(layer_idx_) * layer_.num_kv + kv_head;
     const int dim = layer_.head_dim;
     for (int h = 0; h < group_; ++h) {
       float* query = m_.queries + h * padded_dim(dim);
@@ -242,10 +281,10 @@ class Recaller {
     for (int h = 0; h < group_; h += kHeadsTogether) {
       const int count = smaller(kHeadsTogether, group_ - h);
       switch (recall.bits) {
-        case 1: score_heads<1>(recall, kv_head, h, count); break;
-        case 2: score_heads<2>(recall, kv_head, h, count); break;
-        case 4: score_heads<4>(recall, kv_head, h, count); break;
-        default: score_heads<8>(recall, kv_head, h, count); break;
+        case 1: score_heads<1>(recall, row, h, count); break;
+        case 2: score_heads<2>(recall, row, h, count); break;
+        case 4: score_heads<4>(recall, row, h, count); break;
+        default: score_heads<8>(recall, row, h, count); break;
       }
     }
   }
@@ -254,19 +293,18 @@ class Recaller {
   static constexpr int kGroupsAhead = 4;
 
   template <int kBits>
-  void score_heads(const KvRecall& recall, int kv_head, int head, int count) {
+  void score_heads(const KvRecall& recall, int64_t row, int head, int count) {
     switch (count) {
-      case 1: return score_groups<kBits, 1>(recall, kv_head, head);
-      case 2: return score_groups<kBits, smaller(2, kHeadsTogether)>(recall, kv_head, head);
-      case 3: return score_groups<kBits, smaller(3, kHeadsTogether)>(recall, kv_head, head);
-      default: return score_groups<kBits, kHeadsTogether>(recall, kv_head, head);
+      case 1: return score_groups<kBits, 1>(recall, row, head);
+      case 2: return score_groups<kBits, smaller(2, kHeadsTogether)>(recall, row, head);
+      case 3: return score_groups<kBits, smaller(3, kHeadsTogether)>(recall, row, head);
+      default: return score_groups<kBits, kHeadsTogether>(recall, row, head);
     }
   }
 
   template <int kBits, int R>
-  void score_groups(const KvRecall& recall, int kv_head, int head) {
+  void score_groups(const KvRecall& recall, int64_t row, int head) {
     const int dim = layer_.head_dim;
-    const int64_t row = static_cast<int64_t>(layer_idx_) * layer_.num_kv + kv_head;
     const int64_t block_bytes = kBlockTokens * dim * static_cast<int64_t>(sizeof(T));
     const Entries codes(step_.arena, block_bytes, recall.codes + row * recall.codes_stride,
                         kGroupTokens * static_cast<int64_t>(dim) * kBits / 8);
@@ -404,30 +442,49 @@ class Recaller {
   // -- fetch ----------------------------------------------------------------------------------------------------------
 
   // Where the chosen tokens' keys and values are read: in recall slots if the sequence has some, else in host memory.
-  void locate(const KvRecall& recall, int kv_head, int count) {
+  void locate(const KvSequence& sequence, int kv_head, int count) {
+    const KvRecall& recall = *sequence.recall;
     const int dim = layer_.head_dim;
+    const GroupRows rows(layer_, layer_idx_, sequence, kv_head);
     if (!recall.slots) {
       for (int i = 0; i < count; ++i) {
-        m_.keys[i] = host_row(recall, kv_head, m_.chosen[i]);
-        m_.values[i] = m_.keys[i] + dim;
+        const T* token = host_token(recall, m_.chosen[i]);
+        m_.keys[i] = token + rows.key;
+        m_.values[i] = token + rows.value;
         prefetch_row(m_.keys[i]);
+        prefetch_row(m_.values[i]);
       }
-      tally(recall, count, 0, count);
+      tally(recall, count, 0, count, 2);
       return;
     }
+    const bool needs_keys = !follows(sequence, kv_head);
     const int num_missing = admit(recall, kv_head, count);
-    for (int i = 0; i < num_missing; ++i) prefetch_row(host_row(recall, kv_head, m_.chosen[m_.missing[i]]));
+    for (int i = 0; i < num_missing; ++i) {
+      const T* token = host_token(recall, m_.chosen[m_.missing[i]]);
+      if (needs_keys) prefetch_row(token + rows.key);
+      prefetch_row(token + rows.value);
+    }
+    const int32_t* key_slots = m_.where;
+    if (sequence.sharing) {
+      int32_t* kept = sequence.sharing->key_slots + static_cast<int64_t>(kv_head) * recall.budget;
+      if (needs_keys) std::memcpy(kept, m_.where, count * sizeof(int32_t));
+      key_slots = kept;
+    }
     for (int i = 0; i < count; ++i) {
-      m_.keys[i] = slot_row(recall, 0, kv_head, m_.where[i]);
+      m_.keys[i] = slot_row(recall, 0, kv_head, key_slots[i]);
       m_.values[i] = slot_row(recall, 1, kv_head, m_.where[i]);
     }
     for (int i = 0; i < num_missing; ++i) {
-      const int token = m_.missing[i];
-      const T* pair = host_row(recall, kv_head, m_.chosen[token]);
-      std::memcpy(const_cast<T*>(m_.keys[token]), pair, dim * sizeof(T));
-      std::memcpy(const_cast<T*>(m_.values[token]), pair + dim, dim * sizeof(T));
+      const int place = m_.missing[i];
+      const T* token = host_token(recall, m_.chosen[place]);
+      if (needs_keys) std::memcpy(const_cast<T*>(m_.keys[place]), token + rows.key, dim * sizeof(T));
+      std::memcpy(const_cast<T*>(m_.values[place]), token + rows.value, dim * sizeof(T));
     }
-    tally(recall, count, count - num_missing, num_missing);
+    tally(recall, count, count - num_missing, num_missing, needs_keys ? 2 : 1);
+    if (!needs_keys) {
+      const int64_t bytes = num_missing * dim * static_cast<int64_t>(sizeof(T));
+      __atomic_fetch_add(sequence.sharing->fetched, bytes, __ATOMIC_RELAXED);
+    }
   }
 
   // Finds the chosen tokens' slots, and gives those that have none the slots of tokens that weren't chosen.
@@ -457,10 +514,9 @@ class Recaller {
     return num_missing;
   }
 
-  const T* host_row(const KvRecall& recall, int kv_head, int token) const {
-    const int64_t head = static_cast<int64_t>(layer_idx_) * layer_.num_kv + kv_head;
-    return reinterpret_cast<const T*>(recall.groups[token / kGroupTokens]) +
-           (head * kGroupTokens + token % kGroupTokens) * 2 * layer_.head_dim;
+  // A token's place in its group, before the (layer, KV head)'s.
+  const T* host_token(const KvRecall& recall, int token) const {
+    return reinterpret_cast<const T*>(recall.groups[token / kGroupTokens]) + token % kGroupTokens * 2 * layer_.head_dim;
   }
 
   T* slot_row(const KvRecall& recall, int kind, int kv_head, int slot) const {
@@ -469,15 +525,15 @@ class Recaller {
     return static_cast<T*>(step_.arena) + (block * kBlockTokens + slot % kBlockTokens) * layer_.head_dim;
   }
 
-  void prefetch_row(const T* pair) const {
-    const char* bytes = reinterpret_cast<const char*>(pair);
-    const int64_t count = 2 * layer_.head_dim * static_cast<int64_t>(sizeof(T));
+  void prefetch_row(const T* row) const {
+    const char* bytes = reinterpret_cast<const char*>(row);
+    const int64_t count = layer_.head_dim * static_cast<int64_t>(sizeof(T));
     for (int64_t i = 0; i < count; i += 64) _mm_prefetch(bytes + i, _MM_HINT_T0);
   }
 
   // A sequence's items run on several threads.
-  void tally(const KvRecall& recall, int num_chosen, int num_found, int num_fetched) const {
-    const int64_t bytes = num_fetched * 2 * layer_.head_dim * static_cast<int64_t>(sizeof(T));
+  void tally(const KvRecall& recall, int num_chosen, int num_found, int num_fetched, int rows_of_each) const {
+    const int64_t bytes = num_fetched * rows_of_each * layer_.head_dim * static_cast<int64_t>(sizeof(T));
     const int64_t added[] = {recall.slots ? num_chosen : 0, num_found, bytes};
     for (int i = 0; i < 3; ++i) __atomic_fetch_add(recall.counters + i, added[i], __ATOMIC_RELAXED);
   }
