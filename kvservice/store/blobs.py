@@ -6,20 +6,25 @@ Looks at keys by SCAN in pages and by name, never by KEYS. Any of them may be go
 from __future__ import annotations
 
 import asyncio
+import itertools
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+from urllib.parse import urlsplit
 
 from kvservice.errors import CorruptFrame
 from kvservice.store.manifests import HASH_BYTES, Manifest
 from kvservice.store.servers import Problem, ServerFacts, problems_of_kv
 from kvservice.store.sizes import Allocator, allocated_bytes
 from kvservice.tier.header import FrameRole, frame_key
-from kvservice.tier.redis import FAULTS, connect, redacted, unavailable
+from kvservice.tier.redis import CLUSTERS, FAULTS, OneServer, Servers, index_key, redacted, unavailable
+from kvservice.tier.redis_cluster import ClusterServers
 from kvservice.tier.wire import decode_frame
 from kvservice.types import FrameRef, SessionId
+
+T = TypeVar("T")
 
 TIMEOUT_S = 5.0
 MAX_CONNECTIONS = 2
@@ -91,11 +96,12 @@ def key_of(manifest: Manifest, home: SessionId, frame: FrameRef) -> bytes:
     return frame_key(manifest.tenant_tag, home, manifest.fingerprint, frame.layer_group, role, frame.chunk_hash)
 
 
-def charged_bytes(manifest: Manifest, allocator: Allocator) -> dict[SessionId, int]:
-    """What the frames of a manifest take, by their home."""
+def charged_bytes(manifest: Manifest, allocator: Allocator, also: Iterable[FrameRef] = ()) -> dict[SessionId, int]:
+    """What the frames of a manifest take, by their home, and with them others in the session's own home."""
     # Of the many frames most are alike, and keys differ in length by home, group and role only.
+    frames = itertools.chain(manifest.named(), ((manifest.session_id, frame) for frame in also))
     alike: Counter[tuple[SessionId, int, str, int]] = Counter(
-        (home, frame.layer_group, frame.role, frame.stored_bytes) for home, frame in manifest.frames.frames()
+        (home, frame.layer_group, frame.role, frame.stored_bytes) for home, frame in frames
     )
     charges: dict[SessionId, int] = {}
     for (home, layer_group, role, stored_bytes), count in alike.items():
@@ -105,10 +111,14 @@ def charged_bytes(manifest: Manifest, allocator: Allocator) -> dict[SessionId, i
 
 
 class RedisBlobs:
-    """`Blobs` in one Redis. `check` comes first."""
+    """`Blobs` in the kv Redis: one, or a cluster. `check` comes first."""
 
     def __init__(self, url: str, *, timeout_s: float = TIMEOUT_S) -> None:
-        self._redis = connect(url, timeout_s=timeout_s, max_connections=MAX_CONNECTIONS)
+        self._servers: Servers = (
+            ClusterServers(url, timeout_s=timeout_s, max_connections=MAX_CONNECTIONS)
+            if urlsplit(url).scheme in CLUSTERS
+            else OneServer(url, timeout_s=timeout_s, max_connections=MAX_CONNECTIONS)
+        )
         self._where = redacted(url)
         self._timeout_s = timeout_s
         self._allocator = Allocator.LIBC
@@ -124,15 +134,18 @@ class RedisBlobs:
         Raises:
             Unavailable: it can't be reached.
         """
-        answers = await self._send([("INFO", "server"), ("INFO", "memory"), ("CONFIG GET", "maxmemory*")], lenient=True)
-        facts = ServerFacts.of(*answers)
-        self._allocator = Allocator.of(facts.mem_allocator)
-        return problems_of_kv(facts, self._where)
+        questions: list[tuple[str, ...]] = [("INFO", "server"), ("INFO", "memory"), ("CONFIG GET", "maxmemory*")]
+        problems: dict[Problem, None] = {}
+        for answers in await self._within(self._servers.ask_all(questions)):
+            facts = ServerFacts.of(*answers)
+            self._allocator = Allocator.of(facts.mem_allocator)
+            problems.update(dict.fromkeys(problems_of_kv(facts, self._where)))
+        return list(problems)
 
     async def scan(self, cursor: int, tenant_tag: bytes = b"", session_id: str = "") -> Page:
         """See `Blobs.scan`."""
         pattern = f"kv1:{{{tenant_tag.hex() or '*'}:{session_id or '*'}}}:*"
-        ((following, keys),) = await self._send([("SCAN", cursor, "MATCH", pattern, "COUNT", PAGE_KEYS)])
+        following, keys = await self._within(self._servers.scan(cursor, pattern, PAGE_KEYS))
         met = [(key, place) for key in set(keys) if (place := home_of(key)) is not None]
         answers = await self._send([(word, key) for key, _ in met for word in ("STRLEN", "PTTL")]) if met else []
         blobs = (
@@ -140,7 +153,7 @@ class RedisBlobs:
             for (key, place), length, ttl_ms in zip(met, answers[::2], answers[1::2], strict=True)
             if length
         )
-        return Page(int(following), tuple(blobs))
+        return Page(following, tuple(blobs))
 
     async def sizes(self, keys: Sequence[bytes]) -> list[int]:
         """See `Blobs.sizes`."""
@@ -153,7 +166,7 @@ class RedisBlobs:
         """See `Blobs.renew`."""
         renewed = 0
         # The set that names a home's frames must outlive them.
-        indexes = sorted({b"kv1i:" + key[key.index(b"{") : key.index(b"}") + 1] for key in keys})
+        indexes = sorted({index_key(key) for key in keys})
         for part in _parts([*indexes, *keys], PAGE_KEYS):
             answers = await self._send([("PEXPIRE", key, round(ttl_s * 1000)) for key in part])
             renewed += sum(answer for key, answer in zip(part, answers, strict=True) if not key.startswith(b"kv1i:"))
@@ -167,6 +180,14 @@ class RedisBlobs:
             deleted += sum(await self._send([("UNLINK", key) for key in part]))
         return deleted
 
+    async def memory(self, keys: Sequence[bytes]) -> tuple[int, int]:
+        """What the server says that values take, and that the sets take which name them."""
+        indexes = sorted({index_key(key) for key in keys})
+        taken: list[int] = []
+        for part in _parts([*indexes, *keys], PAGE_KEYS):
+            taken += [num_bytes or 0 for num_bytes in await self._send([("MEMORY USAGE", key) for key in part])]
+        return sum(taken[len(indexes) :]), sum(taken[: len(indexes)])
+
     async def corrupt(self, keys: Sequence[bytes]) -> list[bytes]:
         """See `Blobs.corrupt`."""
         bad: list[bytes] = []
@@ -179,21 +200,22 @@ class RedisBlobs:
 
     async def aclose(self) -> None:
         """Closes connections."""
-        await self._redis.aclose()
+        await self._servers.aclose()
 
-    async def _send(self, commands: Sequence[tuple[Any, ...]], *, lenient: bool = False) -> list[Any]:
-        """The answers; of `lenient` ones, errors too."""
-        try:
-            async with asyncio.timeout(self._timeout_s), self._redis.pipeline(transaction=False) as pipeline:
-                for command in commands:
-                    pipeline.execute_command(*command)
-                answers: list[Any] = await pipeline.execute(raise_on_error=False)
-        except FAULTS as error:
-            raise unavailable(error, self._where) from error
+    async def _send(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """The answers, each to a command on one key."""
+        answers = await self._within(self._servers.send(commands))
         for answer in answers:
-            if isinstance(answer, Exception) and not lenient:
+            if isinstance(answer, Exception):
                 raise unavailable(answer, self._where) from answer
         return answers
+
+    async def _within(self, work: Coroutine[Any, Any, T]) -> T:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await work
+        except FAULTS as error:
+            raise unavailable(error, self._where) from error
 
 
 def home_of(key: bytes) -> Home | None:

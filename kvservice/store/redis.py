@@ -59,6 +59,7 @@ PAGE = 64
 """Records read in one round trip."""
 
 EXPIRY = "kvs:{expiry}:sessions"
+FENCE = "kvs:{fleet}:fence"
 EPOCH = "kvs:{fleet}:epoch"
 WORKERS = "kvs:{fleet}:workers"
 
@@ -152,15 +153,22 @@ Command = tuple[Any, ...]
 # Asked in the same round trip as a record, so the answer is of the server that has the record.
 DURABILITY: Command = ("CONFIG GET", "*append*")
 FACTS: tuple[Command, ...] = (("INFO", "server"), ("INFO", "memory"), ("CONFIG GET", "maxmemory*"))
-MAY_BE_REFUSED = (DURABILITY, *FACTS)
+MAY_BE_REFUSED = frozenset(("CONFIG GET", "INFO", "WAIT"))
 """Managed servers don't let everybody ask."""
+WAIT_MS = 100
+"""What replicas get to say that they have a write."""
+REPLICAS_OPTION = "wait_replicas"
+"""Of a state URL: ours, not the library's."""
 
 
 class RedisStateStore:
     """`StateStore` in one Redis. Every round trip has a time limit; nothing is retried.
 
+    A record is durable once it is fsynced, on a server that does so with each write; or, with `?wait_replicas=N` in
+    the URL, once N replicas have it: all that may be promoted.
+
     Args:
-        url: redis, rediss or unix URL.
+        url: redis, rediss, unix or redis+sentinel URL.
         clock: unix seconds; the gateways' clocks must agree to well within a session's time to live.
         timeout_s: limit of one round trip, connecting included.
         default_quota_bytes: stored bytes of a tenant without a quota of its own.
@@ -176,6 +184,9 @@ class RedisStateStore:
     ) -> None:
         self.durable = False
         self.ledger = RedisLedger(self._run, self.next_epoch, clock, default_quota_bytes)
+        url, self._replicas = split_replicas(url)
+        # The answer says whether what was written before it, on the same connection, is durable.
+        self._durability: Command = ("WAIT", self._replicas, WAIT_MS) if self._replicas else DURABILITY
         self._redis = connect(url, timeout_s=timeout_s, max_connections=MAX_CONNECTIONS)
         self._where = redacted(url)
         self._clock = clock
@@ -189,7 +200,7 @@ class RedisStateStore:
             Unavailable: it can't be reached or isn't ready.
         """
         try:
-            _, settings, *facts = await self._answers([("PING",), DURABILITY, *FACTS])
+            _, settings, *facts = await self._answers([("PING",), self._durability, *FACTS])
         except FAULTS as error:
             fault = unavailable(error, self._where, prefix="state_")
             if isinstance(error, AuthenticationError):
@@ -208,7 +219,7 @@ class RedisStateStore:
         kept = replace(record, version=1)
         created, settings = await self._run(
             _script(CREATE_SESSION, [_record_key(kept.session_id)], [_dropped_at_ms(kept), *_packed(kept)]),
-            DURABILITY,
+            self._durability,
         )
         if not created:
             raise session_exists(record.session_id)
@@ -221,7 +232,9 @@ class RedisStateStore:
 
     async def get_session(self, session_id: SessionId) -> SessionRecord | None:
         """See `StateStore.get_session`."""
-        fields, settings = await self._run(("HGETALL", _record_key(session_id)), DURABILITY)
+        # What was written before a write that replicas have, by whomever, they have too.
+        fence: tuple[Command, ...] = (("SET", FENCE, 1),) if self._replicas else ()
+        fields, *_, settings = await self._run(("HGETALL", _record_key(session_id)), *fence, self._durability)
         self._note_durability(settings)
         if not fields:
             return None
@@ -257,7 +270,7 @@ class RedisStateStore:
                 [_record_key(kept.session_id)],
                 [_dropped_at_ms(kept), record.version, *_packed(kept)],
             ),
-            DURABILITY,
+            self._durability,
         )
         if found == -1:
             raise session_gone(record.session_id)
@@ -413,7 +426,10 @@ class RedisStateStore:
         await self._redis.aclose()
 
     def _note_durability(self, settings: object) -> None:
-        """Takes `durable` from the answer to DURABILITY; a server that won't tell counts as not durable."""
+        """Takes `durable` from the answer that tells it; a server that won't counts as not durable."""
+        if self._replicas:
+            self.durable = isinstance(settings, int) and settings >= self._replicas
+            return
         wanted = {"appendonly": "yes", "appendfsync": "always", "no-appendfsync-on-rewrite": "no"}
         self.durable = isinstance(settings, Mapping) and wanted.items() <= settings.items()
 
@@ -445,9 +461,26 @@ class RedisStateStore:
                 pipeline.execute_command(*command)
             answers: list[Any] = await pipeline.execute(raise_on_error=False)
         for command, answer in zip(commands, answers, strict=True):
-            if isinstance(answer, Exception) and command not in MAY_BE_REFUSED:
+            if isinstance(answer, Exception) and command[0] not in MAY_BE_REFUSED:
                 raise answer
         return answers
+
+
+def split_replicas(url: str) -> tuple[str, int]:
+    """A state URL without the number of replicas to wait for, and that number.
+
+    Raises:
+        ConfigError: it isn't a number.
+    """
+    address, mark, query = url.partition("?")
+    options = query.split("&") if mark else []
+    asked = [option.partition("=")[2] for option in options if option.partition("=")[0] == REPLICAS_OPTION]
+    if not asked:
+        return url, 0
+    if len(asked) > 1 or not asked[0].isdigit():
+        raise ConfigError(f"{REPLICAS_OPTION}={asked[-1]!r} in a state URL: give a number, once", reason="redis_url")
+    rest = [option for option in options if option.partition("=")[0] != REPLICAS_OPTION]
+    return address + (f"?{'&'.join(rest)}" if rest else ""), int(asked[0])
 
 
 def _script(text: str, keys: Sequence[str], arguments: Sequence[str | bytes | int | float]) -> Command:
@@ -507,6 +540,8 @@ def _packed(record: SessionRecord) -> list[str | bytes | int | float]:
         *("worker_id", record.worker_id),
         *("worker_epoch", record.worker_epoch),
         *("last_error", record.last_error),
+        *("document_tokens", record.document_tokens),
+        *("document_id", record.document_id),
     ]
 
 
@@ -537,6 +572,9 @@ def _unpacked(session_id: SessionId, fields: Mapping[bytes, bytes]) -> SessionRe
             worker_id=fields[b"worker_id"].decode(),
             worker_epoch=int(fields[b"worker_epoch"]),
             last_error=fields[b"last_error"].decode(),
+            # Records of before have none.
+            document_tokens=int(fields.get(b"document_tokens", 0)),
+            document_id=fields.get(b"document_id", b"").decode(),
         )
     except (KeyError, ValueError) as error:
         raise InternalError(

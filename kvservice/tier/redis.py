@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, TypeVar, cast
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from redis import Connection, ConnectionPool, SSLConnection
@@ -38,6 +38,8 @@ from kvservice.tier.base import SOURCES, TIERS, Buffer, OpenSocket, TierUsage
 from kvservice.tier.header import session_tag
 from kvservice.types import SessionId
 
+T = TypeVar("T")
+
 TIMEOUT_S = 5.0
 MAX_CONNECTIONS = 8
 BATCH_BYTES = 8 << 20
@@ -47,8 +49,9 @@ FAULTS = (RedisError, OSError)
 """What a Redis call may fail with; a time limit that has passed is an OSError."""
 
 SENTINEL = "redis+sentinel"
+CLUSTERS = ("redis+cluster", "rediss+cluster")
 SENTINEL_PORT = 26379
-_SYNC: dict[str, Any] = {"retry": SyncRetry(NoBackoff(), 0), "protocol": 2, "driver_info": None}
+SYNC: dict[str, Any] = {"retry": SyncRetry(NoBackoff(), 0), "protocol": 2, "driver_info": None}
 
 _SENTENCES = {
     "timeout": "didn't answer in time",
@@ -197,17 +200,69 @@ def unavailable(error: Exception, where: str, prefix: str = "") -> Unavailable:
     return Unavailable(f"Redis at {where} {_SENTENCES[reason]}: {str(error) or reason}", reason=prefix + reason)
 
 
+class Servers(Protocol):
+    """One Redis, or several that share the keys among them. Every method raises one of FAULTS where it can't answer."""
+
+    async def send(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """The answers to commands in one round trip, errors among them. The second word of each is its one key, or
+        the first of several with one hash tag."""
+        ...
+
+    async def ask_all(self, commands: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
+        """The answers of each server."""
+        ...
+
+    async def scan(self, cursor: int, pattern: bytes | str, count: int) -> tuple[int, list[bytes]]:
+        """The next cursor and some keys, as SCAN; of all servers."""
+        ...
+
+    async def aclose(self) -> None:
+        """Closes connections."""
+        ...
+
+
+class OneServer:
+    """`Servers` of one Redis."""
+
+    def __init__(self, url: str, *, timeout_s: float, max_connections: int) -> None:
+        self._redis = connect(url, timeout_s=timeout_s, max_connections=max_connections)
+
+    async def send(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """See `Servers.send`; here commands may do without a key."""
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for command in commands:
+                pipeline.execute_command(*command)
+            answers: list[Any] = await pipeline.execute(raise_on_error=False)
+        return answers
+
+    async def ask_all(self, commands: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
+        """See `Servers.ask_all`."""
+        return [await self.send(commands)]
+
+    async def scan(self, cursor: int, pattern: bytes | str, count: int) -> tuple[int, list[bytes]]:
+        """See `Servers.scan`."""
+        (answer,) = await self.send([("SCAN", cursor, "MATCH", pattern, "COUNT", count)])
+        if isinstance(answer, Exception):
+            raise answer
+        return int(answer[0]), answer[1]
+
+    async def aclose(self) -> None:
+        """See `Servers.aclose`."""
+        await self._redis.aclose()
+
+
 @TIERS.register("redis", "rediss", "unix", SENTINEL)
 class RedisTier:
-    """`TierBackend` in one Redis. Every round trip has a time limit.
+    """`TierBackend` in one Redis, or in `servers`. Every round trip has a time limit.
 
     Args:
         url: redis, rediss or unix URL.
         timeout_s: limit of one round trip, connecting included.
+        servers: what the URL names, where that isn't one Redis.
     """
 
-    def __init__(self, url: str, *, timeout_s: float = TIMEOUT_S) -> None:
-        self._redis = connect(url, timeout_s=timeout_s, max_connections=MAX_CONNECTIONS)
+    def __init__(self, url: str, *, timeout_s: float = TIMEOUT_S, servers: Servers | None = None) -> None:
+        self._servers = servers or OneServer(url, timeout_s=timeout_s, max_connections=MAX_CONNECTIONS)
         self._where = redacted(url)
         self._timeout_s = timeout_s
         self._closed = False
@@ -218,7 +273,7 @@ class RedisTier:
         for batch in _batches([(item, len(item[1])) for item in items]):
             indexes: dict[bytes, list[bytes]] = {}
             for key, _ in batch:
-                indexes.setdefault(_index_key(key), []).append(key)
+                indexes.setdefault(index_key(key), []).append(key)
             commands: list[tuple[Any, ...]] = []
             # The index first: it may name frames that aren't there, and must not lack one that is.
             for index, keys in indexes.items():
@@ -235,7 +290,7 @@ class RedisTier:
             for length in await self._round_trip([("STRLEN", key) for key in part])
         ]
         for batch in _batches([(key, length) for key, length in zip(keys, lengths, strict=True) if length]):
-            (values,) = await self._round_trip([("MGET", *batch)])
+            values = await self._round_trip([("GET", key) for key in batch])
             found.update(zip(batch, values, strict=True))
         return [found.get(key) for key in keys]
 
@@ -246,8 +301,7 @@ class RedisTier:
         (members,) = await self._round_trip([("SMEMBERS", index)])
         deleted = await self._unlink(list(members))
         await self._unlink([index])
-        (stats,) = await self._round_trip([("INFO", "stats")])
-        if not members or stats["evicted_keys"]:
+        if not members or sum([each["evicted_keys"] for each in await self._asked("INFO", "stats")]):
             # There may be frames that no index names.
             async for keys in self._scan(b"kv1:" + tag + b":*"):
                 deleted += await self._unlink(keys)
@@ -260,13 +314,14 @@ class RedisTier:
             lengths = await self._round_trip([("STRLEN", key) for key in keys])
             frames += sum(1 for length in lengths if length)
             frame_bytes += sum(lengths)
-        (memory,) = await self._round_trip([("INFO", "memory")])
-        return TierUsage(frames, frame_bytes, memory["used_memory"], memory["maxmemory"])
+        memory = await self._asked("INFO", "memory")
+        used, most = (sum(each[name] for each in memory) for name in ("used_memory", "maxmemory"))
+        return TierUsage(frames, frame_bytes, used, most)
 
     async def aclose(self) -> None:
         """See `TierBackend.aclose`."""
         self._closed = True
-        await self._redis.aclose()
+        await self._servers.aclose()
 
     async def _unlink(self, keys: Sequence[bytes]) -> int:
         deleted = 0
@@ -279,30 +334,39 @@ class RedisTier:
         """Yields lists of keys; those that are there from beginning to end come at least once."""
         cursor = 0
         while True:
-            ((cursor, keys),) = await self._round_trip([("SCAN", cursor, "MATCH", pattern, "COUNT", BATCH_KEYS)])
+            cursor, keys = await self._within(self._servers.scan(cursor, pattern, BATCH_KEYS))
             if keys:
                 yield list(set(keys))
             if cursor == 0:
                 return
 
+    async def _asked(self, *command: str) -> list[Any]:
+        """The answers of all servers."""
+        return [self._checked(answers)[0] for answers in await self._within(self._servers.ask_all([command]))]
+
     async def _round_trip(self, commands: Iterable[tuple[Any, ...]]) -> list[Any]:
         """The answers to `commands`; raises for the first of them that is an error."""
+        return self._checked(await self._within(self._servers.send(list(commands))))
+
+    async def _within(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, within the time limit."""
         if self._closed:
+            work.close()
             raise Unavailable(f"Redis at {self._where} {_SENTENCES['closed']}", reason="closed")
         try:
-            async with asyncio.timeout(self._timeout_s), self._redis.pipeline(transaction=False) as pipeline:
-                for command in commands:
-                    pipeline.execute_command(*command)
-                answers = await pipeline.execute(raise_on_error=False)
+            async with asyncio.timeout(self._timeout_s):
+                return await work
         except FAULTS as error:
             raise unavailable(error, self._where) from error
+
+    def _checked(self, answers: list[Any]) -> list[Any]:
         for answer in answers:
             if isinstance(answer, Exception):
                 raise unavailable(answer, self._where) from answer
         return answers
 
 
-def _index_key(key: bytes) -> bytes:
+def index_key(key: bytes) -> bytes:
     """Key of the set that names all frames of the session of `key`."""
     return b"kv1i:" + key[key.index(b"{") : key.index(b"}") + 1]
 
@@ -334,7 +398,7 @@ class RedisValues:
         self._where = redacted(url)
         self._sentinel = sentinel_url(url) if urlsplit(url).scheme == SENTINEL else None
         try:
-            self._pool = None if self._sentinel else ConnectionPool.from_url(url, **_SYNC)
+            self._pool = None if self._sentinel else ConnectionPool.from_url(url, **SYNC)
         except ValueError as error:
             raise ConfigError(f"Redis URL {self._where}: {error}", reason="redis_url") from error
 
@@ -365,9 +429,9 @@ class RedisValues:
 
 def _pool_of_primary(named: SentinelUrl | None, limits: dict[str, Any]) -> ConnectionPool:
     assert named is not None
-    settings = {**_SYNC, **limits, **named.of_sentinels}
+    settings = {**SYNC, **limits, **named.of_sentinels}
     sentinel = SyncSentinel(named.sentinels, sentinel_kwargs=settings)  # type: ignore[no-untyped-call]
     host, port = sentinel.discover_master(named.name)  # type: ignore[no-untyped-call]
     of_redis = dict(named.of_redis)
     connection_class = SSLConnection if of_redis.pop("ssl", False) else Connection
-    return ConnectionPool(connection_class, host=host, port=port, **_SYNC, **of_redis)
+    return ConnectionPool(connection_class, host=host, port=port, **SYNC, **of_redis)

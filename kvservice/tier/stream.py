@@ -79,7 +79,8 @@ class ValueStream:
         """
         line = self._line(deadline)
         if line[:1] == b"-":
-            raise Unavailable(line[1:].decode(errors="replace"), reason="refused")
+            moved = line.startswith((b"-MOVED ", b"-ASK "))
+            raise Unavailable(line[1:].decode(errors="replace"), reason="moved" if moved else "refused")
         if line == b"$-1" or line == b"_":
             return None
         if line[:1] != b"$" or not line[1:].isdigit():

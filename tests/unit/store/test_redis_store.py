@@ -16,10 +16,11 @@ from kvservice.store import open_state_store
 from kvservice.store.base import SessionRecord
 from kvservice.store.embedded import EmbeddedRedis, RedisRole
 from kvservice.store.memory import MemoryStateStore
-from kvservice.store.redis import RedisStateStore
+from kvservice.store.redis import RedisStateStore, split_replicas
 from kvservice.types import OnMiss, PromptFormat, SessionId, TenantId
 
 TENANT = TenantId("ann")
+PATIENCE_S = 20.0
 
 
 def record(session_id: str) -> SessionRecord:
@@ -217,3 +218,36 @@ async def test_replica_is_named(state_url, server, unused_tcp_port):
         assert await reason_of(RedisStateStore(state_url)) == "state_readonly"
     finally:
         server.replicaof("NO", "ONE")
+
+
+async def test_with_replicas_a_record_is_durable_once_they_have_it(state_url):
+    login, _, address = state_url.partition("@")
+    with EmbeddedRedis(RedisRole.STATE) as replica, Redis.from_url(replica.url) as client:
+        opened = RedisStateStore(f"{state_url}?wait_replicas=1")
+        try:
+            assert (await opened.create_session(record("before"))).durable_tokens == 0
+            client.config_set("masterauth", login.rpartition(":")[2])
+            client.replicaof(*address.partition("/")[0].split(":"))
+            async with asyncio.timeout(PATIENCE_S):
+                while (await opened.get_session(SessionId("before"))).durable_tokens == 0:
+                    await asyncio.sleep(0.05)
+            assert (await opened.create_session(record("after"))).durable_tokens == 3
+            assert client.exists("kvs:{session:after}:record")
+            client.replicaof("NO", "ONE")
+            kept = await opened.get_session(SessionId("after"))
+            assert (await opened.update_session(kept)).durable_tokens == 0
+            assert not opened.durable
+        finally:
+            await opened.aclose()
+
+
+@pytest.mark.parametrize("option", ["wait_replicas=x", "wait_replicas=1&wait_replicas=2", "wait_replicas="])
+def test_number_of_replicas_that_is_none_is_refused(option):
+    with pytest.raises(ConfigError, match="give a number"):
+        RedisStateStore(f"redis://h:1/0?{option}")
+
+
+def test_number_of_replicas_is_no_option_of_the_library():
+    assert split_replicas("redis://h:1/0?db=2&wait_replicas=3") == ("redis://h:1/0?db=2", 3)
+    assert split_replicas("redis://h:1/0?wait_replicas=1") == ("redis://h:1/0", 1)
+    assert split_replicas("redis://h:1/0?db=2") == ("redis://h:1/0?db=2", 0)
