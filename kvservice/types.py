@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import NewType
+from typing import NewType, Protocol
 
 TenantId = NewType("TenantId", str)
 SessionId = NewType("SessionId", str)
@@ -213,6 +213,15 @@ class RecipeSpec:
         if self.distant is Distant.RESIDENT:
             return sys.maxsize
         return self.window_start(num_tokens) + self.window_tokens + GROUP_TOKENS - num_tokens
+
+    def stored_until(self, num_tokens: int) -> int:
+        """Where the groups end that lie in the tier below once `num_tokens` are committed.
+
+        What follows, the window, is stored apart: of what stays on the device, the last 1 to 64 tokens.
+        """
+        if self.distant is Distant.RESIDENT:
+            return SINK_TOKENS + max(0, (num_tokens - SINK_TOKENS - 1) // GROUP_TOKENS) * GROUP_TOKENS
+        return self.window_start(num_tokens)
 
     def distant_groups(self, num_tokens: int) -> int:
         """Groups of 64 tokens in the tier once `num_tokens` are committed."""
@@ -464,18 +473,60 @@ NOTHING_REACHED = Reached()
 
 
 @dataclass(frozen=True, slots=True)
-class RestoredKv:
-    """KV of a session that was brought from a tier.
+class RestoredWindow:
+    """KV that isn't in groups: of the sinks, and of what follows the groups.
 
     Attributes:
-        num_groups: leading groups of 64 tokens.
-        memory: theirs, `[num_groups, layers, kv, 64, 2, d]` in the model's dtype, on the CPU.
-        reached: how the session's tokens were computed.
+        start: the first position behind the sinks, where groups end.
+        stop: one past the last.
+        memory: `[layers, kv, 16 + stop - start, 2, d]` in the model's dtype, on the CPU.
     """
 
-    num_groups: int
+    start: int
+    stop: int
     memory: memoryview
-    reached: Reached
+
+
+class RestoredKv(Protocol):
+    """KV of a session on its way from a tier: first the window, then groups from the first on. For any thread."""
+
+    @property
+    def reached(self) -> Reached:
+        """How the session's tokens were computed."""
+
+    @property
+    def num_groups(self) -> int:
+        """Leading groups of 64 tokens that were asked for; once it `is_done`, those that came."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Leading tokens of the session that needn't be computed if all of it comes; once it `is_done`, now."""
+
+    @property
+    def num_arrived(self) -> int:
+        """Leading groups that are there."""
+
+    @property
+    def memory(self) -> memoryview:
+        """Of groups, `[n, layers, kv, 64, 2, d]` in the model's dtype, on the CPU; beyond `num_arrived` anything."""
+
+    @property
+    def awaits_window(self) -> bool:
+        """Whether the window is on its way."""
+
+    @property
+    def window(self) -> RestoredWindow | None:
+        """The window, once it is there."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing more will come."""
+
+    def wait(self, timeout_s: float) -> None:
+        """Blocks until something has come since this was last called, or nothing more will; at most `timeout_s`."""
+
+    def give_up(self) -> None:
+        """Nobody wants the rest. Never blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -519,7 +570,7 @@ class EngineCall:
     deadline: float | None = None
     """When the call fails if it still runs; seconds of the engine's clock."""
     restored: RestoredKv | None = None
-    """KV of `base_tokens`, for an engine that doesn't hold it."""
+    """KV of `base_tokens`, for an engine that doesn't hold it; it may still be on its way."""
     terms: TenantTerms = NO_TERMS
 
 

@@ -206,7 +206,7 @@ def make_engine(
         keys_rotated=layout.keys_rotated,
         tokenizer=hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
     )
-    frame_set = FrameSet(fingerprint, layout.group_shape, layout.dtype)
+    frame_set = FrameSet(fingerprint, layout.group_shape, layout.dtype, config.kv_codec)
     if on_frames is not None:
         on_frames(frame_set)
     writer = GroupFrames(frames, frame_set)

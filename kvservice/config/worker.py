@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, field_validator, model_validator
 
@@ -16,6 +16,10 @@ from kvservice.config.recipes import DEFAULT_RECIPE, RECIPES, SERVED_RECIPES
 
 PositiveBytes = Annotated[ByteSize, Field(gt=0)]
 """A size of at least one byte: an integer, or a number with a unit."""
+
+
+KvCodec = Literal["raw", "zstd", "values8", "values4"]
+KV_CODECS: tuple[str, ...] = get_args(KvCodec)
 
 
 class WorkerConfig(BaseModel):
@@ -68,6 +72,9 @@ class WorkerConfig(BaseModel):
     kv_ttl_s: float = Field(
         3600.0, ge=60, description="stored KV that nobody has used or renewed for so long is gone; workers renew theirs"
     )
+    kv_codec: KvCodec = Field(
+        "raw", description="how KV is stored; with values8 and values4 a session that comes back answers a little else"
+    )
     scrub_interval_s: float = Field(
         60.0, gt=0, description="between two rounds that compare the ledger with what the kv Redis holds"
     )
@@ -81,6 +88,12 @@ class WorkerConfig(BaseModel):
         if name not in SERVED_RECIPES:
             raise ValueError(f"recipe {name!r} is not served: choose one of {', '.join(SERVED_RECIPES)}")
         return name
+
+    @model_validator(mode="after")
+    def _stores_exactly_what_it_promises(self) -> WorkerConfig:
+        if self.deterministic and self.kv_codec in ("values8", "values4"):
+            raise ValueError(f"kv_codec {self.kv_codec!r} loses bits, and deterministic promises all: use raw or zstd")
+        return self
 
     @model_validator(mode="after")
     def _has_a_map_to_share_by(self) -> WorkerConfig:

@@ -22,7 +22,7 @@ from kvservice.errors import (
     KVServiceError,
     Overloaded,
 )
-from kvservice.types import GROUP_TOKENS, SINK_TOKENS, Distant, EngineCall, ModelShape, OnMiss, Reached, RestoredKv
+from kvservice.types import Distant, EngineCall, ModelShape, OnMiss, Reached, RestoredKv
 
 LATECOMERS = 8
 """One more answer for each so many may be under way, of tenants that have less than an equal part: who comes late
@@ -77,6 +77,7 @@ class Admission:
             raise FailedPrecondition(
                 f"KV of {found.num_missing} tokens is held nowhere and on_miss is fail; allow recompute",
                 reason="kv_missing",
+                metadata={"num_missing": str(found.num_missing)},
             )
         if takes_kv:
             found = Found(self._sequences.new(call.recipe), None, 0, len(call.base_tokens), 0)
@@ -158,9 +159,9 @@ class Admission:
 
 def _is_more(brought: RestoredKv, found: Found, call: EngineCall) -> bool:
     """Whether KV that was brought for a call is more than what is held."""
-    num_tokens = SINK_TOKENS + brought.num_groups * GROUP_TOKENS
+    num_tokens = brought.num_tokens
     # Frames have keys of every layer.
-    is_kept = call.recipe.distant is not Distant.RESIDENT and not call.recipe.shares_keys
+    is_kept = not call.recipe.shares_keys
     return is_kept and brought.num_groups > 0 and found.num_kept < num_tokens <= len(call.base_tokens)
 
 

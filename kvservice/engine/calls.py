@@ -16,8 +16,13 @@ from kvservice.engine.sequences import HeldSequences
 from kvservice.engine.turns import Turns
 from kvservice.errors import DeadlineExceeded, KVServiceError, hopeless
 from kvservice.internal.fair import cannot_meet
+from kvservice.recall.memory import SequenceMemory
+from kvservice.recall.parking import Place
 from kvservice.types import (
+    GROUP_TOKENS,
+    SINK_TOKENS,
     CallId,
+    EngineCall,
     EngineEvent,
     FailedEvent,
     FinishedEvent,
@@ -172,6 +177,9 @@ class Calls:
         """Takes the call off; its session stays with what it keeps, and gives back what it reserved beyond that."""
         call, main = running.call, running.main
         del self.running[call.call_id]
+        if main.restored is not None:
+            main.restored.give_up()
+            main.restored = None
         answered = sum(len(each.generated) for each in running.sequences.values())
         # Of an answer all is read but its last token, which is what it was charged with.
         self._turns.leave(main.fare, num_unread=0 if answered else main.num_unread, num_answered=answered)
@@ -194,14 +202,30 @@ class Calls:
             return
         if call.tenant_tag:
             self._writer.checkpoint(call.tenant_tag, call.session_id)
+        self._write_window(main)
         self._sequences.settle(call.session_id)
         self._sequences.publish(call.session_id, call.tenant_tag)
+
+    def _write_window(self, main: RunningSequence) -> None:
+        """Hands the tier below what a session has besides its groups, so that nothing is to be computed again."""
+        call, memory = main.call, main.memory
+        if not (memory.place is Place.DEVICE and memory.num_stored_groups and is_stored(call, memory, self._writer)):
+            return
+        start = SINK_TOKENS + memory.num_stored_groups * GROUP_TOKENS
+        if self._writer.takes_window(memory.num_computed - start):
+            tokens = memory.state.tokens[: memory.num_computed]
+            self._writer.write_window(call.tenant_tag, call.session_id, start, tokens, memory.stored_window())
 
     def _telemetry(self, main: RunningSequence) -> KvTelemetry:
         redis_bytes = 0
         if main.call.tenant_tag:
             redis_bytes = self._writer.bytes_of(main.call.tenant_tag, main.call.session_id)
         return kv_telemetry(main.memory, self._shape, main.counters_before, redis_bytes)
+
+
+def is_stored(call: EngineCall, memory: SequenceMemory, writer: GroupWriter) -> bool:
+    """Whether a call's session is kept in the tier below. Frames are of one layer: who shares keys has none."""
+    return bool(call.retain and call.tenant_tag) and writer.stores and not memory.shared and not memory.state.is_ragged
 
 
 def _order(sequence: RunningSequence) -> tuple[int, float, int, int]:

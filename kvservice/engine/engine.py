@@ -24,7 +24,8 @@ from kvservice.compression.sharing import SharingPlan, shape_under
 from kvservice.config.engine import EngineConfig
 from kvservice.config.recipes import DEFAULT_RECIPE, served_recipes
 from kvservice.engine.admission import Admission
-from kvservice.engine.calls import Calls
+from kvservice.engine.arrivals import Arrivals
+from kvservice.engine.calls import Calls, is_stored
 from kvservice.engine.chunk import Chunk
 from kvservice.engine.demand import Wish
 from kvservice.engine.forward import Forward, plan_rows
@@ -34,6 +35,7 @@ from kvservice.engine.output import Output
 from kvservice.engine.planning import Passed, Planner, Work
 from kvservice.engine.ports import GroupWriter
 from kvservice.engine.room import PATIENCE_S, Room
+from kvservice.engine.running import RunningSequence
 from kvservice.engine.scheduler import Scheduled
 from kvservice.engine.sequences import HeldSequences
 from kvservice.engine.stopwatch import Stopwatch
@@ -115,6 +117,7 @@ class Engine:
         rate = config.host_link_bytes_per_s
         link = HostLink(rate) if rate is not None else None
         self._forward = Forward(model, self._sequences, deterministic=config.deterministic, link=link)
+        self._arrivals = Arrivals(self._sequences)
         self._meters = Meters()
         turns = Turns(self._meters)
         self._calls = Calls(self._shape, self._sequences, writer, self._meters, turns, clock)
@@ -244,7 +247,7 @@ class Engine:
         """Computes one batch and returns what happened since the last step."""
         self.stopwatch.start()
         self._calls.expire()
-        work = self._planner.plan(self._room.share_out())
+        work = self._planner.plan(self._arrivals.adopt(self._room.share_out()))
         self.stopwatch.lap("schedule")
         if work.batch or work.spans:
             self._run(work)
@@ -319,23 +322,33 @@ class Engine:
         """Counts computed tokens in, slides the window, and hands what left it to the tier below."""
         sequence, memory = item.sequence, item.sequence.memory
         sequence.recomputed_tokens += min(item.num_tokens, memory.num_dropped)
-        first_group = memory.distant.num_groups
-        groups = memory.commit(item.num_tokens, item.reach)
-        call = sequence.call
+        first_group = memory.num_stored_groups
+        left = memory.commit(item.num_tokens, item.reach)
+        self._write(sequence, first_group, left)
+
+    def _write(self, sequence: RunningSequence, first_group: int, left: Tensor | None) -> None:
+        """Hands the tier below the groups from `first_group` on, which have come to belong there.
+
+        Args:
+            sequence: whose they are.
+            first_group: the first of them.
+            left: these groups, if they have left the device.
+        """
+        call, memory = sequence.call, sequence.memory
+        stop = memory.num_stored_groups
         # Answers beyond the first belong to nobody's session. Frames are of one layer: those that share keys have none.
-        if groups is not None and not memory.shared and call.retain and call.tenant_tag and sequence.index == 0:
-            tokens = memory.state.tokens[: memory.state.window_start]
-            begin = self._writer.begins_at(call.tenant_tag, call.session_id, first_group)
-            if begin < first_group:
-                groups = torch.cat([memory.distant.load(begin, first_group), groups])
-            self._writer.write(call.tenant_tag, call.session_id, begin, tokens, groups)
-        if sequence.restored is not None and memory.num_computed >= SINK_TOKENS:
-            restored, sequence.restored = sequence.restored, None
-            memory.adopt(self._sequences.groups_of(restored))
+        if stop <= first_group or sequence.index or not is_stored(call, memory, self._writer):
+            return
+        begin = self._writer.begins_at(call.tenant_tag, call.session_id, first_group)
+        tokens = memory.state.tokens[: SINK_TOKENS + stop * GROUP_TOKENS]
+        groups = memory.stored_groups(first_group, stop) if left is None else left
+        if begin < first_group:
+            groups = torch.cat([memory.stored_groups(begin, first_group), groups])
+        self._writer.write(call.tenant_tag, call.session_id, begin, tokens, groups)
 
     def _wait(self) -> None:
         """Nothing can be computed now: waits for bytes on their way, or for the tier."""
-        if not self._sequences.wait_for_moves(PATIENCE_S):
+        if not self._sequences.wait_for_moves(PATIENCE_S) and not self._arrivals.wait(PATIENCE_S):
             self._writer.wait_for_room(self._step_groups, PATIENCE_S)
 
     # -- evaluation --------------------------------------------------------------------------------------------------

@@ -13,6 +13,11 @@ from kvservice.types import SessionId, TierStats
 class GroupWriter(Protocol):
     """Writes groups behind the engine. Never blocks, save in `wait_for_room`, and never drops while it has room."""
 
+    @property
+    def stores(self) -> bool:
+        """Whether what it is given is kept anywhere."""
+        ...
+
     def has_room(self, num_groups: int) -> bool:
         """Whether that many groups can be taken now. While not, prefill waits."""
         ...
@@ -43,6 +48,24 @@ class GroupWriter(Protocol):
         """Writes what of a session's groups still waits for more of them."""
         ...
 
+    def takes_window(self, num_tokens: int) -> bool:
+        """Whether there is room for a window of so many tokens. Nothing waits for that: it saves computing it."""
+        ...
+
+    def write_window(
+        self, tenant_tag: bytes, session_id: SessionId, start: int, token_ids: Sequence[int], pairs: Tensor
+    ) -> None:
+        """Takes the KV of a session's sinks and of what follows its groups; the tensor is the writer's from then on.
+
+        Args:
+            tenant_tag: stands for the tenant in keys.
+            session_id: the session.
+            start: the position behind its last group.
+            token_ids: all its tokens that have KV.
+            pairs: `[layers, kv, n, 2, d]` on the CPU.
+        """
+        ...
+
     def delete(self, tenant_tag: bytes, session_id: SessionId) -> None:
         """Deletes all blobs of a session."""
         ...
@@ -58,6 +81,9 @@ class GroupWriter(Protocol):
 
 class NoWriter:
     """No tier below host memory: nothing is written."""
+
+    stores = False
+    """Nothing is kept."""
 
     def has_room(self, num_groups: int) -> bool:  # noqa: ARG002 -- part of the protocol
         """Always."""
@@ -77,6 +103,15 @@ class NoWriter:
 
     def checkpoint(self, tenant_tag: bytes, session_id: SessionId) -> None:
         """Nothing waits."""
+
+    def takes_window(self, num_tokens: int) -> bool:  # noqa: ARG002 -- part of the protocol
+        """Nobody does."""
+        return False
+
+    def write_window(
+        self, tenant_tag: bytes, session_id: SessionId, start: int, token_ids: Sequence[int], pairs: Tensor
+    ) -> None:
+        """Forgets."""
 
     def delete(self, tenant_tag: bytes, session_id: SessionId) -> None:
         """Nothing to delete."""

@@ -33,7 +33,7 @@ class RunningSequence:
         has_begun: its memory stands for `tokens`, and the bytes it needs are reserved.
         recomputed_tokens: tokens computed again because their KV wasn't held, or had to make room.
         reached: how tokens were computed whose KV was lost, if that is known.
-        restored: KV that takes its place once the sinks are computed.
+        restored: KV on its way from the tier below; until all has come, nothing is computed but missing sinks.
         has_ended: the answer is complete; others of the call may not be.
         order: its place among all sequences: lower goes first.
         most_tokens: the most that it can come to hold.

@@ -31,7 +31,16 @@ from kvservice.recall.parking import Place
 from kvservice.recall.sharing import SharedCells
 from kvservice.tier.host import HostTier
 from kvservice.tier.swap import SwapSpace
-from kvservice.types import BLOCK_TOKENS, Headroom, ModelShape, RecipeSpec, RestoredKv, SessionId, TenantTerms
+from kvservice.types import (
+    BLOCK_TOKENS,
+    Headroom,
+    ModelShape,
+    RecipeSpec,
+    RestoredKv,
+    RestoredWindow,
+    SessionId,
+    TenantTerms,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -160,9 +169,18 @@ class HeldSequences:
         return SequenceMemory(recipe, self._store)
 
     def groups_of(self, restored: RestoredKv) -> Tensor:
-        """KV from a tier as groups `[n, layers, kv, 64, 2, d]`."""
+        """The groups that have come from a tier, `[n, layers, kv, 64, 2, d]`."""
         layout = self.arena.layout
-        return torch.frombuffer(restored.memory, dtype=layout.dtype).view(-1, *layout.group_shape)
+        arrived = restored.memory[: restored.num_arrived * layout.group_bytes]
+        if not arrived:
+            return torch.empty(0, *layout.group_shape, dtype=layout.dtype)
+        return torch.frombuffer(arrived, dtype=layout.dtype).view(-1, *layout.group_shape)
+
+    def window_of(self, window: RestoredWindow) -> Tensor:
+        """Sinks and window from a tier, `[layers, kv, n, 2, d]`."""
+        layout = self.arena.layout
+        numbers = torch.frombuffer(window.memory, dtype=layout.dtype)
+        return numbers.view(layout.num_layers, layout.num_kv_heads, -1, 2, layout.head_dim)
 
     def add(self, session_id: SessionId, memory: SequenceMemory, tenant: bytes) -> None:
         """Holds a tenant's sequence from now on, busy, in place of one of the same name."""

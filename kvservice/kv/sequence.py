@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvservice.errors import InternalError
 from kvservice.kv.arena import Arena
+from kvservice.kv.layout import BLOCKS_PER_GROUP
 from kvservice.kv.ledger import Owner
 from kvservice.types import BLOCK_TOKENS, GROUP_TOKENS, SINK_TOKENS
 
@@ -148,6 +149,23 @@ class SequenceState:
             self._ragged = positions.scatter(1, at, new.to(counts.device).expand(counts.numel(), -1))
         self.num_computed += num_tokens
 
+    def put(self, pairs: Tensor) -> None:
+        """Counts the next positions in with KV that was computed elsewhere, `[layers, kv, n, 2, d]`."""
+        num_tokens = pairs.shape[2]
+        if num_tokens:
+            self.extend(num_tokens)
+            self._arena.slots[self.slots(num_tokens)] = pairs.to(self._arena.device).permute(0, 3, 1, 2, 4)
+            self.commit(num_tokens)
+
+    def put_groups(self, groups: Tensor) -> None:
+        """As `put`, of whole groups behind sinks and whole groups, `[n, layers, kv, 64, 2, d]`."""
+        if groups.shape[0]:
+            first = self.num_resident // BLOCK_TOKENS
+            cells = self._arena.layout.groups_to_cells(groups.to(self._arena.device))
+            self.extend(groups.shape[0] * GROUP_TOKENS)
+            self._arena.cells[self.table[:, first : first + cells.shape[1]].long()] = cells
+            self.commit(groups.shape[0] * GROUP_TOKENS)
+
     # -- reading -----------------------------------------------------------------------------------------------------
 
     def read(self, layer: int, num_resident: int, key_layers: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -170,11 +188,21 @@ class SequenceState:
         values = self._arena.read(rows[1])[:, :num_resident]
         return keys, values
 
-    def read_groups(self, num_groups: int) -> Tensor:
-        """Copies of the window's oldest groups in host form, `[num_groups, layers, kv, 64, 2, d]`."""
-        columns = num_groups * GROUP_TOKENS // BLOCK_TOKENS
-        slots = self._arena.layout.group_slots(self._blocks[:, 1 : 1 + columns])
+    def read_groups(self, num_groups: int, first: int = 0) -> Tensor:
+        """Copies of the window's oldest groups from `first` on in host form, `[num_groups, layers, kv, 64, 2, d]`."""
+        columns = BLOCKS_PER_GROUP * num_groups
+        column = 1 + BLOCKS_PER_GROUP * first
+        slots = self._arena.layout.group_slots(self._blocks[:, column : column + columns])
         return self._arena.slots.index_select(0, slots.view(-1)).view(*slots.shape, -1)
+
+    def read_around(self, num_groups: int) -> Tensor:
+        """A copy of what is computed on the device, less the window's oldest groups: `[layers, kv, n, 2, d]`."""
+        layout, skipped = self._arena.layout, BLOCKS_PER_GROUP * num_groups
+        blocks = torch.cat([self.table[:, :1], self.table[:, 1 + skipped :]], dim=1).long()
+        blocks = blocks.view(layout.num_layers, 2, layout.num_kv_heads, -1)
+        at = torch.arange(self.num_resident - num_groups * GROUP_TOKENS, device=blocks.device)
+        slots = (blocks[..., at // BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS).permute(0, 2, 3, 1)
+        return self._arena.slots.index_select(0, slots.reshape(-1)).view(*slots.shape, -1)
 
     # -- shrinking ---------------------------------------------------------------------------------------------------
 

@@ -366,29 +366,84 @@ class SequenceMemory:
         keys = self._kept_keys.of(range(start, start + first))
         return None if keys is None else self.shared.groups.unpack(groups, keys)
 
-    def adopt(self, groups: Tensor) -> None:
-        """Takes the KV of the groups behind the sinks, which are all that is computed yet, as if it had computed them.
+    # -- what was computed elsewhere ---------------------------------------------------------------------------------
+
+    @property
+    def num_adopted(self) -> int:
+        """Of a sequence that has adopted what it holds: its groups."""
+        return max(0, self.state.num_computed - SINK_TOKENS) // GROUP_TOKENS
+
+    def adopt(self, pairs: Tensor) -> None:
+        """Takes the KV of the next tokens as if it had computed them: sinks, or a window.
+
+        Args:
+            pairs: `[layers, kv, n, 2, d]`.
+
+        Raises:
+            InternalError: there is no place for them.
+        """
+        state = self.state
+        if self.place is not Place.DEVICE or (state.num_computed and state.num_computed < SINK_TOKENS):
+            raise InternalError(f"KV of {state.num_computed} tokens is held: sinks come first, and whole")
+        state.put(pairs)
+        self.check()
+
+    def adopt_groups(self, groups: Tensor, num_tokens: int) -> None:
+        """Takes the KV of the groups behind those that were adopted, as far as it is sure where they belong.
 
         Args:
             groups: `[n, layers, kv, 64, 2, d]` on the CPU, from group 0 on.
+            num_tokens: leading tokens that there will be KV of at least. What is distant of those is taken now, or all
+                where nothing is distant.
 
         Raises:
-            InternalError: something else than the sinks is computed.
+            InternalError: something else than sinks and distant groups is computed.
         """
-        state = self.state
-        if state.num_computed != SINK_TOKENS or self.place is not Place.DEVICE:
-            raise InternalError(f"KV of {state.num_computed} tokens is held: only behind the sinks is there a place")
-        num_groups = groups.shape[0]
-        num_far = self.recipe.distant_groups(SINK_TOKENS + num_groups * GROUP_TOKENS)
-        for first in range(0, num_far, ADOPTED_GROUPS):
-            some = groups[first : min(first + ADOPTED_GROUPS, num_far)]
+        first, stop = self.num_adopted, self.recipe.distant_groups(num_tokens)
+        if self.place is not Place.DEVICE or self.state.num_computed != SINK_TOKENS + first * GROUP_TOKENS:
+            raise InternalError(f"KV of {self.state.num_computed} tokens is held: groups come behind groups")
+        if self.recipe.distant is Distant.RESIDENT:
+            self.state.put_groups(groups[first:])
+            return
+        for start in range(first, stop, ADOPTED_GROUPS):
+            some = groups[start : min(start + ADOPTED_GROUPS, stop)]
             if self.index:
                 self.index.append(some.to(self._store.arena.device))
             self.distant.append(some)
-        state.skip(num_groups)
-        if num_far < num_groups:
-            state.restore_groups(groups[num_far:])
+        self.state.skip(max(0, stop - first))
         self.check()
+
+    def adopt_rest(self, groups: Tensor, window: Tensor | None) -> None:
+        """Takes the last groups, and the window behind them if there is one.
+
+        Args:
+            groups: as in `adopt_groups`, all there are. Those that aren't adopted yet belong on the device.
+            window: `[layers, kv, n, 2, d]`.
+        """
+        self.state.put_groups(groups[self.num_adopted :])
+        if window is not None:
+            self.state.put(window)
+        self.check()
+
+    # -- what is stored in the tier below ----------------------------------------------------------------------------
+
+    @property
+    def num_stored_groups(self) -> int:
+        """Groups that belong in the tier below: those that are distant, or, where nothing is, that are complete."""
+        if self.recipe.distant is not Distant.RESIDENT:
+            return self.distant.num_groups
+        return (self.recipe.stored_until(self.state.num_computed) - SINK_TOKENS) // GROUP_TOKENS
+
+    def stored_groups(self, first: int, stop: int) -> Tensor:
+        """A copy of the groups from `first` to `stop - 1` as they are stored."""
+        if self.recipe.distant is Distant.RESIDENT:
+            return self.state.read_groups(stop - first, first).cpu()
+        return self.distant.load(first, stop)
+
+    def stored_window(self) -> Tensor:
+        """A copy of the sinks and of what follows the stored groups, `[layers, kv, n, 2, d]` on the CPU."""
+        on_device = self.num_stored_groups if self.recipe.distant is Distant.RESIDENT else 0
+        return self.state.read_around(on_device).cpu()
 
     def fork(self) -> SequenceMemory:
         """The same sequence once more. Nothing is copied: what both hold is shared until one of them writes to it."""

@@ -25,6 +25,7 @@ from kvservice.types import NOTHING_REACHED, FrameRef, Reached, SessionId, Tenan
 
 MANIFEST_FORMAT = 1
 HASH_BYTES = 16
+WINDOW_ROLE = "window"
 
 _HEADER_LEN = struct.Struct("<I")
 _CHUNK = np.dtype([("start", "<u4"), ("stop", "<u4"), ("home", "<u4"), ("row", "<u4"), ("hash", f"V{HASH_BYTES}")])
@@ -129,6 +130,7 @@ class Manifest:
         document_id: the shared document that the session begins with, if it does.
         parent: the session it was forked from, if it was.
         reached: how the session's tokens were computed.
+        window: what follows the frames, and the sinks: a frame of role `window` for each layer, from 0 on.
         is_shared: others may name frames in the session's home, so none of them is deleted before its time.
     """
 
@@ -146,6 +148,23 @@ class Manifest:
     parent: SessionId | None = None
     reached: Reached = NOTHING_REACHED
     is_shared: bool = False
+    window: Chunk | None = None
+
+    def named(self) -> Iterator[tuple[SessionId, FrameRef]]:
+        """Each frame with its home, those of the window last."""
+        yield from self.frames.frames()
+        if self.window is not None:
+            yield from FrameTable(window_columns(len(self.window.stored_bytes)), (self.window,)).frames()
+
+    @property
+    def homes(self) -> frozenset[SessionId]:
+        """Where the frames lie."""
+        return self.frames.homes | ({self.window.home} if self.window is not None else set())
+
+
+def window_columns(num_layers: int) -> tuple[tuple[int, str], ...]:
+    """The columns of a table of windows."""
+    return tuple((layer, WINDOW_ROLE) for layer in range(num_layers))
 
 
 def pack_manifest(manifest: Manifest) -> bytes:
@@ -169,6 +188,7 @@ def pack_manifest(manifest: Manifest) -> bytes:
         "shared": manifest.is_shared,
         "document": manifest.document_id,
         "parent": manifest.parent,
+        "window": None if manifest.window is None else _packed_window(manifest.window),
         "columns": [list(column) for column in table.columns],
         "homes": homes,
         "chunks": len(table.chunks),
@@ -212,11 +232,35 @@ def unpack_manifest(data: bytes) -> Manifest:
                 int(header["computed"]), tuple((int(start), int(stop)) for start, stop in header["selected"])
             ),
             is_shared=bool(header["shared"]),
+            # Manifests of before have none.
+            window=_unpacked_window(header.get("window")),
             document_id=header["document"] and SessionId(header["document"]),
             parent=header["parent"] and SessionId(header["parent"]),
         )
     except (struct.error, ValueError, KeyError, TypeError, IndexError) as error:
         raise InternalError(f"a manifest is illegible: {error!r}", reason="illegible_manifest") from error
+
+
+def _packed_window(window: Chunk) -> dict[str, Any]:
+    return {
+        "start": window.start,
+        "stop": window.stop,
+        "hash": window.chunk_hash.hex(),
+        "home": window.home,
+        "sizes": list(window.stored_bytes),
+    }
+
+
+def _unpacked_window(packed: Mapping[str, Any] | None) -> Chunk | None:
+    if packed is None:
+        return None
+    return Chunk(
+        int(packed["start"]),
+        int(packed["stop"]),
+        bytes.fromhex(packed["hash"]),
+        SessionId(packed["home"]),
+        tuple(int(size) for size in packed["sizes"]),
+    )
 
 
 def _unpacked_table(header: Mapping[str, Any], body: bytes) -> FrameTable:

@@ -141,7 +141,7 @@ class Scrubber:
         manifest = await self._ledger.get_manifest(tenant, session_id)
         if manifest is None:
             return 1
-        named = [(key_of(manifest, home, frame), frame.stored_bytes) for home, frame in manifest.frames.frames()]
+        named = [(key_of(manifest, home, frame), frame.stored_bytes) for home, frame in manifest.named()]
         sizes = await self._blobs.sizes([key for key, _ in named])
         wrong = sum(bool(size) and size != told for size, (_, told) in zip(sizes, named, strict=True))
         report = current.report

@@ -95,7 +95,7 @@ async def _verify_session(
     manifest = await store.ledger.get_manifest(tenant, found.session_id) if lease is not None else None
     if manifest is None:
         return found
-    named = {key_of(manifest, home, frame): frame.stored_bytes for home, frame in manifest.frames.frames()}
+    named = {key_of(manifest, home, frame): frame.stored_bytes for home, frame in manifest.named()}
     sizes = dict(zip(named, await blobs.sizes(list(named)), strict=True))
     there = [key for key, size in sizes.items() if size]
     return SessionFindings(

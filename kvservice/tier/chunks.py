@@ -59,6 +59,18 @@ def chain(tenant_tag: bytes, token_ids: Sequence[int]) -> list[bytes]:
     return names
 
 
+def window_end(tenant_tag: bytes, ends: Sequence[bytes], start: int, token_ids: Sequence[int]) -> bytes:
+    """A hash that stands for all of `token_ids`, of which those from `start` on are no whole groups, or no frames.
+
+    Args:
+        tenant_tag: the key of the hash.
+        ends: `chain` of the tokens.
+        start: where groups end: at least one.
+        token_ids: all tokens.
+    """
+    return chunk_hash(tenant_tag, ends[(start - SINK_TOKENS) // GROUP_TOKENS - 1], token_ids[start:])
+
+
 def chunk_name(tenant_tag: bytes, end: bytes, start: int, codec: str) -> bytes:
     """16 bytes that name a chunk's frames.
 

@@ -21,7 +21,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from kvservice.tier.chunks import chain, chunk_name, groups_per_chunk
+from kvservice.tier.chunks import chain, chunk_name, groups_per_chunk, window_end
 from kvservice.tier.codecs import check_codec, expected_bytes
 from kvservice.tier.header import FrameHeader, FrameRole
 from kvservice.tier.writer import WriteBehind
@@ -99,6 +99,31 @@ class FrameSet:
             for layer in range(self.group_shape[0])
         ]
 
+    def window_headers(
+        self, tenant_tag: bytes, session_id: SessionId, start: int, stop: int, name: bytes
+    ) -> list[FrameHeader]:
+        """The headers of a window's frames, a layer each: sinks, and tokens from `start` to `stop - 1`. Never lossy."""
+        layers, num_kv, _, _, head_dim = self.group_shape
+        return [
+            FrameHeader(
+                tenant_tag=tenant_tag,
+                session_id=session_id,
+                fingerprint=self.fingerprint,
+                layer_group=layer,
+                role=FrameRole.WINDOW,
+                chunk_hash=name,
+                start=start,
+                stop=stop,
+                shape=(1, num_kv, SINK_TOKENS + stop - start, 2, head_dim),
+                dtype=self._dtype,
+            )
+            for layer in range(layers)
+        ]
+
+    def window_bytes(self, num_tokens: int) -> int:
+        """Raw bytes of the sinks and so many tokens, all layers."""
+        return self.group_bytes // GROUP_TOKENS * (SINK_TOKENS + num_tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -174,6 +199,11 @@ class GroupFrames:
         self._lock = threading.Lock()
         self._submitted: OrderedDict[_Session, list[_Submitted]] = OrderedDict()
 
+    @property
+    def stores(self) -> bool:
+        """It does."""
+        return True
+
     def has_room(self, num_groups: int) -> bool:
         """Whether that many groups can be taken now, and the tail that they may complete."""
         return self._frames.has_room(self._room_for(num_groups))
@@ -222,6 +252,21 @@ class GroupFrames:
         if tail is not None and tail.num_submitted < len(tail.groups):
             self._submit((tenant_tag, session_id), tail)
             tail.num_submitted = len(tail.groups)
+
+    def takes_window(self, num_tokens: int) -> bool:
+        """Whether there is room for a window of so many tokens now."""
+        return self._frames.has_room(self._set.window_bytes(num_tokens))
+
+    def write_window(
+        self, tenant_tag: bytes, session_id: SessionId, start: int, token_ids: Sequence[int], pairs: Tensor
+    ) -> None:
+        """Takes sinks and window `[layers, kv, n, 2, d]`, whose memory must not change any more; see `takes_window`."""
+        ends = chain(tenant_tag, token_ids[:start])
+        name = chunk_name(tenant_tag, window_end(tenant_tag, ends, start, token_ids), start, "raw")
+        headers = self._set.window_headers(tenant_tag, session_id, start, len(token_ids), name)
+        for header, payload in zip(headers, layer_memory(pairs), strict=True):
+            # The room that was asked for; what others have taken of it meanwhile this goes without.
+            self._frames.submit(header, payload)
 
     def chunks_of(self, tenant_tag: bytes, session_id: SessionId) -> list[Chunk]:
         """What this writer has put into the tier: chunks that follow one another, from group 0 to the first gap."""

@@ -43,6 +43,8 @@ class FrameRole(Enum):
     SHARED_KEY = "shared_key"
     VALUE = "value"
     CENTROID = "centroid"
+    WINDOW = "window"
+    """Keys and values of the sinks, and of what follows the session's last group: `[1, kv, 16 + span, 2, d]`."""
 
 
 ROLES = tuple(FrameRole)

@@ -3,23 +3,24 @@
     chunks that a manifest names ── those whose names are of the session's tokens, from group 0 without a gap ──► frames
     ──► FrameReader ──► memory in the host tier's form; up to the first chunk that misses a frame
 
-Whoever waits for all of it waits for nothing else, so frames come chunk by chunk: what is there by the deadline is the
-beginning of the session.
+The window comes first, then chunk by chunk: what is there at any time is the beginning of the session, to be put in its
+place and indexed while the rest is on its way.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from kvservice.tier.chunks import chain, chunk_name
+from kvservice.tier.chunks import chain, chunk_name, window_end
 from kvservice.tier.groups import Chunk, FrameSet
 from kvservice.tier.reader import FrameFetch, FrameRead, FrameReader, FrameWant, ReaderStats
-from kvservice.types import SessionId
+from kvservice.types import GROUP_TOKENS, SINK_TOKENS, Reached, RestoredWindow, SessionId
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,20 +32,118 @@ class StoredChunk:
 
 
 @dataclass(frozen=True, slots=True)
-class FetchedGroups:
-    """What came.
+class StoredWindow:
+    """A window's frames as a manifest names them."""
+
+    home: SessionId
+    start: int
+    stop: int
+    name: bytes
+
+
+class Arrival:
+    """What is fetched of a session, as it comes: a `RestoredKv`. One thread fills it, any may read it.
+
+    Args:
+        reached: how the session's tokens were computed.
+        plan: what is fetched; None: nothing, and it is done.
 
     Attributes:
-        num_groups: from group 0 on.
-        memory: theirs, `[num_groups, layers, kv, 64, 2, d]`.
+        on_give_up: called when nobody wants the rest, from any thread; must neither block nor raise.
         num_bytes: raw ones that were read, in vain or not.
         misses: frames that weren't read, by reason.
     """
 
-    num_groups: int = 0
-    memory: memoryview = field(default_factory=lambda: memoryview(b""))
-    num_bytes: int = 0
-    misses: Mapping[str, int] = field(default_factory=dict)
+    def __init__(self, reached: Reached, plan: Plan | None) -> None:
+        self.on_give_up: Callable[[], None] | None = None
+        self.num_bytes = 0
+        self.misses: Counter[str] = Counter()
+        self._reached = reached
+        self._wanted_groups = plan.num_groups if plan is not None else 0
+        self._wanted_tokens = plan.num_tokens if plan is not None else 0
+        self._memory = plan.memory if plan is not None else memoryview(b"")
+        self._window = plan.window if plan is not None else None
+        self._awaits_window = self._window is not None
+        self._num_arrived = 0
+        self._is_done = plan is None
+        self._changed = threading.Event()
+
+    @property
+    def reached(self) -> Reached:
+        """See `RestoredKv`."""
+        return self._reached
+
+    @property
+    def num_groups(self) -> int:
+        """See `RestoredKv`."""
+        return self._num_arrived if self._is_done else self._wanted_groups
+
+    @property
+    def num_arrived(self) -> int:
+        """See `RestoredKv`."""
+        return self._num_arrived
+
+    @property
+    def memory(self) -> memoryview:
+        """See `RestoredKv`."""
+        return self._memory
+
+    @property
+    def awaits_window(self) -> bool:
+        """See `RestoredKv`."""
+        return self._awaits_window
+
+    @property
+    def window(self) -> RestoredWindow | None:
+        """See `RestoredKv`."""
+        return None if self._awaits_window else self._window
+
+    @property
+    def is_done(self) -> bool:
+        """See `RestoredKv`."""
+        return self._is_done
+
+    @property
+    def num_tokens(self) -> int:
+        """See `RestoredKv`."""
+        if not self._is_done:
+            return self._wanted_tokens
+        groups = SINK_TOKENS + self._num_arrived * GROUP_TOKENS if self._num_arrived else 0
+        window = self.window
+        return window.stop if window is not None and window.start == groups else groups
+
+    def wait(self, timeout_s: float) -> None:
+        """See `RestoredKv`."""
+        self._changed.wait(timeout_s)
+        self._changed.clear()
+
+    def give_up(self) -> None:
+        """See `RestoredKv`."""
+        if not self._is_done and self.on_give_up is not None:
+            self.on_give_up()
+
+    def note_window(self, *, came: bool) -> None:
+        """The window is there, or will not be."""
+        self._window = self._window if came else None
+        self._awaits_window = False
+        self._changed.set()
+
+    def note_groups(self, num_groups: int) -> None:
+        """So many leading groups are there."""
+        self._num_arrived = num_groups
+        self._changed.set()
+
+    def end(self) -> None:
+        """Nothing more comes."""
+        if self._awaits_window:
+            self.note_window(came=False)
+        self._is_done = True
+        self._changed.set()
+
+
+def nothing(reached: Reached) -> Arrival:
+    """What is there when nothing is fetched."""
+    return Arrival(reached, None)
 
 
 def usable(tenant_tag: bytes, token_ids: Sequence[int], chunks: Sequence[StoredChunk], codec: str) -> list[StoredChunk]:
@@ -64,6 +163,102 @@ def usable(tenant_tag: bytes, token_ids: Sequence[int], chunks: Sequence[StoredC
             found.append(stored)
             following = stop
     return found
+
+
+def usable_window(
+    tenant_tag: bytes, token_ids: Sequence[int], window: StoredWindow | None, chunks: Sequence[StoredChunk]
+) -> StoredWindow | None:
+    """The window, if it stands for these tokens, and `chunks` lead up to it."""
+    if window is None or not chunks or not window.start < window.stop <= len(token_ids):
+        return None
+    if SINK_TOKENS + chunks[-1].chunk.stop_group * GROUP_TOKENS != window.start:
+        return None
+    ends = chain(tenant_tag, token_ids[: window.start])
+    end = window_end(tenant_tag, ends, window.start, token_ids[: window.stop])
+    return window if window.name == chunk_name(tenant_tag, end, window.start, "raw") else None
+
+
+class Plan:
+    """What to fetch of a session, and where to.
+
+    Args:
+        frame_set: what the frames look like.
+        tenant_tag: whose they are.
+        chunks: that follow one another from group 0 on.
+        window: behind them, if there is one.
+
+    Attributes:
+        num_groups: leading groups of the session.
+        memory: for them, in the host tier's form.
+        window: with memory for it.
+        wants: the frames, in the order in which they are needed.
+        num_bytes: raw ones.
+    """
+
+    def __init__(
+        self, frame_set: FrameSet, tenant_tag: bytes, chunks: Sequence[StoredChunk], window: StoredWindow | None
+    ) -> None:
+        # Frames of one place, a layer each, follow one another.
+        self._layers = frame_set.group_shape[0]
+        self._chunks = chunks
+        self.num_groups = chunks[-1].chunk.stop_group if chunks else 0
+        # Not zeroed: pages are touched when the values come.
+        self.memory = np.empty(self.num_groups * frame_set.group_bytes, dtype=np.uint8).data
+        self.window: RestoredWindow | None = None
+        self.wants: list[FrameWant] = []
+        self._next_chunk = 0
+        self._has_gap = self._misses_window = False
+        if window is not None:
+            num_bytes = frame_set.window_bytes(window.stop - window.start)
+            self.window = RestoredWindow(window.start, window.stop, np.empty(num_bytes, dtype=np.uint8).data)
+            headers = frame_set.window_headers(tenant_tag, window.home, window.start, window.stop, window.name)
+            pieces = _split(self.window.memory, self._layers)
+            self.wants += [FrameWant(header, [piece]) for header, piece in zip(headers, pieces, strict=True)]
+        for stored in chunks:
+            self.wants += self._wants(frame_set, tenant_tag, stored)
+        self.num_bytes = len(self.memory) + (len(self.window.memory) if self.window is not None else 0)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the session that needn't be computed if all comes."""
+        return self.window.stop if self.window is not None else SINK_TOKENS + self.num_groups * GROUP_TOKENS
+
+    def follow(self, arrival: Arrival, results: Sequence[FrameRead]) -> None:
+        """Tells of further results, in the order asked for."""
+        for result in results:
+            if result.miss is None:
+                arrival.num_bytes += self.wants[result.index].header.raw_bytes
+            else:
+                arrival.misses[result.miss.value] += 1
+                self._has_gap |= not arrival.awaits_window
+                self._misses_window |= arrival.awaits_window
+            if (result.index + 1) % self._layers:
+                continue
+            if arrival.awaits_window:
+                arrival.note_window(came=not self._misses_window)
+            elif not self._has_gap:
+                arrival.note_groups(self._chunks[self._next_chunk].chunk.stop_group)
+                self._next_chunk += 1
+
+    def _wants(self, frame_set: FrameSet, tenant_tag: bytes, stored: StoredChunk) -> list[FrameWant]:
+        chunk, group_bytes = stored.chunk, frame_set.group_bytes
+        layer_bytes = group_bytes // self._layers
+        return [
+            FrameWant(
+                header,
+                [
+                    self.memory[start : start + layer_bytes]
+                    for group in range(chunk.first_group, chunk.stop_group)
+                    for start in [group * group_bytes + layer * layer_bytes]
+                ],
+            )
+            for layer, header in enumerate(frame_set.headers(tenant_tag, stored.home, chunk))
+        ]
+
+
+def _split(memory: memoryview, parts: int) -> list[memoryview]:
+    size = len(memory) // parts
+    return [memory[start : start + size] for start in range(0, len(memory), size)]
 
 
 class GroupReader:
@@ -91,46 +286,15 @@ class GroupReader:
         """Of the reader below."""
         return self._reader.stats()
 
-    async def fetch(self, tenant_tag: bytes, chunks: Sequence[StoredChunk], timeout_s: float) -> FetchedGroups:
-        """Brings chunks that follow one another from group 0 on. Ends soon after `timeout_s`; never raises.
+    def plan(self, tenant_tag: bytes, chunks: Sequence[StoredChunk], window: StoredWindow | None) -> Plan | None:
+        """What to fetch, with memory for it; None before `serve`."""
+        return None if self._set is None else Plan(self._set, tenant_tag, chunks, window)
+
+    async def fetch(self, plan: Plan, arrival: Arrival, timeout_s: float) -> None:
+        """Brings what was planned, and ends `arrival`. Returns soon after `timeout_s`; raises nothing.
 
         Cancelling it gives up what hasn't arrived; its memory lives until the reader is through with it.
         """
-        if self._set is None or not chunks:
-            return FetchedGroups()
-        num_groups = chunks[-1].chunk.stop_group
-        group_bytes = self._set.group_bytes
-        # Not zeroed: pages are touched when the values come.
-        memory = np.empty(num_groups * group_bytes, dtype=np.uint8).data
-        wants = [want for stored in chunks for want in self._wants(tenant_tag, stored, memory)]
-        results = await self._results(wants, timeout_s)
-        misses = Counter(result.miss.value for result in results if result.miss is not None)
-        layers = self._set.group_shape[0]
-        whole = 0
-        for index, stored in enumerate(chunks):
-            if any(result.miss for result in results[index * layers : (index + 1) * layers]):
-                break
-            whole = stored.chunk.stop_group
-        num_bytes = sum(wants[result.index].header.raw_bytes for result in results if result.miss is None)
-        return FetchedGroups(whole, memory[: whole * group_bytes], num_bytes, misses)
-
-    def _wants(self, tenant_tag: bytes, stored: StoredChunk, memory: memoryview) -> list[FrameWant]:
-        assert self._set is not None
-        chunk, group_bytes = stored.chunk, self._set.group_bytes
-        layer_bytes = group_bytes // self._set.group_shape[0]
-        return [
-            FrameWant(
-                header,
-                [
-                    memory[start : start + layer_bytes]
-                    for group in range(chunk.first_group, chunk.stop_group)
-                    for start in [group * group_bytes + layer * layer_bytes]
-                ],
-            )
-            for layer, header in enumerate(self._set.headers(tenant_tag, stored.home, chunk))
-        ]
-
-    async def _results(self, wants: Sequence[FrameWant], timeout_s: float) -> list[FrameRead]:
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
@@ -141,13 +305,12 @@ class GroupReader:
                 return
 
         # The reader's clock is time.monotonic, as the loop's is.
-        fetch: FrameFetch = self._reader.fetch(wants, loop.time() + timeout_s, wake)
-        results: list[FrameRead] = []
+        fetch: FrameFetch = self._reader.fetch(plan.wants, loop.time() + timeout_s, wake)
         try:
             while True:
-                results += fetch.ready()
+                plan.follow(arrival, fetch.ready())
                 if fetch.is_done:
-                    return results
+                    return
                 try:
                     async with asyncio.timeout(timeout_s):
                         await arrived.wait()
@@ -158,3 +321,4 @@ class GroupReader:
         finally:
             if not fetch.is_done:
                 fetch.cancel()
+            arrival.end()

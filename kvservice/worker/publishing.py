@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -21,9 +21,10 @@ from kvservice.errors import Conflict, KVServiceError, LimitExceeded
 from kvservice.store.base import StateStore
 from kvservice.store.blobs import Blobs, charged_bytes, key_of
 from kvservice.store.ledger import Held, Position
-from kvservice.store.manifests import FrameTable, Manifest
+from kvservice.store.manifests import WINDOW_ROLE, Chunk, FrameTable, Manifest
 from kvservice.store.sizes import allocated_bytes
 from kvservice.store.tasks import end_tasks
+from kvservice.tier.chunks import chain, chunk_name
 from kvservice.types import (
     GROUP_TOKENS,
     NOTHING_REACHED,
@@ -33,7 +34,6 @@ from kvservice.types import (
     FrameRef,
     ModelShape,
     Reached,
-    RecipeSpec,
     SessionId,
     TenantId,
     WorkerId,
@@ -102,10 +102,18 @@ class _Session:
     frames: FrameTable
     """All that was written: also of the turn that is running, and of turns that were taken back. Those have the hashes
     of other tokens, so no reader takes them, and go when their place is written again."""
+    window: Chunk | None = None
+    """The newest that was written, whatever has become of its tokens since."""
     num_tokens: int = 0
     reached: Reached = NOTHING_REACHED
     is_shared: bool = False
+    shared: frozenset[FrameRef] = frozenset()
+    """What lies in its home and others may name: it stays, whether it is still named here or not."""
+    superseded: list[FrameRef] = field(default_factory=list)
+    """Windows that were written, and followed by others before a manifest named them."""
     window_start: int = SINK_TOKENS
+    given: EngineCall | None = None
+    """The last call, until it has been seen whether what it began with was another session's."""
     reserved: bool = False
     is_behind: bool = False
     """Something was written that no manifest names yet."""
@@ -117,8 +125,7 @@ class _Session:
 @dataclass(frozen=True, slots=True)
 class _Turn:
     session: _Session
-    recipe: RecipeSpec
-    base_tokens: int
+    call: EngineCall
 
 
 class Publisher:
@@ -183,7 +190,7 @@ class Publisher:
             self._away_until = self._clock() + AWAY_S
             self._note_failure("begin", call.session_id, error)
             return None
-        self._turns[call.call_id] = _Turn(session, call.recipe, len(call.base_tokens))
+        self._turns[call.call_id] = _Turn(session, call)
         return session.manifest
 
     def ended(self, call_id: CallId, appended_tokens: int, reached: Reached | None = None) -> None:
@@ -208,6 +215,23 @@ class Publisher:
                     self._drop(known)
         return (await self._own(tenant, tenant_tag, session_id)).manifest is not None
 
+    def is_behind(self, session_id: SessionId) -> bool:
+        """Whether something of a session was written, or is known of it, that no manifest says yet."""
+        session = self._sessions.get(session_id)
+        return session is not None and session.is_behind
+
+    async def known(self, session_id: SessionId) -> Manifest | None:
+        """What there is of a session that this worker owns, published or not; None if it owns it not."""
+        session = self._sessions.get(session_id)
+        if session is None:
+            return None
+        async with session.lock:
+            try:
+                await self._gather(session)
+            except (KVServiceError, TimeoutError) as error:
+                self._note_failure("gather", session_id, error)
+            return self._manifest(session)
+
     async def publish(self, session_id: SessionId) -> bool:
         """Publishes what has ended of a session. Whether a manifest has all of it then."""
         session = self._sessions.get(session_id)
@@ -218,12 +242,14 @@ class Publisher:
         return session.manifest is not None and not session.is_behind
 
     async def share(self, session_id: SessionId) -> None:
-        """As `publish`; and its frames stay until the session is closed: others name them."""
+        """As `publish`; and the frames it has now stay until the session is closed: others name them."""
         session = self._sessions.get(session_id)
         if session is not None:
             session.is_behind |= not session.is_shared
             session.is_shared = True
             await self.publish(session_id)
+            if session.manifest is not None:
+                session.shared |= _own_frames(session.manifest)
 
     async def release(self, session_id: SessionId) -> None:
         """Lets a session go; nothing of it is published once this has returned. Its lease stays until it expires."""
@@ -262,8 +288,21 @@ class Publisher:
                 await self._publish(session)
             if session.manifest is not None:
                 manifest = session.manifest
-                keys = [key_of(manifest, home, frame) for home, frame in manifest.frames.frames()]
+                keys = [key_of(manifest, home, frame) for home, frame in manifest.named()]
                 await self._blobs.renew(keys, self._ttl_s)
+
+    async def hand_over(self) -> int:
+        """Publishes all that has ended, and lets every session go: whoever acquires one next has all there is of it.
+
+        Returns:
+            How many have a manifest of all that they are.
+        """
+        await self.settle()
+        whole = 0
+        for session_id in list(self._sessions):
+            whole += await self.publish(session_id)
+            await self.release(session_id)
+        return whole
 
     async def settle(self) -> None:
         """Returns once everything that has ended has been published, or has failed to."""
@@ -278,27 +317,42 @@ class Publisher:
 
     async def _owned(self, call: EngineCall, tenant: TenantId) -> _Session:
         session = self._sessions.get(call.session_id)
-        if session is not None:
+        if session is not None and session.tenant_tag == call.tenant_tag:
             return session
+        if session is not None:
+            # The service's secret has changed: what is written from now on has other keys.
+            await self.release(call.session_id)
         return await self._own(tenant, call.tenant_tag, call.session_id)
 
     async def _own(self, tenant: TenantId, tenant_tag: bytes, session_id: SessionId) -> _Session:
         position = await self._ledger.acquire_session(tenant, session_id, self._worker_id, self._ttl_s)
         manifest = await self._ledger.get_manifest(tenant, session_id) if position.version else None
+        if manifest is not None and manifest.tenant_tag != tenant_tag:
+            await self._forget_old(manifest)
+            manifest = None
         session = _Session(tenant, tenant_tag, session_id, position, manifest, FrameTable())
         if manifest is not None:
-            session.frames, session.reached = manifest.frames, manifest.reached
+            session.frames, session.reached, session.window = manifest.frames, manifest.reached, manifest.window
             session.num_tokens, session.window_start = manifest.num_tokens, manifest.window_start
             session.is_shared = manifest.is_shared
+            session.shared = _own_frames(manifest) if manifest.is_shared else frozenset()
         self._frames.watch(session.tenant_tag, session.session_id)
         self._sessions[session.session_id] = session
         return session
+
+    async def _forget_old(self, manifest: Manifest) -> None:
+        """Deletes what was written of a session under another secret of the service: nobody will read it again."""
+        logger.info("old_frames_deleted", extra={"session_id": manifest.session_id})
+        if not manifest.is_shared:
+            home = manifest.session_id
+            await self._blobs.delete([key_of(manifest, home, frame) for frame in _own_frames(manifest)])
 
     async def _reserve(self, session: _Session, call: EngineCall, shape: ModelShape) -> None:
         most_new = call.sampling.max_new_tokens if call.sampling is not None else 0
         tokens = len(call.base_tokens) + len(call.document_tokens) + len(call.prompt_tokens) + most_new
         covered = max((chunk.stop for chunk in session.frames.chunks), default=SINK_TOKENS)
-        groups = max(0, call.recipe.window_start(tokens) - covered) // GROUP_TOKENS
+        stored_until = call.recipe.stored_until(tokens)
+        groups = max(0, stored_until - covered) // GROUP_TOKENS
         if not groups:
             return
         # Whole chunks, and one more: the last one of the turn before is written again.
@@ -306,7 +360,9 @@ class Publisher:
         chunks = -(-groups // chunk_groups) + (chunk_groups > 1)
         chunk_bytes = chunk_groups * GROUP_TOKENS * shape.kv_bytes_per_token // shape.num_layers + HEADER_BYTES
         frame_bytes = allocated_bytes(chunk_bytes, HEADER_BYTES, self._blobs.allocator)
-        num_bytes = chunks * shape.num_layers * frame_bytes
+        window_bytes = (SINK_TOKENS + tokens - stored_until) * shape.kv_bytes_per_token // shape.num_layers
+        window_bytes = allocated_bytes(window_bytes + HEADER_BYTES, HEADER_BYTES, self._blobs.allocator)
+        num_bytes = shape.num_layers * (chunks * frame_bytes + window_bytes)
         await self._ledger.reserve_bytes(session.tenant, session.session_id, num_bytes, RESERVED_S)
         session.reserved = True
 
@@ -315,9 +371,10 @@ class Publisher:
         if turn is None:
             return
         session = turn.session
-        session.num_tokens = turn.base_tokens + appended_tokens
-        session.window_start = turn.recipe.window_start(session.num_tokens)
+        session.num_tokens = len(turn.call.base_tokens) + appended_tokens
         session.reached = session.reached.until(session.num_tokens) if reached is None else reached
+        session.window_start = turn.call.recipe.stored_until(session.num_tokens)
+        session.given = turn.call
         session.is_behind = True
         self._start(self._publish(session))
 
@@ -347,10 +404,42 @@ class Publisher:
         session.unplaced += self._frames.take(*place)
         if session.manifest is not None and self._frames.fingerprint not in (b"", session.manifest.fingerprint):
             # Frames of another model, or of another layout: nobody can read both.
-            session.frames, session.manifest = FrameTable(), None
+            session.frames, session.window, session.manifest = FrameTable(), None, None
         placed = await self._sized(session, session.unplaced)
         session.unplaced.clear()
-        session.frames = session.frames.with_frames((session.session_id, frame) for frame in placed)
+        own = session.session_id
+        session.frames = session.frames.with_frames((own, frame) for frame in placed if frame.role != WINDOW_ROLE)
+        windows = [frame for frame in placed if frame.role == WINDOW_ROLE]
+        if windows:
+            newest = [each for each in windows if each.chunk_hash == windows[-1].chunk_hash]
+            session.window = FrameTable.of((own, frame) for frame in newest).chunks[0]
+            session.superseded += [each for each in windows if each not in newest]
+        given, session.given = session.given, None
+        if given is not None:
+            self._name_anothers(session, (*given.base_tokens, *given.document_tokens, *given.prompt_tokens))
+
+    def _name_anothers(self, session: _Session, token_ids: Sequence[int]) -> None:
+        """Names frames of other sessions for what this one took over from their memory, and so never wrote."""
+        tag, table = session.tenant_tag, session.frames
+        covered = min((chunk.start for chunk in table.chunks), default=session.window_start)
+        if covered == SINK_TOKENS:
+            return
+        others = [each for each in self._sessions.values() if each is not session and each.tenant_tag == tag]
+        written = {chunk.chunk_hash: (each, chunk) for each in others for chunk in each.frames.chunks}
+        ends = chain(tag, token_ids[:covered]) if written else []
+        for first in range(0, len(ends), self._frames.chunk_groups):
+            stop = min(first + self._frames.chunk_groups, len(ends))
+            name = chunk_name(tag, ends[stop - 1], SINK_TOKENS + first * GROUP_TOKENS, self._frames.codec)
+            if name not in written:
+                return
+            other, chunk = written[name]
+            frames = list(FrameTable(other.frames.columns, (chunk,)).frames())
+            session.frames = session.frames.with_frames(frames)
+            owner = self._sessions.get(chunk.home)
+            if owner is not None:
+                owner.is_shared = True
+                owner.shared |= {frame for _, frame in frames}
+                owner.is_behind = True
 
     async def _sized(self, session: _Session, frames: list[FrameRef]) -> list[FrameRef]:
         """The frames with their sizes; a writer that doesn't tell them leaves them to be asked for. Less those gone."""
@@ -365,13 +454,16 @@ class Publisher:
     async def _publish_now(self, session: _Session) -> None:
         for _ in range(TRIES):
             manifest = self._manifest(session)
-            if not manifest.frames.chunks and session.manifest is None:
+            # Of one that has no frames, a manifest still says how its tokens were computed.
+            if session.window_start == SINK_TOKENS and not manifest.frames.chunks and session.manifest is None:
                 break
             try:
                 session.manifest = await self._ledger.publish_manifest(
                     manifest,
                     session.position,
-                    bytes_by_home=charged_bytes(manifest, self._blobs.allocator),
+                    bytes_by_home=charged_bytes(
+                        manifest, self._blobs.allocator, also=session.shared - _own_frames(manifest)
+                    ),
                     ttl_s=self._ttl_s,
                     reservation_id=session.session_id if session.reserved else "",
                 )
@@ -390,15 +482,19 @@ class Publisher:
 
     async def _delete_replaced(self, session: _Session, before: Manifest | None) -> None:
         """Deletes frames of the session's own that no manifest names any more. Whoever reads them now misses them."""
-        now = session.manifest
-        if before is None or now is None or now is before or session.is_shared:
+        now, home = session.manifest, session.session_id
+        if now is None or now is before:
             return
-        home = session.session_id
-        named = {key_of(now, home, frame) for where, frame in now.frames.frames() if where == home}
+        named = {frame.chunk_hash for frame in _own_frames(now) | session.shared}
         # What was written of a turn under way is named by the next one.
-        named.update(key_of(now, home, frame) for where, frame in session.frames.frames() if where == home)
-        old = [key_of(before, home, frame) for where, frame in before.frames.frames() if where == home]
-        await self._blobs.delete([key for key in old if key not in named])
+        named.update(chunk.chunk_hash for chunk in session.frames.chunks if chunk.home == home)
+        if session.window is not None:
+            named.add(session.window.chunk_hash)
+        old = _own_frames(before) if before is not None else frozenset()
+        superseded, session.superseded = session.superseded, []
+        await self._blobs.delete(
+            [key_of(now, home, frame) for frame in (*old, *superseded) if frame.chunk_hash not in named]
+        )
 
     async def _find_again(self, session: _Session, error: Conflict) -> bool:
         """Sees what a refused publication means. Whether another try may pass."""
@@ -406,6 +502,8 @@ class Publisher:
         if error.reason == "home_gone":
             own = [each for each in session.frames.frames() if each[0] == session.session_id]
             session.frames = FrameTable.of(own)
+            if session.window is not None and session.window.home != session.session_id:
+                session.window = None
         elif found.epoch > session.position.epoch:
             logger.warning("session_fenced", extra={"session_id": session.session_id, "epoch": found.epoch})
             self._fenced += 1
@@ -438,10 +536,16 @@ class Publisher:
             frames=session.frames.until(session.window_start),
             codec=self._frames.codec,
             reached=session.reached,
+            window=self._window(session),
             is_shared=session.is_shared,
             document_id=before.document_id if before is not None else None,
             parent=before.parent if before is not None else None,
         )
+
+    def _window(self, session: _Session) -> Chunk | None:
+        """The session's window, if it is of all that was computed."""
+        window = session.window
+        return window if window is not None and window.stop == session.reached.num_computed else None
 
     def _drop(self, session: _Session) -> None:
         del self._sessions[session.session_id]
@@ -451,3 +555,8 @@ class Publisher:
         reason = error.reason if isinstance(error, KVServiceError) else "timeout"
         self._failures[reason] += 1
         logger.warning("not_published", extra={"doing": doing, "session_id": session_id, "why": str(error) or reason})
+
+
+def _own_frames(manifest: Manifest) -> frozenset[FrameRef]:
+    """Those that a manifest names in the session's own home."""
+    return frozenset(frame for home, frame in manifest.named() if home == manifest.session_id)

@@ -8,15 +8,26 @@ Whatever isn't brought is computed again: the answer is the same, and says how m
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from kvservice.store.manifests import Manifest
+from kvservice.store.tasks import end_tasks
 from kvservice.tier.groups import Chunk
-from kvservice.tier.restore import FetchedGroups, GroupReader, StoredChunk, usable
-from kvservice.types import GROUP_TOKENS, SINK_TOKENS, EngineCall, FinishedEvent, RestoredKv
+from kvservice.tier.restore import (
+    Arrival,
+    GroupReader,
+    Plan,
+    StoredChunk,
+    StoredWindow,
+    nothing,
+    usable,
+    usable_window,
+)
+from kvservice.types import GROUP_TOKENS, SINK_TOKENS, EngineCall, FinishedEvent
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +95,7 @@ class Resumer:
         self._clock = clock
         self._speeds = Speeds()
         self._slots = asyncio.Semaphore(MAX_FETCHES)
+        self._fetches: set[asyncio.Task[None]] = set()
         self._fetched = self._recomputed = self._restored_tokens = 0
         self._misses: Counter[str] = Counter()
 
@@ -95,42 +107,83 @@ class Resumer:
         """A call has ended: learns how fast tokens are computed. From the engine's thread."""
         self._speeds.note_prefill(event.usage.prompt_tokens + event.usage.recomputed_tokens, event.prefill_ms / 1e3)
 
-    async def restore(self, call: EngineCall, manifest: Manifest) -> RestoredKv:
-        """What the tier has of a call's session; nothing, if computing it is faster. Ends within a bounded time."""
-        fetched = FetchedGroups()
+    async def begin(self, call: EngineCall, manifest: Manifest, num_missing: int) -> Arrival:
+        """Begins to bring what the tier has of a call's session; nothing, if computing what is missing is faster.
+
+        Returns once it is under way. Cancelling this waits for nothing and leaves nothing behind.
+
+        Args:
+            call: the call.
+            manifest: of its session.
+            num_missing: the last tokens of the session, whose KV isn't held.
+        """
+        chunks: list[StoredChunk] = []
         if manifest.fingerprint != self._reader.fingerprint:
             self._misses["fingerprint"] += 1
         else:
             chunks = usable(call.tenant_tag, call.base_tokens, _chunks(manifest), manifest.codec)
-            fetched = await self._fetch(call, chunks)
-        return RestoredKv(fetched.num_groups, fetched.memory, manifest.reached)
-
-    async def _fetch(self, call: EngineCall, chunks: list[StoredChunk]) -> FetchedGroups:
-        num_groups = chunks[-1].chunk.stop_group if chunks else 0
-        num_bytes = num_groups * self._reader.group_bytes
-        if not chunks or not self._speeds.fetching_is_faster(num_bytes, num_groups * GROUP_TOKENS):
+        window = usable_window(call.tenant_tag, call.base_tokens, _window(manifest), chunks)
+        plan = self._reader.plan(call.tenant_tag, chunks, window) if chunks else None
+        saved = 0 if plan is None else plan.num_tokens - (len(call.base_tokens) - num_missing)
+        if plan is None or saved <= 0 or not self._speeds.fetching_is_faster(plan.num_bytes, saved):
             self._recomputed += 1
-            return FetchedGroups()
-        async with self._slots:
-            started = self._clock()
-            left = FETCH_TIMEOUT_S if call.deadline is None else min(FETCH_TIMEOUT_S, call.deadline - started)
-            fetched = await self._reader.fetch(call.tenant_tag, chunks, max(left, 0.0))
+            return nothing(manifest.reached)
+        await self._slots.acquire()
+        loop = asyncio.get_running_loop()
+        arrival = Arrival(manifest.reached, plan)
+        task = loop.create_task(self._fetch(call, plan, arrival), name=f"fetch {call.session_id}")
+        self._fetches.add(task)
+
+        def ended(_task: asyncio.Task[None]) -> None:
+            # A task that is cancelled before it begins does nothing at all.
+            arrival.end()
+            self._fetches.discard(task)
+            self._slots.release()
+
+        def give_up() -> None:
+            with contextlib.suppress(RuntimeError):  # The event loop is closed: then nothing is fetched any more.
+                loop.call_soon_threadsafe(task.cancel)
+
+        task.add_done_callback(ended)
+        arrival.on_give_up = give_up
+        return arrival
+
+    async def restore(self, call: EngineCall, manifest: Manifest, num_missing: int) -> Arrival:
+        """As `begin`, and returns once everything has come, or has missed. Ends within a bounded time."""
+        arrival = await self.begin(call, manifest, num_missing)
+        try:
+            while not arrival.is_done:
+                await asyncio.wait(self._fetches, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            arrival.give_up()
+            raise
+        return arrival
+
+    async def stop(self) -> None:
+        """Gives up what is under way."""
+        await end_tasks(list(self._fetches))
+
+    async def _fetch(self, call: EngineCall, plan: Plan, arrival: Arrival) -> None:
+        started = self._clock()
+        left = FETCH_TIMEOUT_S if call.deadline is None else min(FETCH_TIMEOUT_S, call.deadline - started)
+        try:
+            await self._reader.fetch(plan, arrival, max(left, 0.0))
+        finally:
             seconds = self._clock() - started
-        self._speeds.note_fetch(fetched.num_bytes, seconds)
-        self._fetched += 1
-        self._misses.update(fetched.misses)
-        self._restored_tokens += fetched.num_groups * GROUP_TOKENS
-        logger.info(
-            "session_fetched",
-            extra={
-                "session_id": call.session_id,
-                "groups": fetched.num_groups,
-                "of_groups": num_groups,
-                "seconds": round(seconds, 4),
-                "misses": dict(fetched.misses),
-            },
-        )
-        return fetched
+            self._speeds.note_fetch(arrival.num_bytes, seconds)
+            self._fetched += 1
+            self._misses.update(arrival.misses)
+            self._restored_tokens += arrival.num_tokens
+            logger.info(
+                "session_fetched",
+                extra={
+                    "session_id": call.session_id,
+                    "tokens": arrival.num_tokens,
+                    "of_tokens": plan.num_tokens,
+                    "seconds": round(seconds, 4),
+                    "misses": dict(arrival.misses),
+                },
+            )
 
 
 def _chunks(manifest: Manifest) -> list[StoredChunk]:
@@ -145,6 +198,11 @@ def _chunks(manifest: Manifest) -> list[StoredChunk]:
         )
         for chunk in manifest.frames.chunks
     ]
+
+
+def _window(manifest: Manifest) -> StoredWindow | None:
+    window = manifest.window
+    return None if window is None else StoredWindow(window.home, window.start, window.stop, window.chunk_hash)
 
 
 def _smoothed(old: float | None, new: float) -> float:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import struct
 from dataclasses import replace
 
 import pytest
@@ -51,6 +52,24 @@ def test_packed_manifest_comes_back():
     table = FrameTable.of([(P, ref(0, 16, 10)), (S, ref(0, 80, 10)), (S, ref(3, 80, 2**32 - 1))])
     for each in (manifest(table), manifest(FrameTable()), replace(manifest(table), document_id=P, parent=None)):
         assert unpack_manifest(pack_manifest(each)) == each
+
+
+def test_window_is_packed_with_its_manifest_and_named_with_its_frames():
+    window = Chunk(208, 499, b"\2" * 16, P, (70, 0, 90))
+    held = replace(manifest(FrameTable.of([(S, ref(0, 16, 10))])), window=window)
+    assert unpack_manifest(pack_manifest(held)) == held
+    assert held.homes == {S, P}
+    assert list(held.named())[1:] == [
+        (P, FrameRef(layer, "window", 208, 499, b"\2" * 16, size)) for layer, size in ((0, 70), (2, 90))
+    ]
+
+
+def test_manifest_of_before_there_were_windows_is_read():
+    packed, left_out = pack_manifest(manifest(FrameTable())), b',"window":null'
+    assert left_out in packed
+    (length,) = struct.unpack("<I", packed[:4])
+    before = struct.pack("<I", length - len(left_out)) + packed[4:].replace(left_out, b"")
+    assert unpack_manifest(before) == manifest(FrameTable())
 
 
 def test_manifest_of_a_long_session_is_small():

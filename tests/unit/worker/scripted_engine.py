@@ -146,7 +146,7 @@ class ScriptedEngine:
         self._check_thread()
         return ByteSeconds(2.5, 3.5)
 
-    def fork(self, session_id: SessionId, fork_id: SessionId) -> None:
+    def fork(self, session_id: SessionId, fork_id: SessionId, num_tokens: int | None = None) -> None:
         self._check_thread()
         if session_id not in self.sessions:
             raise NotFound(f"session {session_id} is not on this device", reason="not_held")

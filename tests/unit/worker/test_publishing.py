@@ -15,6 +15,7 @@ from kvservice.store.base import SessionRecord
 from kvservice.store.blobs import RedisBlobs, key_of
 from kvservice.store.ledger import fork_manifest
 from kvservice.store.redis import RedisStateStore
+from kvservice.tier.chunks import chain, chunk_name
 from kvservice.tier.header import FrameHeader, FrameRole
 from kvservice.tier.journal import FrameJournal, JournaledWriter
 from kvservice.tier.redis import RedisTier
@@ -24,6 +25,7 @@ from kvservice.types import (
     ModelShape,
     OnMiss,
     PromptFormat,
+    Reached,
     SamplingParams,
     SessionId,
     TenantId,
@@ -98,14 +100,19 @@ class Worker:
     def shape(self) -> ModelShape:
         return MODEL.shape
 
-    def write(self, groups: range, session_id: SessionId = S, size: int = 300, name: int = 0) -> None:
+    def write(self, groups: range, session_id: SessionId = S, size: int = 300, name: int = 0, tag: bytes = TAG) -> None:
         for group in groups:
             start = 16 + 64 * group
-            head = (TAG, session_id, b"f" * 16, 0, FrameRole.KV, bytes([group, name]) * 8, start, start + 64)
+            head = (tag, session_id, b"f" * 16, 0, FrameRole.KV, bytes([group, name]) * 8, start, start + 64)
             assert self.writer.submit(FrameHeader(*head, (size,), "uint8"), bytes(size))
 
-    async def end(self, call_id: CallId, appended: int) -> None:
-        self.publisher.ended(call_id, appended)
+    def write_window(self, start: int, stop: int, tag: bytes = TAG, size: int = 900) -> None:
+        name = stop.to_bytes(16, "little")
+        head = (tag, S, b"f" * 16, 0, FrameRole.WINDOW, name, start, stop)
+        assert self.writer.submit(FrameHeader(*head, (size,), "uint8"), bytes(size))
+
+    async def end(self, call_id: CallId, appended: int, reached: Reached | None = None) -> None:
+        self.publisher.ended(call_id, appended, reached)
         await asyncio.sleep(0)
         async with asyncio.timeout(PATIENCE_S):
             await self.publisher.settle()
@@ -368,3 +375,111 @@ async def test_who_hands_a_session_over_publishes_it_and_who_takes_it_on_fences_
     assert giver.publisher.stats().fenced == 1
     # And it may own the session again.
     assert await giver.publisher.acquire(ANN, TAG, S)
+
+
+async def test_window_is_published_with_its_turn_and_the_one_before_goes(worker, store, kv):
+    async def turn(base: int, tokens: int, groups: range) -> None:
+        call_id = await worker.call(base, tokens - base)
+        worker.write(groups)
+        worker.write_window(RECALL.window_start(tokens), tokens - 1)
+        await worker.end(call_id, tokens - base, Reached(tokens - 1))
+
+    await turn(0, 500, range(3))
+    first = await store.ledger.get_manifest(ANN, S)
+    assert (first.window.start, first.window.stop, first.window.home) == (208, 499, S)
+    assert first.num_tokens == 500
+    charged = (await store.ledger.tenant_bytes(ANN)).stored_bytes
+    assert charged == sum(kv.memory_usage(key) for key in kv.keys("kv1:*"))
+    await turn(500, 510, range(0))
+    second = await store.ledger.get_manifest(ANN, S)
+    assert second.window.stop == 509
+    assert len(kv.keys("kv1:*:window:*")) == 1
+    # A fork has the window of its moment, whatever becomes of its parent.
+    await worker.publisher.share(S)
+    fork = await fork_manifest(store.ledger, ANN, S, SessionId("f"), 510, TTL_S)
+    assert fork.window == second.window
+    assert (await fork_manifest(store.ledger, ANN, S, SessionId("g"), 400, TTL_S)).window is None
+    for tokens in (520, 530):
+        await turn(tokens - 10, tokens, range(0))
+    stops = {int(key.rpartition(b":")[2][:4], 16) for key in kv.keys("kv1:*:window:*")}
+    assert len(stops) == 2
+    assert (await worker.blobs.sizes([key_of(fork, S, frame) for _, frame in fork.named()])).count(0) == 0
+    charged = (await store.ledger.tenant_bytes(ANN)).stored_bytes
+    assert charged == sum(kv.memory_usage(key) for key in kv.keys("kv1:*"))
+
+
+async def test_window_of_tokens_that_were_taken_back_is_not_named(worker, store):
+    call_id = await worker.call(0, 500)
+    worker.write(range(3))
+    worker.write_window(208, 499)
+    await worker.end(call_id, 500, Reached(499))
+    call_id = await worker.call(400, 50)
+    await worker.end(call_id, 50, Reached(449))
+    assert (await store.ledger.get_manifest(ANN, S)).window is None
+
+
+async def test_windows_that_no_manifest_has_named_are_deleted_too(worker, store, kv):
+    call_id = await worker.call(0, 500)
+    worker.write(range(3))
+    worker.write_window(208, 498)
+    worker.write_window(208, 499)
+    await worker.end(call_id, 500, Reached(499))
+    assert (await store.ledger.get_manifest(ANN, S)).window.stop == 499
+    assert len(kv.keys("kv1:*:window:*")) == 1
+
+
+async def test_drained_publisher_lets_all_sessions_go_published(worker, store):
+    other = SessionId("other")
+    await worker.turn(0, 500, range(3))
+    await worker.turn(0, 500, range(3), other)
+    assert await worker.publisher.hand_over() == 2
+    assert worker.publisher.stats().held_sessions == 0
+    assert await store.ledger.get_manifest(ANN, other) is not None
+
+
+async def test_after_a_change_of_the_secret_old_frames_go_and_new_ones_are_published(worker, store, kv):
+    await worker.turn(0, 500, range(3))
+    assert len(kv.keys("kv1:*")) == 3
+    new_tag = b"n" * 16
+    call_id = await worker.call(500, 10, tenant_tag=new_tag)
+    assert kv.keys("kv1:*") == []
+    worker.write(range(3), tag=new_tag)
+    worker.write_window(208, 509, new_tag)
+    await worker.end(call_id, 10, Reached(509))
+    manifest = await store.ledger.get_manifest(ANN, S)
+    assert (manifest.tenant_tag, stops(manifest), manifest.window.stop) == (new_tag, [80, 144, 208], 509)
+
+
+async def test_what_was_taken_over_from_anothers_memory_is_named_where_it_lies(worker, store, kv):
+    other = SessionId("other")
+    tokens = tuple(range(500))
+    names = chain(TAG, tokens[:208])
+
+    def write(groups: range, session_id: SessionId) -> None:
+        for group in groups:
+            name = chunk_name(TAG, names[group], 16 + 64 * group, "raw")
+            head = (TAG, session_id, b"f" * 16, 0, FrameRole.KV, name, 16 + 64 * group, 80 + 64 * group)
+            assert worker.writer.submit(FrameHeader(*head, (300,), "uint8"), bytes(300))
+
+    call_id = await worker.call(0, 0, other, document_tokens=tokens)
+    write(range(3), other)
+    await worker.end(call_id, 500, Reached(500))
+    call_id = await worker.call(0, 0, document_tokens=tokens)
+    write(range(2, 3), S)
+    await worker.end(call_id, 500, Reached(500))
+    manifest = await store.ledger.get_manifest(ANN, S)
+    assert [(chunk.stop, chunk.home) for chunk in manifest.frames.chunks] == [(80, other), (144, other), (208, S)]
+    charged = (await store.ledger.tenant_bytes(ANN)).stored_bytes
+    assert charged == sum(kv.memory_usage(key) for key in kv.keys("kv1:*"))
+    # Others' frames stay, whatever becomes of whose they are.
+    await worker.publisher.publish(other)
+    assert (await store.ledger.get_manifest(ANN, other)).is_shared
+
+
+async def test_session_without_frames_says_how_it_was_computed(worker, store):
+    call_id = await worker.call(0, 500)
+    reached = Reached(499, ((450, 499),))
+    await worker.end(call_id, 500, reached)
+    assert (await store.ledger.get_manifest(ANN, S)).reached == reached
+    assert (await worker.publisher.known(S)).reached == reached
+    assert await worker.publisher.known(SessionId("nobody")) is None
