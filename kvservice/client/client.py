@@ -22,6 +22,7 @@ from kvservice.client.results import (
     ServiceStats,
     SessionInfo,
     Started,
+    StoredReport,
     TokenCount,
     TokenLogprobs,
     Tokens,
@@ -133,15 +134,20 @@ class Client:
         prompt_format: PromptFormat = PromptFormat.RAW,
         on_miss: OnMiss = OnMiss.RECOMPUTE,
         ttl_s: float | None = None,
+        document_id: str = "",
         request_id: str | None = None,
     ) -> SessionInfo:
-        """A new, empty session. Empty names and no `ttl_s` take the server's defaults."""
+        """A new session: empty, or with the document of the session `document_id`, whose prompt format it has then.
+
+        Empty names and no `ttl_s` take the server's defaults; of one with a document, the document's.
+        """
         request = sessions_pb2.CreateRequest(
             request_id=request_id or _new_id(),
             model=model,
             recipe=recipe,
             prompt_format=PROMPT_FORMAT_CODES[prompt_format],
             on_miss=ON_MISS_CODES[on_miss],
+            document_id=document_id,
         )
         if ttl_s is not None:
             request.ttl.FromMilliseconds(round(ttl_s * 1000))
@@ -434,6 +440,11 @@ class Client:
             weight=weight,
         )
         await self._unary(lambda: self._admin.SetQuota(request, **self._call_options()))
+
+    async def verify(self, tenant: str, session_id: str = "") -> StoredReport:
+        """What is stored of a tenant, or of one of its sessions, once all that has ended is published. Reads it all."""
+        request = admin_pb2.VerifyRequest(tenant=tenant, session_id=session_id)
+        return convert.stored_report(await self._unary(lambda: self._admin.Verify(request, **self._call_options())))
 
     async def drain(self, worker_id: str = "", *, grace_s: float | None = None) -> int:
         """Has a worker, or the whole service, take no new work; gives the number of running calls."""

@@ -10,6 +10,7 @@ from kvservice.client.results import (
     SessionInfo,
     SessionState,
     Started,
+    StoredReport,
     TenantReport,
     TierReport,
     Timings,
@@ -47,6 +48,8 @@ def session(message: sessions_pb2.Session) -> SessionInfo:
         expires_at=message.expires_at.ToMicroseconds() / 1e6,
         worker_id=WorkerId(message.worker_id),
         last_error=message.last_error,
+        document_id=message.document_id,
+        document_tokens=message.document_tokens,
     )
 
 
@@ -241,4 +244,17 @@ def _worker_report(message: admin_pb2.WorkerStats) -> WorkerReport:
         idle_swapped_out=message.idle_swapped_out,
         idle_dropped=message.idle_dropped,
         parked_sessions=message.parked_sessions,
+    )
+
+
+def stored_report(message: admin_pb2.VerifyResponse) -> StoredReport:
+    """See `StoredReport`."""
+    return StoredReport(
+        session_ids=tuple(SessionId(found.session_id) for found in message.sessions),
+        checked_frames=message.checked_frames,
+        missing_frames=message.missing_frames,
+        corrupt_frames=message.corrupt_frames,
+        stored_bytes=message.stored_bytes,
+        reserved_bytes=message.reserved_bytes,
+        quota_bytes=message.quota_bytes,
     )

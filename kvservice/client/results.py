@@ -34,6 +34,8 @@ class SessionInfo:
     expires_at: float
     worker_id: WorkerId
     last_error: str
+    document_id: str = ""
+    document_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +154,22 @@ class TierReport:
     written_bytes: int
     pending_frames: int
     failures: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredReport:
+    """What is stored of a tenant. Nothing is left of it when there are no sessions.
+
+    `checked_frames` were found, `missing_frames` not; `corrupt_frames` fail their checks.
+    """
+
+    session_ids: tuple[SessionId, ...]
+    checked_frames: int
+    missing_frames: int
+    corrupt_frames: int
+    stored_bytes: int
+    reserved_bytes: int
+    quota_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

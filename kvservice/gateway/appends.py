@@ -159,7 +159,7 @@ class Appends:
             with run.cancellable():
                 outcome = await self._read(run, record, upload, activity, watch, account)
                 account.carried_out(outcome)
-            record = await self._sessions.commit(record, outcome)
+            record = await self._sessions.commit(record, outcome, is_document=True)
         finished = sessions_pb2.AppendFinished(
             num_tokens=len(record.token_ids),
             durable_tokens=record.durable_tokens,

@@ -263,4 +263,6 @@ def session_to_proto(record: SessionRecord) -> sessions_pb2.Session:
         expires_at=timestamp(record.expires_at),
         worker_id=record.worker_id,
         last_error=record.last_error,
+        document_id=record.document_id,
+        document_tokens=record.document_tokens,
     )

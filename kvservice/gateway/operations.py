@@ -1,4 +1,4 @@
-"""Truncate, Fork and Move: what changes a session without computing anything. Knows nothing of frames or manifests.
+"""Truncate, Fork, Move, and Create with a document: what computes nothing. Knows nothing of frames or manifests.
 
 A session's record is what counts. What workers hold or have stored of it follows, and where it doesn't, KV is computed
 again when it is next needed.
@@ -36,7 +36,10 @@ T = TypeVar("T", bound=Message)
 
 
 class Operations:
-    """Carries out Truncate, Fork and Move, each under the session's lock, and once for each request id."""
+    """Carries out Truncate, Fork and Move, each under the session's lock, and attaches documents.
+
+    Each once for each request id.
+    """
 
     def __init__(self, sessions: Sessions, fleet: Fleet, runs: Runs, repeats: Repeats, limits: Limits) -> None:
         self._sessions = sessions
@@ -56,7 +59,12 @@ class Operations:
                     raise InvalidRequest(
                         f"to_tokens={request.to_tokens}: the session holds {held}; give 0 to {held}", field="to_tokens"
                     )
-                wanted = replace(record, token_ids=record.token_ids[: request.to_tokens], expires_at=self._end(record))
+                wanted = replace(
+                    record,
+                    token_ids=record.token_ids[: request.to_tokens],
+                    document_tokens=min(record.document_tokens, request.to_tokens),
+                    expires_at=self._end(record),
+                )
                 record = await self._sessions.write(record, wanted)
             return sessions_pb2.TruncateResponse(session=self._sessions.show(record))
 
@@ -68,23 +76,41 @@ class Operations:
         async def work(run: Run[sessions_pb2.ForkResponse]) -> sessions_pb2.ForkResponse:
             expected = request.expected_num_tokens if request.HasField("expected_num_tokens") else None
             async with self._sessions.changing(run, caller, request.session_id, _idle(), expected) as record:
-                fork_id = SessionId(secrets.token_hex(16))
-                holder = await self._fork_kv(record, fork_id)
-                now = self._sessions.now()
-                fork = replace(
-                    record,
-                    session_id=fork_id,
-                    created_at=now,
-                    expires_at=now + record.ttl_s,
-                    version=0,
-                    worker_id=holder.worker_id if holder is not None else "",
-                    worker_epoch=holder.epoch if holder is not None else 0,
-                    last_error="",
-                )
-                fork = await self._sessions.add(fork)
+                wanted = replace(record, session_id=SessionId(secrets.token_hex(16)))
+                fork = await self._begin(wanted, record)
             return sessions_pb2.ForkResponse(session=self._sessions.show(fork))
 
         return self._once("fork", caller, request, sessions_pb2.ForkResponse, work)
+
+    def attach(self, caller: Caller, request: sessions_pb2.CreateRequest) -> Run[sessions_pb2.CreateResponse]:
+        """Begins a session with the document of another, as it was before the first question. Nothing is copied."""
+        ttl_s, on_miss = convert.ttl_s(request, self._limits), convert.on_miss(request.on_miss)
+
+        async def work(run: Run[sessions_pb2.CreateResponse]) -> sessions_pb2.CreateResponse:  # noqa: ARG001
+            # Not held meanwhile: many may begin with it at a time, and its document doesn't change.
+            document = await self._sessions.find(caller, request.document_id)
+            num_tokens = document.document_tokens
+            if not num_tokens:
+                raise FailedPrecondition(
+                    f"session {request.document_id!r} has no document: append one before its first question",
+                    reason="no_document",
+                )
+            if request.model not in ("", document.model):
+                raise InvalidRequest(
+                    f"model={request.model!r}: the document is of model {document.model!r}", field="model"
+                )
+            wanted = replace(
+                document,
+                session_id=SessionId(secrets.token_hex(16)),
+                recipe=self._sessions.choose(document.model, request.recipe or document.recipe),
+                on_miss=on_miss,
+                ttl_s=ttl_s,
+                token_ids=document.token_ids[:num_tokens],
+                document_id=document.session_id,
+            )
+            return sessions_pb2.CreateResponse(session=self._sessions.show(await self._begin(wanted, document)))
+
+        return self._once("create", caller, request, sessions_pb2.CreateResponse, work)
 
     def move(self, caller: Caller, request: sessions_pb2.MoveRequest) -> Run[sessions_pb2.MoveResponse]:
         """Hands a session to another worker, which brings its KV from the tier when it is next used."""
@@ -108,7 +134,10 @@ class Operations:
         self,
         kind: str,
         caller: Caller,
-        request: sessions_pb2.TruncateRequest | sessions_pb2.ForkRequest | sessions_pb2.MoveRequest,
+        request: sessions_pb2.TruncateRequest
+        | sessions_pb2.ForkRequest
+        | sessions_pb2.MoveRequest
+        | sessions_pb2.CreateRequest,
         response: type[T],
         work: Callable[[Run[T]], Coroutine[Any, Any, T]],
     ) -> Run[T]:
@@ -125,20 +154,37 @@ class Operations:
 
         return self._runs.start(body)
 
-    async def _fork_kv(self, record: SessionRecord, fork_id: SessionId) -> WorkerView | None:
+    async def _begin(self, wanted: SessionRecord, source: SessionRecord) -> SessionRecord:
+        """Keeps a session that begins with tokens of another, and has KV shared with it."""
+        holder = await self._fork_kv(wanted, source)
+        now = self._sessions.now()
+        fork = replace(
+            wanted,
+            created_at=now,
+            expires_at=now + wanted.ttl_s,
+            version=0,
+            worker_id=holder.worker_id if holder is not None else "",
+            worker_epoch=holder.epoch if holder is not None else 0,
+            last_error="",
+        )
+        return await self._sessions.add(fork)
+
+    async def _fork_kv(self, wanted: SessionRecord, source: SessionRecord) -> WorkerView | None:
         """Has KV shared with a fork, in memory where it is held, and in the tier. The worker that holds the fork's."""
-        if not record.token_ids:
+        if not wanted.token_ids:
             return None
-        views = [view for view in self._fleet.views() if view.model.name == record.model]
+        views = [view for view in self._fleet.views() if view.model.name == source.model]
+        fork = worker_pb2.ForkRequest(
+            session_id=source.session_id,
+            fork_id=wanted.session_id,
+            num_tokens=len(wanted.token_ids),
+            tenant=source.tenant,
+            tenant_tag=self._sessions.tag(source.tenant),
+            is_document=wanted.document_id == source.session_id,
+            stored_only=wanted.recipe != source.recipe,
+        )
         # Any worker can name what is stored; the one that holds the session shares its memory too.
-        for view in sorted(views, key=lambda view: (not _is_at(record, view), view.worker_id)):
-            fork = worker_pb2.ForkRequest(
-                session_id=record.session_id,
-                fork_id=fork_id,
-                num_tokens=len(record.token_ids),
-                tenant=record.tenant,
-                tenant_tag=self._sessions.tag(record.tenant),
-            )
+        for view in sorted(views, key=lambda view: (not _is_at(source, view), view.worker_id)):
             try:
                 forked = await self._fleet.fork(view.worker_id, fork)
             except KVServiceError as error:

@@ -42,7 +42,8 @@ class SessionServicer(SessionServiceServicer):
         self._limits = limits
 
     async def Create(self, request: sessions_pb2.CreateRequest, context: Context) -> sessions_pb2.CreateResponse:  # noqa: ARG002, D102
-        return await only_message(self._sessions.create(CALLER.get(), request))
+        begin = self._operations.attach if request.document_id else self._sessions.create
+        return await only_message(begin(CALLER.get(), request))
 
     async def Get(self, request: sessions_pb2.GetRequest, context: Context) -> sessions_pb2.GetResponse:  # noqa: ARG002, D102
         return sessions_pb2.GetResponse(session=await self._sessions.get(CALLER.get(), request.session_id))

@@ -221,11 +221,14 @@ class Sessions:
             finally:
                 del self._activities[record.session_id]
 
-    async def commit(self, record: SessionRecord, outcome: Outcome) -> SessionRecord:
-        """Writes what the session gained by a call that ended well."""
+    async def commit(self, record: SessionRecord, outcome: Outcome, *, is_document: bool = False) -> SessionRecord:
+        """Writes what the session gained by a call that ended well: a document, or a question and its answer."""
+        token_ids = record.token_ids + tuple(outcome.done.appended_token_ids)
+        only_documents = is_document and record.document_tokens == len(record.token_ids)
         wanted = replace(
             record,
-            token_ids=record.token_ids + tuple(outcome.done.appended_token_ids),
+            token_ids=token_ids,
+            document_tokens=len(token_ids) if only_documents else record.document_tokens,
             worker_id=outcome.worker.worker_id,
             worker_epoch=outcome.worker.epoch,
             expires_at=self._clock() + record.ttl_s,
@@ -243,6 +246,15 @@ class Sessions:
             if current is None or current.version != record.version + 1 or _content(current) != _content(wanted):
                 raise
             return current
+
+    def choose(self, model: str, recipe: str) -> str:
+        """The recipe of a new session of a model: the one asked for, or the default one.
+
+        Raises:
+            InvalidRequest: there is no such recipe.
+            Unavailable: no worker has the model.
+        """
+        return choose_recipe(choose_model(self._fleet, model, model), recipe, self._config.default_recipe).name
 
     async def add(self, record: SessionRecord) -> SessionRecord:
         """Keeps a new session. Raises LimitExceeded if its tenant has too many."""
@@ -288,10 +300,14 @@ class Sessions:
         In this order: a worker that has dropped it publishes no more, and a reader that finds no manifest looks for no
         blobs. Those that a fork still reads stay; without `purge` all stay until their time is up.
         """
-        tag = self.tag(record.tenant)
-        freed = await self._fleet.release(record.session_id, tag, purge=False)
-        for home in await self._store.ledger.delete_manifest(record.tenant, record.session_id):
-            if purge:
+        tags = {self.tag(record.tenant)}
+        freed = await self._fleet.release(record.session_id, self.tag(record.tenant), purge=False)
+        ledger = self._store.ledger
+        if purge and (manifest := await ledger.get_manifest(record.tenant, record.session_id)) is not None:
+            # What it names may be of a secret that the service had before.
+            tags.add(manifest.tenant_tag)
+        for home in await ledger.delete_manifest(record.tenant, record.session_id):
+            for tag in tags if purge else ():
                 await self._fleet.release(home, tag, purge=True)
         await self._quotas.metering.end_session(record, freed)
         return freed

@@ -27,6 +27,8 @@ class SessionRecord:
         worker_epoch: that worker's epoch.
         last_error: what the last call failed with; empty if it went well.
         durable_tokens: leading tokens that survive the loss of every process; the store sets it.
+        document_tokens: leading tokens that are documents, before the first question.
+        document_id: the session whose document it began with; empty: none.
     """
 
     session_id: SessionId
@@ -44,6 +46,8 @@ class SessionRecord:
     worker_epoch: int = 0
     last_error: str = ""
     durable_tokens: int = 0
+    document_tokens: int = 0
+    document_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from kvservice.errors import Conflict, LimitExceeded, NotFound
+from kvservice.errors import QUOTA_KEY, Conflict, LimitExceeded, NotFound
 from kvservice.store.manifests import Manifest
 from kvservice.types import SessionId, TenantId, WorkerId
 
@@ -179,11 +179,19 @@ class KvLedger(Protocol):
 
 
 async def fork_manifest(
-    ledger: KvLedger, tenant: TenantId, session_id: SessionId, fork_id: SessionId, num_tokens: int, ttl_s: float
+    ledger: KvLedger,
+    tenant: TenantId,
+    session_id: SessionId,
+    fork_id: SessionId,
+    num_tokens: int,
+    ttl_s: float,
+    *,
+    is_document: bool = False,
 ) -> Manifest:
     """Publishes a manifest for a fork: it names the frames of `session_id` up to `num_tokens`, where they lie.
 
-    Nothing is copied, and nothing more is charged. The fork has no owner until a worker acquires it.
+    Nothing is copied, and nothing more is charged. The fork has no owner until a worker acquires it. With `is_document`
+    those tokens are a document that the two share.
 
     Raises:
         NotFound: the session has no manifest.
@@ -195,7 +203,6 @@ async def fork_manifest(
             f"session {session_id!r} has no manifest: nothing of it is in the tier, or that has expired",
             reason="no_manifest",
         )
-    frames = source.frames.until(num_tokens)
     fork = replace(
         source,
         session_id=fork_id,
@@ -203,15 +210,17 @@ async def fork_manifest(
         version=0,
         num_tokens=min(num_tokens, source.num_tokens),
         window_start=min(source.window_start, num_tokens),
-        frames=frames,
+        frames=source.frames.until(num_tokens),
+        window=source.window if source.window is not None and source.window.stop <= num_tokens else None,
         reached=source.reached.until(num_tokens),
         is_shared=False,
         parent=session_id,
+        document_id=session_id if is_document else source.document_id,
     )
     # What a home is charged with isn't changed by who names less of it, so the parent's share does for the fork.
     leases = {lease.session_id: lease for lease in await ledger.list_leases(tenant)}
     parents = leases[session_id].bytes_by_home if session_id in leases else {}
-    bytes_by_home = {home: parents.get(home, 0) for home in frames.homes}
+    bytes_by_home = {home: parents.get(home, 0) for home in fork.homes}
     return await ledger.publish_manifest(fork, Position(), bytes_by_home=bytes_by_home, ttl_s=ttl_s)
 
 
@@ -249,7 +258,7 @@ def over_quota(tenant: TenantId, wanted_bytes: int, quota_bytes: int) -> LimitEx
         f"tenant {tenant!r} would have {wanted_bytes} bytes stored, and may have {quota_bytes}: close sessions, "
         "or raise the quota",
         reason="stored_bytes_quota",
-        metadata={"wanted_bytes": str(wanted_bytes), "quota_bytes": str(quota_bytes)},
+        metadata={QUOTA_KEY: "stored_bytes", "wanted_bytes": str(wanted_bytes), "quota_bytes": str(quota_bytes)},
     )
 
 

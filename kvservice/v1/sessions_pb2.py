@@ -27,59 +27,59 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from kvservice.v1 import common_pb2 as kvservice_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bkvservice/v1/sessions.proto\x12\x0ckvservice.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19kvservice/v1/common.proto\"\xc5\x03\n\x07Session\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06recipe\x18\x03 \x01(\t\x12\x31\n\rprompt_format\x18\x04 \x01(\x0e\x32\x1a.kvservice.v1.PromptFormat\x12%\n\x07on_miss\x18\x05 \x01(\x0e\x32\x14.kvservice.v1.OnMiss\x12\x12\n\nnum_tokens\x18\x06 \x01(\x04\x12\x16\n\x0e\x64urable_tokens\x18\x07 \x01(\x04\x12)\n\x05state\x18\x08 \x01(\x0e\x32\x1a.kvservice.v1.SessionState\x12\x1b\n\x13prefill_done_tokens\x18\t \x01(\x04\x12\x1c\n\x14prefill_total_tokens\x18\n \x01(\x04\x12.\n\ncreated_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tworker_id\x18\r \x01(\t\x12\x12\n\nlast_error\x18\x0e \x01(\t\x12\x14\n\x0c\x65xpires_soon\x18\x0f \x01(\x08\"\xc4\x01\n\rCreateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06recipe\x18\x03 \x01(\t\x12\x31\n\rprompt_format\x18\x04 \x01(\x0e\x32\x1a.kvservice.v1.PromptFormat\x12%\n\x07on_miss\x18\x05 \x01(\x0e\x32\x14.kvservice.v1.OnMiss\x12&\n\x03ttl\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\"8\n\x0e\x43reateResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.kvservice.v1.Session\" \n\nGetRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"5\n\x0bGetResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.kvservice.v1.Session\"4\n\x0bListRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"P\n\x0cListResponse\x12\'\n\x08sessions\x18\x01 \x03(\x0b\x32\x15.kvservice.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x80\x01\n\rAppendRequest\x12*\n\x05start\x18\x01 \x01(\x0b\x32\x19.kvservice.v1.AppendStartH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12+\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x16.kvservice.v1.TokenIdsH\x00\x42\x06\n\x04part\"\x91\x01\n\x0b\x41ppendStart\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12 \n\x13\x65xpected_num_tokens\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x0e\n\x06\x64\x65tach\x18\x04 \x01(\x08\x12\x10\n\x08priority\x18\x05 \x01(\x05\x42\x16\n\x14_expected_num_tokens\"}\n\x0e\x41ppendResponse\x12\x30\n\x08progress\x18\x01 \x01(\x0b\x32\x1c.kvservice.v1.AppendProgressH\x00\x12\x30\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x1c.kvservice.v1.AppendFinishedH\x00\x42\x07\n\x05\x65vent\";\n\x0e\x41ppendProgress\x12\x13\n\x0b\x64one_tokens\x18\x01 \x01(\x04\x12\x14\n\x0ctotal_tokens\x18\x02 \x01(\x04\"\xaf\x01\n\x0e\x41ppendFinished\x12\x12\n\nnum_tokens\x18\x01 \x01(\x04\x12\x16\n\x0e\x64urable_tokens\x18\x02 \x01(\x04\x12\"\n\x05usage\x18\x03 \x01(\x0b\x32\x13.kvservice.v1.Usage\x12&\n\x07timings\x18\x04 \x01(\x0b\x32\x15.kvservice.v1.Timings\x12%\n\x02kv\x18\x05 \x01(\x0b\x32\x19.kvservice.v1.KvTelemetry\"\xd7\x02\n\x1dSessionServiceGenerateRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12 \n\x13\x65xpected_num_tokens\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x0e\n\x06prompt\x18\x04 \x01(\t\x12.\n\x08sampling\x18\x05 \x01(\x0b\x32\x1c.kvservice.v1.SamplingParams\x12\x14\n\x0ckeep_partial\x18\x06 \x01(\x08\x12\x0e\n\x06recipe\x18\x07 \x01(\t\x12\x15\n\rlast_sequence\x18\x08 \x01(\x04\x12\x18\n\x10prompt_token_ids\x18\t \x03(\r\x12\x10\n\x08priority\x18\n \x01(\x05\x12+\n\x08messages\x18Z \x03(\x0b\x32\x19.kvservice.v1.ChatMessageB\x16\n\x14_expected_num_tokens\"L\n\x1eSessionServiceGenerateResponse\x12*\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1b.kvservice.v1.GenerateEvent\"\x86\x01\n\x0fTruncateRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12 \n\x13\x65xpected_num_tokens\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x11\n\tto_tokens\x18\x04 \x01(\x04\x42\x16\n\x14_expected_num_tokens\"U\n\x10TruncateResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.kvservice.v1.Session\x12\x19\n\x11recomputed_tokens\x18\x02 \x01(\x04\"o\n\x0b\x46orkRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12 \n\x13\x65xpected_num_tokens\x18\x03 \x01(\x04H\x00\x88\x01\x01\x42\x16\n\x14_expected_num_tokens\"6\n\x0c\x46orkResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.kvservice.v1.Session\"H\n\x0bMoveRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x11\n\tworker_id\x18\x03 \x01(\t\"6\n\x0cMoveResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.kvservice.v1.Session\"E\n\x0c\x43loseRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05purge\x18\x03 \x01(\x08\"E\n\rCloseResponse\x12\x1a\n\x12\x66reed_device_bytes\x18\x01 \x01(\x04\x12\x18\n\x10\x66reed_host_bytes\x18\x02 \x01(\x04*\x80\x01\n\x0cSessionState\x12\x1d\n\x19SESSION_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12SESSION_STATE_IDLE\x10\x01\x12\x1b\n\x17SESSION_STATE_APPENDING\x10\x02\x12\x1c\n\x18SESSION_STATE_GENERATING\x10\x03\x32\x8d\x05\n\x0eSessionService\x12\x43\n\x06\x43reate\x12\x1b.kvservice.v1.CreateRequest\x1a\x1c.kvservice.v1.CreateResponse\x12:\n\x03Get\x12\x18.kvservice.v1.GetRequest\x1a\x19.kvservice.v1.GetResponse\x12=\n\x04List\x12\x19.kvservice.v1.ListRequest\x1a\x1a.kvservice.v1.ListResponse\x12G\n\x06\x41ppend\x12\x1b.kvservice.v1.AppendRequest\x1a\x1c.kvservice.v1.AppendResponse(\x01\x30\x01\x12g\n\x08Generate\x12+.kvservice.v1.SessionServiceGenerateRequest\x1a,.kvservice.v1.SessionServiceGenerateResponse0\x01\x12I\n\x08Truncate\x12\x1d.kvservice.v1.TruncateRequest\x1a\x1e.kvservice.v1.TruncateResponse\x12=\n\x04\x46ork\x12\x19.kvservice.v1.ForkRequest\x1a\x1a.kvservice.v1.ForkResponse\x12=\n\x04Move\x12\x19.kvservice.v1.MoveRequest\x1a\x1a.kvservice.v1.MoveResponse\x12@\n\x05\x43lose\x12\x1a.kvservice.v1.CloseRequest\x1a\x1b.kvservice.v1.CloseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bkvservice/v1/sessions.proto\x12\x0ckvservice.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19kvservice/v1/common.proto\"\xf3\x03\n\x07Session\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06recipe\x18\x03 \x01(\t\x12\x31\n\rprompt_format\x18\x04 \x01(\x0e\x32\x1a.kvservice.v1.PromptFormat\x12%\n\x07on_miss\x18\x05 \x01(\x0e\x32\x14.kvservice.v1.OnMiss\x12\x12\n\nnum_tokens\x18\x06 \x01(\x04\x12\x16\n\x0e\x64urable_tokens\x18\x07 \x01(\x04\x12)\n\x05state\x18\x08 \x01(\x0e\x32\x1a.kvservice.v1.SessionState\x12\x1b\n\x13prefill_done_tokens\x18\t \x01(\x04\x12\x1c\n\x14prefill_total_tokens\x18\n \x01(\x04\x12.\n\ncreated_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tworker_id\x18\r \x01(\t\x12\x12\n\nlast_error\x18\x0e \x01(\t\x12\x14\n\x0c\x65xpires_soon\x18\x0f \x01(\x08\x12\x13\n\x0b\x64ocument_id\x18\x46 \x01(\t\x12\x17\n\x0f\x64ocument_tokens\x18G \x01(\x04\"\xd9\x01\n\rCreateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06recipe\x18\x03 \x01(\t\x12\x31\n\rprompt_format\x18\x04 \x01(\x0e\x32\x1a.kvservice.v1.PromptFormat\x12%\n\x07on_miss\x18\x05 \x01(\x0e\x32\x14.kvservice.v1.OnMiss\x12&\n\x03ttl\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0b\x64ocument_id\x18\x46 \x01(\t\"8\n\x0e\x43reateResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.kvservice.v1.Session\" \n\nGetRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"5\n\x0bGetResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.kvservice.v1.Session\"4\n\x0bListRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"P\n\x0cListResponse\x12\'\n\x08sessions\x18\x01 \x03(\x0b\x32\x15.kvservice.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x80\x01\n\rAppendRequest\x12*\n\x05start\x18\x01 \x01(\x0b\x32\x19.kvservice.v1.AppendStartH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12+\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x16.kvservice.v1.TokenIdsH\x00\x42\x06\n\x04part\"\x91\x01\n\x0b\x41ppendStart\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12 \n\x13\x65xpected_num_tokens\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x0e\n\x06\x64\x65tach\x18\x04 \x01(\x08\x12\x10\n\x08priority\x18\x05 \x01(\x05\x42\x16\n\x14_expected_num_tokens\"}\n\x0e\x41ppendResponse\x12\x30\n\x08progress\x18\x01 \x01(\x0b\x32\x1c.kvservice.v1.AppendProgressH\x00\x12\x30\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x1c.kvservice.v1.AppendFinishedH\x00\x42\x07\n\x05\x65vent\";\n\x0e\x41ppendProgress\x12\x13\n\x0b\x64one_tokens\x18\x01 \x01(\x04\x12\x14\n\x0ctotal_tokens\x18\x02 \x01(\x04\"\xaf\x01\n\x0e\x41ppendFinished\x12\x12\n\nnum_tokens\x18\x01 \x01(\x04\x12\x16\n\x0e\x64urable_tokens\x18\x02 \x01(\x04\x12\"\n\x05usage\x18\x03 \x01(\x0b\x32\x13.kvservice.v1.Usage\x12&\n\x07timings\x18\x04 \x01(\x0b\x32\x15.kvservice.v1.Timings\x12%\n\x02kv\x18\x05 \x01(\x0b\x32\x19.kvservice.v1.KvTelemetry\"\xd7\x02\n\x1dSessionServiceGenerateRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12 \n\x13\x65xpected_num_tokens\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x0e\n\x06prompt\x18\x04 \x01(\t\x12.\n\x08sampling\x18\x05 \x01(\x0b\x32\x1c.kvservice.v1.SamplingParams\x12\x14\n\x0ckeep_partial\x18\x06 \x01(\x08\x12\x0e\n\x06recipe\x18\x07 \x01(\t\x12\x15\n\rlast_sequence\x18\x08 \x01(\x04\x12\x18\n\x10prompt_token_ids\x18\t \x03(\r\x12\x10\n\x08priority\x18\n \x01(\x05\x12+\n\x08messages\x18Z \x03(\x0b\x32\x19.kvservice.v1.ChatMessageB\x16\n\x14_expected_num_tokens\"L\n\x1eSessionServiceGenerateResponse\x12*\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1b.kvservice.v1.GenerateEvent\"\x86\x01\n\x0fTruncateRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12 \n\x13\x65xpected_num_tokens\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x11\n\tto_tokens\x18\x04 \x01(\x04\x42\x16\n\x14_expected_num_tokens\"U\n\x10TruncateResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.kvservice.v1.Session\x12\x19\n\x11recomputed_tokens\x18\x02 \x01(\x04\"o\n\x0b\x46orkRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12 \n\x13\x65xpected_num_tokens\x18\x03 \x01(\x04H\x00\x88\x01\x01\x42\x16\n\x14_expected_num_tokens\"6\n\x0c\x46orkResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.kvservice.v1.Session\"H\n\x0bMoveRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x11\n\tworker_id\x18\x03 \x01(\t\"6\n\x0cMoveResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.kvservice.v1.Session\"E\n\x0c\x43loseRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05purge\x18\x03 \x01(\x08\"E\n\rCloseResponse\x12\x1a\n\x12\x66reed_device_bytes\x18\x01 \x01(\x04\x12\x18\n\x10\x66reed_host_bytes\x18\x02 \x01(\x04*\x80\x01\n\x0cSessionState\x12\x1d\n\x19SESSION_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12SESSION_STATE_IDLE\x10\x01\x12\x1b\n\x17SESSION_STATE_APPENDING\x10\x02\x12\x1c\n\x18SESSION_STATE_GENERATING\x10\x03\x32\x8d\x05\n\x0eSessionService\x12\x43\n\x06\x43reate\x12\x1b.kvservice.v1.CreateRequest\x1a\x1c.kvservice.v1.CreateResponse\x12:\n\x03Get\x12\x18.kvservice.v1.GetRequest\x1a\x19.kvservice.v1.GetResponse\x12=\n\x04List\x12\x19.kvservice.v1.ListRequest\x1a\x1a.kvservice.v1.ListResponse\x12G\n\x06\x41ppend\x12\x1b.kvservice.v1.AppendRequest\x1a\x1c.kvservice.v1.AppendResponse(\x01\x30\x01\x12g\n\x08Generate\x12+.kvservice.v1.SessionServiceGenerateRequest\x1a,.kvservice.v1.SessionServiceGenerateResponse0\x01\x12I\n\x08Truncate\x12\x1d.kvservice.v1.TruncateRequest\x1a\x1e.kvservice.v1.TruncateResponse\x12=\n\x04\x46ork\x12\x19.kvservice.v1.ForkRequest\x1a\x1a.kvservice.v1.ForkResponse\x12=\n\x04Move\x12\x19.kvservice.v1.MoveRequest\x1a\x1a.kvservice.v1.MoveResponse\x12@\n\x05\x43lose\x12\x1a.kvservice.v1.CloseRequest\x1a\x1b.kvservice.v1.CloseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvservice.v1.sessions_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SESSIONSTATE']._serialized_start=2810
-  _globals['_SESSIONSTATE']._serialized_end=2938
+  _globals['_SESSIONSTATE']._serialized_start=2877
+  _globals['_SESSIONSTATE']._serialized_end=3005
   _globals['_SESSION']._serialized_start=138
-  _globals['_SESSION']._serialized_end=591
-  _globals['_CREATEREQUEST']._serialized_start=594
-  _globals['_CREATEREQUEST']._serialized_end=790
-  _globals['_CREATERESPONSE']._serialized_start=792
-  _globals['_CREATERESPONSE']._serialized_end=848
-  _globals['_GETREQUEST']._serialized_start=850
-  _globals['_GETREQUEST']._serialized_end=882
-  _globals['_GETRESPONSE']._serialized_start=884
-  _globals['_GETRESPONSE']._serialized_end=937
-  _globals['_LISTREQUEST']._serialized_start=939
-  _globals['_LISTREQUEST']._serialized_end=991
-  _globals['_LISTRESPONSE']._serialized_start=993
-  _globals['_LISTRESPONSE']._serialized_end=1073
-  _globals['_APPENDREQUEST']._serialized_start=1076
-  _globals['_APPENDREQUEST']._serialized_end=1204
-  _globals['_APPENDSTART']._serialized_start=1207
-  _globals['_APPENDSTART']._serialized_end=1352
-  _globals['_APPENDRESPONSE']._serialized_start=1354
-  _globals['_APPENDRESPONSE']._serialized_end=1479
-  _globals['_APPENDPROGRESS']._serialized_start=1481
-  _globals['_APPENDPROGRESS']._serialized_end=1540
-  _globals['_APPENDFINISHED']._serialized_start=1543
-  _globals['_APPENDFINISHED']._serialized_end=1718
-  _globals['_SESSIONSERVICEGENERATEREQUEST']._serialized_start=1721
-  _globals['_SESSIONSERVICEGENERATEREQUEST']._serialized_end=2064
-  _globals['_SESSIONSERVICEGENERATERESPONSE']._serialized_start=2066
-  _globals['_SESSIONSERVICEGENERATERESPONSE']._serialized_end=2142
-  _globals['_TRUNCATEREQUEST']._serialized_start=2145
-  _globals['_TRUNCATEREQUEST']._serialized_end=2279
-  _globals['_TRUNCATERESPONSE']._serialized_start=2281
-  _globals['_TRUNCATERESPONSE']._serialized_end=2366
-  _globals['_FORKREQUEST']._serialized_start=2368
-  _globals['_FORKREQUEST']._serialized_end=2479
-  _globals['_FORKRESPONSE']._serialized_start=2481
-  _globals['_FORKRESPONSE']._serialized_end=2535
-  _globals['_MOVEREQUEST']._serialized_start=2537
-  _globals['_MOVEREQUEST']._serialized_end=2609
-  _globals['_MOVERESPONSE']._serialized_start=2611
-  _globals['_MOVERESPONSE']._serialized_end=2665
-  _globals['_CLOSEREQUEST']._serialized_start=2667
-  _globals['_CLOSEREQUEST']._serialized_end=2736
-  _globals['_CLOSERESPONSE']._serialized_start=2738
-  _globals['_CLOSERESPONSE']._serialized_end=2807
-  _globals['_SESSIONSERVICE']._serialized_start=2941
-  _globals['_SESSIONSERVICE']._serialized_end=3594
+  _globals['_SESSION']._serialized_end=637
+  _globals['_CREATEREQUEST']._serialized_start=640
+  _globals['_CREATEREQUEST']._serialized_end=857
+  _globals['_CREATERESPONSE']._serialized_start=859
+  _globals['_CREATERESPONSE']._serialized_end=915
+  _globals['_GETREQUEST']._serialized_start=917
+  _globals['_GETREQUEST']._serialized_end=949
+  _globals['_GETRESPONSE']._serialized_start=951
+  _globals['_GETRESPONSE']._serialized_end=1004
+  _globals['_LISTREQUEST']._serialized_start=1006
+  _globals['_LISTREQUEST']._serialized_end=1058
+  _globals['_LISTRESPONSE']._serialized_start=1060
+  _globals['_LISTRESPONSE']._serialized_end=1140
+  _globals['_APPENDREQUEST']._serialized_start=1143
+  _globals['_APPENDREQUEST']._serialized_end=1271
+  _globals['_APPENDSTART']._serialized_start=1274
+  _globals['_APPENDSTART']._serialized_end=1419
+  _globals['_APPENDRESPONSE']._serialized_start=1421
+  _globals['_APPENDRESPONSE']._serialized_end=1546
+  _globals['_APPENDPROGRESS']._serialized_start=1548
+  _globals['_APPENDPROGRESS']._serialized_end=1607
+  _globals['_APPENDFINISHED']._serialized_start=1610
+  _globals['_APPENDFINISHED']._serialized_end=1785
+  _globals['_SESSIONSERVICEGENERATEREQUEST']._serialized_start=1788
+  _globals['_SESSIONSERVICEGENERATEREQUEST']._serialized_end=2131
+  _globals['_SESSIONSERVICEGENERATERESPONSE']._serialized_start=2133
+  _globals['_SESSIONSERVICEGENERATERESPONSE']._serialized_end=2209
+  _globals['_TRUNCATEREQUEST']._serialized_start=2212
+  _globals['_TRUNCATEREQUEST']._serialized_end=2346
+  _globals['_TRUNCATERESPONSE']._serialized_start=2348
+  _globals['_TRUNCATERESPONSE']._serialized_end=2433
+  _globals['_FORKREQUEST']._serialized_start=2435
+  _globals['_FORKREQUEST']._serialized_end=2546
+  _globals['_FORKRESPONSE']._serialized_start=2548
+  _globals['_FORKRESPONSE']._serialized_end=2602
+  _globals['_MOVEREQUEST']._serialized_start=2604
+  _globals['_MOVEREQUEST']._serialized_end=2676
+  _globals['_MOVERESPONSE']._serialized_start=2678
+  _globals['_MOVERESPONSE']._serialized_end=2732
+  _globals['_CLOSEREQUEST']._serialized_start=2734
+  _globals['_CLOSEREQUEST']._serialized_end=2803
+  _globals['_CLOSERESPONSE']._serialized_start=2805
+  _globals['_CLOSERESPONSE']._serialized_end=2874
+  _globals['_SESSIONSERVICE']._serialized_start=3008
+  _globals['_SESSIONSERVICE']._serialized_end=3661
 # @@protoc_insertion_point(module_scope)

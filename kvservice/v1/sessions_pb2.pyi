@@ -64,6 +64,8 @@ class Session(_message.Message):
     WORKER_ID_FIELD_NUMBER: _builtins.int
     LAST_ERROR_FIELD_NUMBER: _builtins.int
     EXPIRES_SOON_FIELD_NUMBER: _builtins.int
+    DOCUMENT_ID_FIELD_NUMBER: _builtins.int
+    DOCUMENT_TOKENS_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     model: _builtins.str
     recipe: _builtins.str
@@ -80,6 +82,12 @@ class Session(_message.Message):
     """Why the last detached Append failed, if it did."""
     expires_soon: _builtins.bool
     """Less than a tenth of its time to live is left. Seen in List, which renews nothing."""
+    document_id: _builtins.str
+    """The session whose document it began with; empty if it began with none."""
+    document_tokens: _builtins.int
+    """Leading tokens that are documents, before the first question: what a session that names this one as its document
+    begins with.
+    """
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -104,10 +112,12 @@ class Session(_message.Message):
         worker_id: _builtins.str = ...,
         last_error: _builtins.str = ...,
         expires_soon: _builtins.bool = ...,
+        document_id: _builtins.str = ...,
+        document_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "expires_at", b"expires_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "durable_tokens", b"durable_tokens", "expires_at", b"expires_at", "expires_soon", b"expires_soon", "last_error", b"last_error", "model", b"model", "num_tokens", b"num_tokens", "on_miss", b"on_miss", "prefill_done_tokens", b"prefill_done_tokens", "prefill_total_tokens", b"prefill_total_tokens", "prompt_format", b"prompt_format", "recipe", b"recipe", "session_id", b"session_id", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "document_id", b"document_id", "document_tokens", b"document_tokens", "durable_tokens", b"durable_tokens", "expires_at", b"expires_at", "expires_soon", b"expires_soon", "last_error", b"last_error", "model", b"model", "num_tokens", b"num_tokens", "on_miss", b"on_miss", "prefill_done_tokens", b"prefill_done_tokens", "prefill_total_tokens", b"prefill_total_tokens", "prompt_format", b"prompt_format", "recipe", b"recipe", "session_id", b"session_id", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -123,6 +133,7 @@ class CreateRequest(_message.Message):
     PROMPT_FORMAT_FIELD_NUMBER: _builtins.int
     ON_MISS_FIELD_NUMBER: _builtins.int
     TTL_FIELD_NUMBER: _builtins.int
+    DOCUMENT_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     """Empty: the server's only or default model."""
@@ -130,6 +141,11 @@ class CreateRequest(_message.Message):
     """Empty: the server's default recipe."""
     prompt_format: _common_pb2.PromptFormat.ValueType
     on_miss: _common_pb2.OnMiss.ValueType
+    document_id: _builtins.str
+    """Begin with the document of this session of the tenant: its tokens before its first question. They aren't read again,
+    and stored once however many sessions begin with them. `model` and `prompt_format` are the document's; `recipe` may
+    be another one. FAILED_PRECONDITION if the session has no document.
+    """
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
         """Idle time after which the session expires; unset: the server's default."""
@@ -143,10 +159,11 @@ class CreateRequest(_message.Message):
         prompt_format: _common_pb2.PromptFormat.ValueType = ...,
         on_miss: _common_pb2.OnMiss.ValueType = ...,
         ttl: _duration_pb2.Duration | None = ...,
+        document_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "on_miss", b"on_miss", "prompt_format", b"prompt_format", "recipe", b"recipe", "request_id", b"request_id", "ttl", b"ttl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["document_id", b"document_id", "model", b"model", "on_miss", b"on_miss", "prompt_format", b"prompt_format", "recipe", b"recipe", "request_id", b"request_id", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

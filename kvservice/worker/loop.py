@@ -85,7 +85,7 @@ class EngineLike(Protocol):
     def take_byte_seconds(self, session_id: SessionId) -> ByteSeconds:
         """What a session's KV has taken since its last call's end."""
 
-    def fork(self, session_id: SessionId, fork_id: SessionId) -> None:
+    def fork(self, session_id: SessionId, fork_id: SessionId, num_tokens: int | None = None) -> None:
         """Makes a session's KV known under one more name. Raises NotFound or Overloaded if that can't be."""
 
     def step(self) -> Sequence[EngineEvent]:
@@ -181,20 +181,23 @@ class EngineLoop:
         """Cancels the listener's calls and forgets it; nothing more is delivered to it."""
         self._tell(lambda: self._disconnect(listener))
 
-    def submit(self, listener: Listener, call: EngineCall, on_probed: Callable[[bool], None] | None = None) -> None:
+    def submit(self, listener: Listener, call: EngineCall, on_probed: Callable[[int], None] | None = None) -> None:
         """Submits a call; answered by an Admission.
 
         Args:
             listener: who hears of it.
             call: the call.
-            on_probed: the call is a probe, which fails when KV is missing. Called in the engine thread with whether it
-                is; then that is all the answer. Must neither block nor raise.
+            on_probed: the call is a probe, which fails when KV is missing. Called in the engine thread with of how many
+                tokens it is; if it is, that is all the answer. Must neither block nor raise.
         """
         self._tell(lambda: self._submit(listener, call, on_probed))
 
-    def fork(self, session_id: SessionId, fork_id: SessionId) -> Future[bool]:
-        """Makes a session's KV known under one more name; False if it isn't held where that is possible."""
-        return self._ask(lambda: self._fork(session_id, fork_id))
+    def fork(self, session_id: SessionId, fork_id: SessionId, num_tokens: int | None = None) -> Future[bool]:
+        """Makes a session's KV, or that of its first tokens, known under one more name.
+
+        False if it isn't held where that is possible.
+        """
+        return self._ask(lambda: self._fork(session_id, fork_id, num_tokens))
 
     def drop(self, session_id: SessionId) -> Future[None]:
         """Drops a session's KV, whoever holds it."""
@@ -322,7 +325,7 @@ class EngineLoop:
             self._on_ended(call_id, None)
         self._tell_of_room(())
 
-    def _submit(self, listener: Listener, call: EngineCall, on_probed: Callable[[bool], None] | None) -> None:
+    def _submit(self, listener: Listener, call: EngineCall, on_probed: Callable[[int], None] | None) -> None:
         refusal: KVServiceError | None = None
         try:
             self._admit(listener, call)
@@ -333,7 +336,7 @@ class EngineLoop:
             refusal = InternalError("the engine failed to take the call; the worker's log says why")
         is_missing = refusal is not None and refusal.reason == KV_MISSING
         if on_probed is not None:
-            on_probed(is_missing)
+            on_probed(int(refusal.metadata["num_missing"]) if refusal is not None and is_missing else 0)
             if is_missing:
                 return
         if refusal is not None:
@@ -365,9 +368,9 @@ class EngineLoop:
         if device_bytes or host_bytes:
             self._tell_of_room((listener,))
 
-    def _fork(self, session_id: SessionId, fork_id: SessionId) -> bool:
+    def _fork(self, session_id: SessionId, fork_id: SessionId, num_tokens: int | None) -> bool:
         try:
-            self._engine.fork(session_id, fork_id)
+            self._engine.fork(session_id, fork_id, num_tokens)
         except (NotFound, Overloaded) as error:
             logger.info("session_not_forked_here", extra={"session_id": session_id, "why": error.message})
             return False

@@ -194,6 +194,8 @@ class WorkerServer:
         try:
             async with asyncio.timeout(grace_s):
                 await asyncio.wrap_future(self._engine.idle())
+                if self._stored is not None:
+                    logger.info("sessions_handed_over", extra={"sessions": await self._stored.publisher.hand_over()})
         except TimeoutError:
             logger.warning("drain_grace_over", extra={"grace_s": grace_s})
             self._engine.fail_running(

@@ -84,7 +84,6 @@ class _Probe:
 
     stream: GatewayStream
     call: EngineCall
-    manifest: Manifest
     is_cancelled: bool = False
     task: asyncio.Task[None] | None = None
 
@@ -183,11 +182,19 @@ class Servicer(WorkerServiceServicer):
         """See worker.proto."""
         session_id, fork_id = SessionId(request.session_id), SessionId(request.fork_id)
         try:
-            is_held = await asyncio.wrap_future(self._engine.fork(session_id, fork_id))
+            cut_at = request.num_tokens if request.is_document else None
+            is_held = not request.stored_only and await asyncio.wrap_future(
+                self._engine.fork(session_id, fork_id, cut_at)
+            )
             is_stored = False
             if self._stored is not None:
                 is_stored = await self._stored.fork(
-                    TenantId(request.tenant), request.tenant_tag, session_id, fork_id, request.num_tokens
+                    TenantId(request.tenant),
+                    request.tenant_tag,
+                    session_id,
+                    fork_id,
+                    request.num_tokens,
+                    is_document=request.is_document,
                 )
         except KVServiceError as error:
             await _abort(context, error)
@@ -316,34 +323,42 @@ class Servicer(WorkerServiceServicer):
             self._engine.refuse(stream, call_id, error)
             return
         stream.trace(call_id, submit.traceparent, submit.session_id)
-        if manifest is None or not call.base_tokens or self._stored is None or self._stored.resumer is None:
+        if self._stored is None or self._stored.resumer is None or not call.base_tokens:
             self._engine.submit(stream, call)
             return
-        self._probes[call_id] = _Probe(stream, call, manifest)
+        if manifest is None and not self._stored.publisher.is_behind(call.session_id):
+            self._engine.submit(stream, call)
+            return
+        self._probes[call_id] = _Probe(stream, call)
         loop = asyncio.get_running_loop()
 
-        def on_probed(is_missing: bool) -> None:
-            loop.call_soon_threadsafe(self._probed, call_id, is_missing)
+        def on_probed(num_missing: int) -> None:
+            loop.call_soon_threadsafe(self._probed, call_id, num_missing)
 
         # Most sessions are held: only when KV is missing is it worth a look at what is stored.
         self._engine.submit(stream, replace(call, on_miss=OnMiss.FAIL), on_probed)
 
-    def _probed(self, call_id: CallId, is_missing: bool) -> None:
+    def _probed(self, call_id: CallId, num_missing: int) -> None:
         probe = self._probes[call_id]
-        if not is_missing:
+        if not num_missing:
             del self._probes[call_id]
         elif probe.is_cancelled:
             self._give_up(call_id)
         else:
-            probe.task = asyncio.create_task(self._resume(call_id, probe), name=f"resume {call_id}")
+            probe.task = asyncio.create_task(self._resume(call_id, probe, num_missing), name=f"resume {call_id}")
             probe.task.add_done_callback(lambda task: self._give_up(call_id) if task.cancelled() else None)
 
-    async def _resume(self, call_id: CallId, probe: _Probe) -> None:
+    async def _resume(self, call_id: CallId, probe: _Probe, num_missing: int) -> None:
         """Submits a call whose session isn't held, with what is stored of it."""
         assert self._stored is not None
-        assert self._stored.resumer is not None
+        resumer = self._stored.resumer
+        assert resumer is not None
         try:
-            restored = await self._stored.resumer.restore(probe.call, probe.manifest)
+            # A call that must not compute anything again is refused or taken on, so all must have come by then.
+            bring = resumer.restore if probe.call.on_miss is OnMiss.FAIL else resumer.begin
+            # As of now: the turn before may have been published only just, or not yet.
+            manifest = await self._stored.publisher.known(probe.call.session_id)
+            restored = await bring(probe.call, manifest, num_missing) if manifest is not None else None
         except Exception:
             # Without what is stored the call is right all the same.
             logger.exception("resume_failed", extra={"session_id": probe.call.session_id})

@@ -88,6 +88,8 @@ class StoredKv:
     async def stop(self) -> None:
         """Ends the timers, publishes what has ended, closes the connections."""
         await end_tasks(self._tasks)
+        if self.resumer is not None:
+            await self.resumer.stop()
         await self.publisher.stop(LAST_WORDS_S)
         await self._blobs.aclose()
 
@@ -101,16 +103,27 @@ class StoredKv:
         self.publisher.ended(call_id, len(end.appended_tokens), end.reached)
 
     async def fork(
-        self, tenant: TenantId, tenant_tag: bytes, session_id: SessionId, fork_id: SessionId, num_tokens: int
+        self,
+        tenant: TenantId,
+        tenant_tag: bytes,
+        session_id: SessionId,
+        fork_id: SessionId,
+        num_tokens: int,
+        *,
+        is_document: bool = False,
     ) -> bool:
         """Publishes a manifest for a fork, which names the frames of the session. Whether there was something to name.
+
+        With `is_document` the fork's tokens are a document that the two share.
 
         Raises:
             Unavailable: the state store can't be reached.
         """
         await self.publisher.share(session_id)
         try:
-            await fork_manifest(self._store.ledger, tenant, session_id, fork_id, num_tokens, self._ttl_s)
+            await fork_manifest(
+                self._store.ledger, tenant, session_id, fork_id, num_tokens, self._ttl_s, is_document=is_document
+            )
         except (NotFound, Conflict) as error:
             logger.info("fork_not_stored", extra={"session_id": session_id, "why": error.message})
             return False

@@ -103,7 +103,11 @@ async def test_reservation_beyond_the_quota_is_refused_and_changes_nothing(ledge
     with pytest.raises(LimitExceeded) as caught:
         await ledger.reserve_bytes(ANN, "q", 4001, TTL_S)
     assert caught.value.reason == "stored_bytes_quota"
-    assert caught.value.metadata == {"wanted_bytes": "10001", "quota_bytes": "10000"}
+    assert caught.value.metadata == {
+        "quota": "stored_bytes",
+        "wanted_bytes": "10001",
+        "quota_bytes": "10000",
+    }
     assert await reserved(ledger) == 6000
     await ledger.reserve_bytes(ANN, "q", 4000, TTL_S)
     await ledger.reserve_bytes(BOB, "q", 10_000, TTL_S)

@@ -800,12 +800,18 @@ class ForkRequest(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     TENANT_TAG_FIELD_NUMBER: _builtins.int
+    IS_DOCUMENT_FIELD_NUMBER: _builtins.int
+    STORED_ONLY_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     fork_id: _builtins.str
     num_tokens: _builtins.int
-    """Of the fork: all that the session has."""
+    """Of the fork."""
     tenant: _builtins.str
     tenant_tag: _builtins.bytes
+    is_document: _builtins.bool
+    """The fork begins with the session's document, and its num_tokens are those of that."""
+    stored_only: _builtins.bool
+    """The fork has another recipe: it shares what is stored, and no memory."""
     def __init__(
         self,
         *,
@@ -814,10 +820,12 @@ class ForkRequest(_message.Message):
         num_tokens: _builtins.int = ...,
         tenant: _builtins.str = ...,
         tenant_tag: _builtins.bytes = ...,
+        is_document: _builtins.bool = ...,
+        stored_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fork_id", b"fork_id", "num_tokens", b"num_tokens", "session_id", b"session_id", "tenant", b"tenant", "tenant_tag", b"tenant_tag"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fork_id", b"fork_id", "is_document", b"is_document", "num_tokens", b"num_tokens", "session_id", b"session_id", "stored_only", b"stored_only", "tenant", b"tenant", "tenant_tag", b"tenant_tag"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -89,6 +89,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.releases: list[worker_pb2.Release] = []
         self.tokenized: list[worker_pb2.TokenizeRequest] = []
         self.drains: list[worker_pb2.DrainRequest] = []
+        self.forks: list[worker_pb2.ForkRequest] = []
         self.running: dict[str, Running] = {}
         self.news = asyncio.Event()
         self._server: grpc.aio.Server | None = None
@@ -168,6 +169,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
     ) -> worker_pb2.DrainResponse:
         self.drains.append(request)
         return worker_pb2.DrainResponse(running_calls=len(self.running))
+
+    async def Fork(self, request: worker_pb2.ForkRequest, context: grpc.aio.ServicerContext) -> worker_pb2.ForkResponse:
+        self.forks.append(request)
+        return worker_pb2.ForkResponse(is_held=not request.stored_only, is_stored=True)
 
     # Its inside
 

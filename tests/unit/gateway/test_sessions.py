@@ -13,6 +13,7 @@ from kvservice.errors import (
     Conflict,
     FailedPrecondition,
     InvalidRequest,
+    KVServiceError,
     LimitExceeded,
     NotFound,
     PromptTooLong,
@@ -707,7 +708,8 @@ async def test_purge_leaves_the_frames_that_a_fork_reads_until_the_fork_goes_too
     client, ledger, tenant = await service.client(), service.store.ledger, TenantId("local")
     parent, fork = await client.create_session(), await client.create_session()
     at = await ledger.acquire_session(tenant, parent.session_id, WorkerId("w1"), 1e6)
-    manifest = Manifest(parent.session_id, tenant, b"t" * 16, b"f" * 16, at.epoch, 0, 0, 16)
+    old_tag = b"t" * 16
+    manifest = Manifest(parent.session_id, tenant, old_tag, b"f" * 16, at.epoch, 0, 0, 16)
     await ledger.publish_manifest(manifest, at, bytes_by_home={parent.session_id: 100}, ttl_s=1e6)
     manifest = replace(manifest, session_id=fork.session_id, epoch=0)
     shared = {parent.session_id: 100, fork.session_id: 10}
@@ -716,7 +718,9 @@ async def test_purge_leaves_the_frames_that_a_fork_reads_until_the_fork_goes_too
     await client.close_session(fork.session_id, purge=True)
     released = [(release.session_id, release.purge) for release in service.worker.releases]
     assert released[:2] == [(parent.session_id, False), (fork.session_id, False)]
-    assert sorted(released[2:]) == sorted([(parent.session_id, True), (fork.session_id, True)])
+    # Under the tag of now, and under the one that the manifest has: of a secret that the service had before.
+    assert sorted(released[2:]) == sorted(2 * [(parent.session_id, True), (fork.session_id, True)])
+    assert sum(release.tenant_tag == old_tag for release in service.worker.releases) == 2
     assert (await ledger.tenant_bytes(tenant)).stored_bytes == 0
 
 
@@ -754,6 +758,52 @@ async def test_a_session_is_taken_back_and_forked_once_for_a_request_id(service:
     with pytest.raises(InvalidRequest, match="give 0 to 3"):
         await client.truncate_session(session, 4)
     assert len([each async for each in client.list()]) == 2
+
+
+async def test_a_document_begins_sessions_of_any_recipe(service: Service) -> None:
+    client = await service.client()
+    source = (await client.create_session(recipe="recall", ttl_s=1000)).session_id
+    await client.append(source, "document")
+    await client.append(source, " goes on")
+    await client.ask(source, "question?", max_new_tokens=2)
+    await client.append(source, "no document any more")
+    shown = await client.get(source)
+    assert (shown.document_tokens, shown.document_id) == (16, "")
+    same = await client.create_session(document_id=source, request_id="r1", ttl_s=500)
+    assert await client.create_session(document_id=source, request_id="r1", ttl_s=500) == same
+    other = await client.create_session(document_id=source, recipe="exact")
+    for each, recipe in ((same, "recall"), (other, "exact")):
+        assert (each.recipe, each.num_tokens, each.document_tokens, each.document_id) == (recipe, 16, 16, source)
+        assert each.worker_id == shown.worker_id
+    assert same.expires_at - same.created_at == pytest.approx(500)
+    asked = [(fork.num_tokens, fork.is_document, fork.stored_only) for fork in service.worker.forks]
+    assert asked == [(16, True, False), (16, True, True)]
+    # A document that began as another's is one itself, and grows on its own.
+    await client.append(same.session_id, "more")
+    assert (await client.get(same.session_id)).document_tokens == 20
+    assert (await client.get(source)).document_tokens == 16
+    fork = await client.fork_session(other.session_id)
+    assert (fork.document_id, fork.document_tokens) == (source, 16)
+    assert not service.worker.forks[-1].is_document
+    assert (await client.truncate_session(source, 5)).document_tokens == 5
+
+
+async def test_what_is_no_document_begins_no_session(service: Service) -> None:
+    client = await service.client()
+    asked = (await client.create_session()).session_id
+    await client.ask(asked, "question?", max_new_tokens=2)
+    await client.append(asked, "too late")
+    with pytest.raises(FailedPrecondition, match="has no document"):
+        await client.create_session(document_id=asked)
+    with pytest.raises(NotFound, match="unknown session"):
+        await client.create_session(document_id="another")
+    source = (await client.create_session()).session_id
+    await client.append(source, "document")
+    with pytest.raises(InvalidRequest, match="is of model 'toy'"):
+        await client.create_session(document_id=source, model="other")
+    with pytest.raises(KVServiceError, match="recipe"):
+        await client.create_session(document_id=source, recipe="nothing")
+    assert service.worker.forks == []
 
 
 async def test_a_session_moves_to_no_worker_that_is_not_there(service: Service) -> None:
