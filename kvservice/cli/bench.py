@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvservice.cli.bench_churn import churn
 from kvservice.cli.bench_context import context
 from kvservice.cli.bench_fairness import fairness
 from kvservice.cli.bench_interference import interference
 from kvservice.cli.bench_kernels import kernels
 from kvservice.cli.bench_placement import placement
+from kvservice.cli.bench_resume import resume
 from kvservice.cli.bench_roofline import roofline
 from kvservice.cli.bench_soak import soak
 from kvservice.cli.bench_start import start
@@ -336,5 +338,7 @@ app.command("soak")(soak)
 app.command("interference")(interference)
 app.command("kernels")(kernels)
 app.command("tier")(tier)
+app.command("resume")(resume)
+app.command("churn")(churn)
 app.command("placement")(placement)
 app.command("fairness")(fairness)
