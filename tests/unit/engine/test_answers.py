@@ -266,7 +266,7 @@ def test_answers_are_forked_from_a_prefix_that_is_shared_itself_in_room_that_jus
 def test_more_answers_than_the_batch_holds_are_refused(model):
     drive = Drive(make_engine(model, max_batch=4))
     asked(drive, answering(5, n=3))
-    with pytest.raises(Overloaded, match="3 answers are under way, 3 of them this tenant.s; 4 may be"):
+    with pytest.raises(Overloaded, match=r"3 answers are under way, 3 of them this tenant.s; 4 may be"):
         asked(drive, answering(5, n=2), session="t")
     drive.run()
 
