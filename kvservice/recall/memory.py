@@ -465,6 +465,8 @@ class SequenceMemory:
     def swap_out(self) -> None:
         """Begins to move its device part to the host. Recall slots are dropped: they hold copies."""
         self._drop_slots()
+        if self.state.prepared_bytes:  # of a chunk on its way through the layers, which is read again
+            self.state.shrink(self.state.num_computed)
         blocks = {Owner.WINDOW: self.state.blocks()}
         if self.index:
             blocks[Owner.INDEX] = self.index.blocks()

@@ -291,3 +291,16 @@ def test_index_bytes_are_those_of_the_formula(arena, ledger, num_groups):
     index.append(torch.randn(num_groups, *LAYOUT.group_shape))
     assert index.num_bytes == index_blocks(SHAPE, RECALL, num_groups) * SHAPE.block_bytes
     assert index.num_bytes == ledger.used_bytes(Owner.INDEX)
+
+
+def test_room_for_tokens_under_way_doesnt_move_to_the_host(arena, host):
+    memory = new_memory(DENSE, arena, host)
+    memory.state.tokens = list(range(100))
+    memory.state.extend(40)
+    memory.state.commit(40)
+    held = memory.device_bytes
+    memory.state.extend(60)
+    assert memory.device_bytes > held
+    memory.swap_out()
+    assert memory.device_bytes == held
+    memory.forget()
