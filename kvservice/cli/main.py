@@ -15,6 +15,8 @@ from kvservice.cli import (
     calibrate,
     catalogue,
     chat,
+    config,
+    drain_worker,
     eval_indexes,
     eval_precision,
     eval_sharing,
@@ -49,6 +51,8 @@ app.command("serve")(serve.serve)
 app.command("gateway")(serve.gateway)
 app.command("worker")(serve.worker)
 app.command("ray")(serve.ray)
+app.command("drain-worker")(drain_worker.drain_worker)
+app.add_typer(config.app, name="config")
 app.command("chat")(chat.chat)
 app.add_typer(sessions.app, name="sessions")
 app.add_typer(tenants.app, name="tenants")

@@ -49,6 +49,9 @@ class RayDeployment(BaseModel):
     autoscaling: Autoscaling | None = Field(None, description="let Ray Serve add workers by load; unset: it doesn't")
     num_cpus: float = Field(1.0, ge=0, description="CPUs that Ray sets aside for a worker; a fraction is allowed")
     num_gpus: float = Field(0.0, ge=0, description="GPUs that Ray sets aside for a worker; a fraction is allowed")
+    resources: dict[str, float] = Field(
+        default_factory=dict, description="Ray's custom resources of a worker: they keep it to nodes that have them"
+    )
     max_ongoing_requests: int = Field(
         100, ge=1, description="control calls that a replica takes at a time; calls of sessions never pass through Ray"
     )

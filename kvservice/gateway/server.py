@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
-from grpc_health.v1.health import aio as aio_health  # type: ignore[import-untyped]
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
 from kvservice.config.gateway import GatewayConfig
@@ -21,6 +20,7 @@ from kvservice.gateway.answers import Answers
 from kvservice.gateway.appends import Appends
 from kvservice.gateway.auth import Authenticator, KeySource
 from kvservice.gateway.fleet import Fleet
+from kvservice.gateway.health import GatewayHealth
 from kvservice.gateway.interceptors import ServiceInterceptor
 from kvservice.gateway.metering import Metering
 from kvservice.gateway.operations import Operations
@@ -123,7 +123,7 @@ class Gateway:
             begin_drain=self.begin_drain,
             grace_s=self._config.grace_s,
         )
-        self._health = aio_health.HealthServicer()
+        self._health = GatewayHealth()
         self._servers: list[grpc.aio.Server] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._draining: asyncio.Task[None] | None = None

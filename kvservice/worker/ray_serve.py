@@ -108,6 +108,8 @@ def deployment_options(deployment: RayDeployment) -> dict[str, Any]:
         "graceful_shutdown_timeout_s": deployment.stop_timeout_s,
         "ray_actor_options": {"num_cpus": deployment.num_cpus, "num_gpus": deployment.num_gpus},
     }
+    if deployment.resources:
+        options["ray_actor_options"]["resources"] = dict(deployment.resources)
     scaling = deployment.autoscaling
     if scaling is None:
         options["num_replicas"] = deployment.replicas
