@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install kernels sanitize model foreign demo test lint format protos clean
+.PHONY: help install tools kernels sanitize model foreign demo test lint format protos charts clean
 
 # The Python that makes .venv: the first found that is 3.11 or later. Override: make install PYTHON=/path/to/python
 PYTHON ?= $(firstword $(foreach name,python3.11 python3 python3.12 python3.13,$(shell \
@@ -35,6 +35,14 @@ $(STAMP): pyproject.toml constraints.txt $(KERNEL_SOURCES)
 	@$(PY) -c 'from kvservice.kernels.cpu.library import LIBRARY_FILE as f; f.exists() or print("No C++ compiler, so no CPU kernels: models run by torch alone. Install g++, then: make kernels")'
 	@touch $@
 
+HELM_STAMP := .venv/.helm
+
+tools: $(HELM_STAMP) ## put helm and kubectl into .venv, for the chart's tests
+
+$(HELM_STAMP): helm/install_helm.py $(STAMP)
+	$(PY) helm/install_helm.py
+	@touch $@
+
 kernels: $(STAMP) ## build the CPU kernels again, and show the compiler's output
 	$(PY) setup.py build_ext --inplace
 
@@ -60,7 +68,7 @@ tests/foreign/node/node_modules: tests/foreign/node/package-lock.json
 demo: install ## a long document answered over gRPC by a real model, with the tiers in use
 	$(PY) -m kvservice.demo
 
-test: install foreign lint ## lint, and all tests that CI runs
+test: install tools foreign lint ## lint, and all tests that CI runs
 	$(PY) -m pytest
 
 lint: $(STAMP) ## formatting, lint, types, layers, protos
@@ -79,6 +87,9 @@ protos: $(STAMP) ## generate kvservice/v1 and kvservice/internal/v1 from protos/
 		--python_out=$(PROTO_OUT) --mypy_out=$(PROTO_OUT) $(COMMON_PROTO) $(SERVICE_PROTOS)
 	PATH=.venv/bin:$$PATH $(PY) -m grpc_tools.protoc -I protos \
 		--grpc_python_out=$(PROTO_OUT) --mypy_grpc_out=$(PROTO_OUT) $(SERVICE_PROTOS)
+
+charts: $(HELM_STAMP) ## generate the chart's schema and dashboards, and k8s/rendered
+	PYTHONPATH=. $(PY) helm/generate.py
 
 clean: ## remove .venv, caches and build products
 	rm -rf .venv build dist *.egg-info kvservice/kernels/cpu/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
