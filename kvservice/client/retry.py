@@ -14,7 +14,8 @@ from kvservice.errors import Conflict, KVServiceError
 class RetryPolicy:
     """How often and how patiently. `sleep` and `rng` are parameters for tests."""
 
-    max_attempts: int = 6
+    max_attempts: int = 9
+    """Over about 12 s: longer than a session stays locked after the gateway that changed it was lost."""
     first_delay_s: float = 0.1
     max_delay_s: float = 5.0
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep

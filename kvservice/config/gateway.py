@@ -66,7 +66,7 @@ class GatewayConfig(BaseModel):
         60.0, gt=0, description="Seconds between two records of what tenants have stored; the same for every gateway."
     )
     lock_ttl_s: float = Field(
-        30.0, gt=0, description="A session is free again this many seconds after the gateway that changed it was lost."
+        8.0, gt=0, description="A session is free again this many seconds after the gateway that changed it was lost."
     )
     limits: Limits = Field(default_factory=Limits, description="Limits of the public API.")
     quota: QuotaConfig = Field(

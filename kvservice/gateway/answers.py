@@ -17,7 +17,7 @@ from kvservice.gateway.placement import PlacementRequest, WorkerView
 from kvservice.gateway.quotas import Account, Quotas
 from kvservice.gateway.repeats import Repeats, digest
 from kvservice.gateway.runs import Run, Runs
-from kvservice.gateway.sessions import Activity, Sessions
+from kvservice.gateway.sessions import Activity, Sessions, refuse_lost_answer
 from kvservice.internal.convert import sampling_to_proto
 from kvservice.internal.prefixes import lengths_by_name
 from kvservice.internal.v1 import worker_pb2
@@ -187,6 +187,7 @@ class Answers:
         activity = Activity(sessions_pb2.SESSION_STATE_GENERATING)
         expected = request.expected_num_tokens if request.HasField("expected_num_tokens") else None
         async with self._sessions.changing(run, caller, request.session_id, activity, expected) as record:
+            refuse_lost_answer(record, request.request_id)
             with run.cancellable():
                 model = self._fleet.model(record.model)
                 recipe = override_recipe(model, record.recipe, request.recipe)
@@ -207,7 +208,7 @@ class Answers:
                 order = _order(submit, Plan(model, recipe, before, prompt, sampling), log, record, deadline)
                 outcome = await carry_out(self._admission, order, watch)
                 account.carried_out(outcome)
-            record = await self._sessions.commit(record, outcome)
+            record = await self._sessions.commit(record, outcome, request.request_id)
             finished = _finished(outcome, watch, len(record.token_ids), record.durable_tokens)
             log.finished(finished)
             return finished

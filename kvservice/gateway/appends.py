@@ -19,7 +19,7 @@ from kvservice.gateway.placement import PlacementRequest
 from kvservice.gateway.quotas import Account, Quotas
 from kvservice.gateway.repeats import Repeats, digest
 from kvservice.gateway.runs import Run, Runs
-from kvservice.gateway.sessions import Activity, Sessions
+from kvservice.gateway.sessions import Activity, Sessions, refuse_lost_answer
 from kvservice.internal.prefixes import lengths_by_name
 from kvservice.internal.v1 import worker_pb2
 from kvservice.store.base import SessionRecord
@@ -156,10 +156,11 @@ class Appends:
         activity = Activity(sessions_pb2.SESSION_STATE_APPENDING)
         expected = start.expected_num_tokens if start.HasField("expected_num_tokens") else None
         async with self._sessions.changing(run, caller, start.session_id, activity, expected) as record:
+            refuse_lost_answer(record, start.request_id)
             with run.cancellable():
                 outcome = await self._read(run, record, upload, activity, watch, account)
                 account.carried_out(outcome)
-            record = await self._sessions.commit(record, outcome, is_document=True)
+            record = await self._sessions.commit(record, outcome, start.request_id, is_document=True)
         finished = sessions_pb2.AppendFinished(
             num_tokens=len(record.token_ids),
             durable_tokens=record.durable_tokens,

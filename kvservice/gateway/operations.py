@@ -23,7 +23,7 @@ from kvservice.gateway.fleet import Fleet
 from kvservice.gateway.placement import PlacementRequest, WorkerView, place
 from kvservice.gateway.repeats import Repeats, digest
 from kvservice.gateway.runs import Run, Runs
-from kvservice.gateway.sessions import Activity, Sessions
+from kvservice.gateway.sessions import Activity, Sessions, was_carried_out
 from kvservice.gateway.worker_link import RETRY_AFTER_S
 from kvservice.internal.v1 import worker_pb2
 from kvservice.store.base import SessionRecord
@@ -64,6 +64,7 @@ class Operations:
                     token_ids=record.token_ids[: request.to_tokens],
                     document_tokens=min(record.document_tokens, request.to_tokens),
                     expires_at=self._end(record),
+                    last_request=request.request_id,
                 )
                 record = await self._sessions.write(record, wanted)
             return sessions_pb2.TruncateResponse(session=self._sessions.show(record))
@@ -117,13 +118,19 @@ class Operations:
 
         async def work(run: Run[sessions_pb2.MoveResponse]) -> sessions_pb2.MoveResponse:
             async with self._sessions.changing(run, caller, request.session_id, _idle(), None) as record:
-                target = self._target(record, request.worker_id)
-                if not _is_at(record, target):
+                target = (
+                    None if was_carried_out(record, request.request_id) else self._target(record, request.worker_id)
+                )
+                if target is not None and not _is_at(record, target):
                     await self._hand_over(record)
                     tag = self._sessions.tag(record.tenant)
                     await self._fleet.take_on(target.worker_id, record.tenant, tag, record.session_id)
                     wanted = replace(
-                        record, worker_id=target.worker_id, worker_epoch=target.epoch, expires_at=self._end(record)
+                        record,
+                        worker_id=target.worker_id,
+                        worker_epoch=target.epoch,
+                        expires_at=self._end(record),
+                        last_request=request.request_id,
                     )
                     record = await self._sessions.write(record, wanted)
             return sessions_pb2.MoveResponse(session=self._sessions.show(record))

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import logging
+import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from google.protobuf.message import Message
 
-from kvservice.errors import Conflict
+from kvservice.errors import Conflict, KVServiceError
 from kvservice.store.base import InProgress, Replay, StateStore
+from kvservice.store.tasks import end_tasks
 from kvservice.types import TenantId
+
+logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 0.5
 
@@ -38,11 +44,18 @@ class Claim:
 
 
 class Repeats:
-    """Claims requests in the store. A request without an id is always new, and nothing of it is kept."""
+    """Claims requests in the store. A request without an id is always new, and nothing of it is kept.
 
-    def __init__(self, store: StateStore, memory_s: float) -> None:
+    Args:
+        store: keeps claims and answers.
+        memory_s: how long an answer is kept.
+        claim_ttl_s: a request may be made again so soon after the gateway that carried it out was lost.
+    """
+
+    def __init__(self, store: StateStore, memory_s: float, claim_ttl_s: float) -> None:
         self._store = store
         self._memory_s = memory_s
+        self._claim_ttl_s = claim_ttl_s
 
     @asynccontextmanager
     async def claim(self, tenant: TenantId, request_id: str, request_digest: bytes) -> AsyncIterator[Claim]:
@@ -56,7 +69,8 @@ class Repeats:
         if not request_id:
             yield Claim(None)
             return
-        found = await self._store.begin_request(tenant, request_id, request_digest, self._memory_s)
+        owner = secrets.token_hex(8)
+        found = await self._store.begin_request(tenant, request_id, request_digest, self._claim_ttl_s, owner=owner)
         if isinstance(found, InProgress):
             raise Conflict(
                 f"request {request_id!r} is being carried out; repeat it later to get its outcome",
@@ -67,10 +81,32 @@ class Repeats:
             yield Claim(found.messages)
             return
         claim = Claim(None)
+        renewal = asyncio.create_task(self._renew(tenant, request_id, owner))
         try:
             yield claim
         finally:
-            if claim.answer is None:
-                await self._store.forget_request(tenant, request_id)
+            await end_tasks([renewal])
+            await self._end(tenant, request_id, owner, claim.answer)
+
+    async def _end(self, tenant: TenantId, request_id: str, owner: str, answer: Sequence[bytes] | None) -> None:
+        try:
+            if answer is None:
+                await self._store.forget_request(tenant, request_id, owner=owner)
             else:
-                await self._store.finish_request(tenant, request_id, claim.answer, self._memory_s)
+                await self._store.finish_request(tenant, request_id, answer, self._memory_s, owner=owner)
+        except KVServiceError as error:
+            # The caller is told how the call itself went; the claim lapses, and the session knows its last request.
+            logger.warning("claim_not_ended", extra={"why": error.message, "answered": answer is not None})
+
+    async def _renew(self, tenant: TenantId, request_id: str, owner: str) -> None:
+        while True:
+            await asyncio.sleep(self._claim_ttl_s / 3)
+            try:
+                held = await self._store.renew_request(tenant, request_id, self._claim_ttl_s, owner=owner)
+            except KVServiceError as error:
+                logger.warning("claim_not_renewed", extra={"why": error.message})
+                continue
+            if not held:
+                # The call's write at its end fails if another has carried it out meanwhile.
+                logger.warning("claim_lost")
+                return

@@ -93,7 +93,7 @@ class Gateway:
             store, f"gateway-{secrets.token_hex(4)}", config.discovery_interval_s, _worker_security(config)
         )
         self._admission = Admission(self._fleet, max_waiting=limits.waiting_calls, max_wait_s=config.max_wait_s)
-        repeats = Repeats(store, limits.request_memory_s)
+        repeats = Repeats(store, limits.request_memory_s, config.lock_ttl_s)
         self._sessions = Sessions(config, store, self._fleet, self._runs, repeats, clock, quotas=self._quotas)
         self._appends = Appends(
             self._sessions, self._fleet, self._admission, self._runs, repeats, limits, quotas=self._quotas
@@ -224,7 +224,7 @@ class Gateway:
             ("grpc.keepalive_time_ms", 30_000),
             ("grpc.keepalive_timeout_ms", 10_000),
             # Clients may ping as often as every 10 s, also between calls.
-            ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ("grpc.keepalive_permit_without_calls", 1),
         ]
         server = grpc.aio.server(interceptors=[ServiceInterceptor(self._reception)], options=options)

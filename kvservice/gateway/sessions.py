@@ -221,8 +221,11 @@ class Sessions:
             finally:
                 del self._activities[record.session_id]
 
-    async def commit(self, record: SessionRecord, outcome: Outcome, *, is_document: bool = False) -> SessionRecord:
-        """Writes what the session gained by a call that ended well: a document, or a question and its answer."""
+    async def commit(
+        self, record: SessionRecord, outcome: Outcome, request_id: str, *, is_document: bool = False
+    ) -> SessionRecord:
+        """Writes what the session gained by a call that ended well, a document or a question and its answer, and
+        which call that was."""
         token_ids = record.token_ids + tuple(outcome.done.appended_token_ids)
         only_documents = is_document and record.document_tokens == len(record.token_ids)
         wanted = replace(
@@ -233,6 +236,7 @@ class Sessions:
             worker_epoch=outcome.worker.epoch,
             expires_at=self._clock() + record.ttl_s,
             last_error="",
+            last_request=request_id,
         )
         return await self.write(record, wanted)
 
@@ -358,7 +362,28 @@ class Sessions:
 
 def _content(record: SessionRecord) -> tuple[object, ...]:
     """What a write is told by."""
-    return record.token_ids, record.worker_id, record.worker_epoch
+    return record.token_ids, record.worker_id, record.worker_epoch, record.last_request
+
+
+def was_carried_out(record: SessionRecord, request_id: str) -> bool:
+    """Whether a request is the last that changed a session: then only its answer was lost, with its gateway."""
+    return bool(request_id) and record.last_request == request_id
+
+
+def refuse_lost_answer(record: SessionRecord, request_id: str) -> None:
+    """Refuses to carry out again what was carried out, and whose answer can't be given again.
+
+    Raises:
+        Conflict: it was carried out.
+    """
+    if was_carried_out(record, request_id):
+        held = len(record.token_ids)
+        raise Conflict(
+            f"request {request_id!r} was carried out, and its answer lost with the gateway that gave it: session "
+            f"{record.session_id} holds {held} tokens now. Go on from there, or take it back with Truncate",
+            reason="answer_lost",
+            metadata={"num_tokens": str(held)},
+        )
 
 
 def _check_expected(record: SessionRecord, expected: int | None) -> None:

@@ -29,6 +29,8 @@ class SessionRecord:
         durable_tokens: leading tokens that survive the loss of every process; the store sets it.
         document_tokens: leading tokens that are documents, before the first question.
         document_id: the session whose document it began with; empty: none.
+        last_request: id of the request that changed the session last, if it had one. It is written with what the
+            request changed, so it is never carried out twice, even if its answer was lost.
     """
 
     session_id: SessionId
@@ -48,6 +50,7 @@ class SessionRecord:
     durable_tokens: int = 0
     document_tokens: int = 0
     document_id: str = ""
+    last_request: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,21 +162,27 @@ class StateStore(Protocol):
         ...
 
     async def begin_request(
-        self, tenant: TenantId, request_id: str, digest: bytes, ttl_s: float
+        self, tenant: TenantId, request_id: str, digest: bytes, ttl_s: float, *, owner: str = ""
     ) -> Begun | InProgress | Replay:
-        """Claims a request for `ttl_s`, unless it was claimed before. `digest` stands for all that the request says.
+        """Claims a request for `owner` and `ttl_s`, unless it was claimed before. `digest` stands for all that it says.
 
         Raises:
             InvalidRequest: the id was used for another request; reason `request_id_reused`.
         """
         ...
 
-    async def finish_request(self, tenant: TenantId, request_id: str, messages: Sequence[bytes], ttl_s: float) -> None:
-        """Keeps the answer of a claimed request for `ttl_s`. Does nothing if the claim has lapsed."""
+    async def renew_request(self, tenant: TenantId, request_id: str, ttl_s: float, *, owner: str = "") -> bool:
+        """Prolongs a claim. False if it has lapsed, was answered, or is another's by now."""
         ...
 
-    async def forget_request(self, tenant: TenantId, request_id: str) -> None:
-        """Drops a claim or an answer: the request may be made again."""
+    async def finish_request(
+        self, tenant: TenantId, request_id: str, messages: Sequence[bytes], ttl_s: float, *, owner: str = ""
+    ) -> None:
+        """Keeps the answer of a claimed request for `ttl_s`. Does nothing if the claim has lapsed, or is another's."""
+        ...
+
+    async def forget_request(self, tenant: TenantId, request_id: str, *, owner: str = "") -> None:
+        """Drops a claim or an answer of `owner`'s: the request may be made again."""
         ...
 
     async def next_epoch(self) -> int:

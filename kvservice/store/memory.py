@@ -27,6 +27,7 @@ from kvservice.types import SessionId, TenantId, WorkerId
 class _Request:
     digest: bytes
     lapses_at: float
+    owner: str
     messages: tuple[bytes, ...] | None = None
 
 
@@ -118,27 +119,39 @@ class MemoryStateStore:
             del self._locks[session_id]
 
     async def begin_request(
-        self, tenant: TenantId, request_id: str, digest: bytes, ttl_s: float
+        self, tenant: TenantId, request_id: str, digest: bytes, ttl_s: float, *, owner: str = ""
     ) -> Begun | InProgress | Replay:
         """See `StateStore.begin_request`."""
         request = self._request(tenant, request_id)
         if request is None:
-            self._requests[tenant, request_id] = _Request(digest, self._clock() + ttl_s)
+            self._requests[tenant, request_id] = _Request(digest, self._clock() + ttl_s, owner)
             return Begun()
         if request.digest != digest:
             raise request_id_reused(request_id)
         return InProgress() if request.messages is None else Replay(request.messages)
 
-    async def finish_request(self, tenant: TenantId, request_id: str, messages: Sequence[bytes], ttl_s: float) -> None:
+    async def renew_request(self, tenant: TenantId, request_id: str, ttl_s: float, *, owner: str = "") -> bool:
+        """See `StateStore.renew_request`."""
+        request = self._request(tenant, request_id)
+        if request is None or request.owner != owner or request.messages is not None:
+            return False
+        request.lapses_at = self._clock() + ttl_s
+        return True
+
+    async def finish_request(
+        self, tenant: TenantId, request_id: str, messages: Sequence[bytes], ttl_s: float, *, owner: str = ""
+    ) -> None:
         """See `StateStore.finish_request`."""
         request = self._request(tenant, request_id)
-        if request is not None:
+        if request is not None and request.owner == owner:
             request.messages = tuple(messages)
             request.lapses_at = self._clock() + ttl_s
 
-    async def forget_request(self, tenant: TenantId, request_id: str) -> None:
+    async def forget_request(self, tenant: TenantId, request_id: str, *, owner: str = "") -> None:
         """See `StateStore.forget_request`."""
-        self._requests.pop((tenant, request_id), None)
+        request = self._request(tenant, request_id)
+        if request is not None and request.owner == owner:
+            del self._requests[tenant, request_id]
 
     async def next_epoch(self) -> int:
         """See `StateStore.next_epoch`. Counts from 1 in each process."""

@@ -106,7 +106,7 @@ BEGIN_REQUEST = """
 local digest = redis.call('HGET', KEYS[1], 'digest')
 if not digest then
   redis.call('DEL', KEYS[2])
-  redis.call('HSET', KEYS[1], 'digest', ARGV[1])
+  redis.call('HSET', KEYS[1], 'digest', ARGV[1], 'owner', ARGV[3])
   redis.call('PEXPIRE', KEYS[1], ARGV[2])
   return {'begun', {}}
 end
@@ -117,14 +117,23 @@ local messages = redis.call('LRANGE', KEYS[2], 0, -1)
 if #messages ~= tonumber(count) then return {'in_progress', {}} end
 return {'replay', messages}
 """
+RENEW_REQUEST = """
+if redis.call('HGET', KEYS[1], 'owner') ~= ARGV[1] then return 0 end
+if redis.call('HEXISTS', KEYS[1], 'messages') == 1 then return 0 end
+return redis.call('PEXPIRE', KEYS[1], ARGV[2])
+"""
 FINISH_REQUEST = """
-if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
-redis.call('HSET', KEYS[1], 'messages', #ARGV - 1)
+if redis.call('HGET', KEYS[1], 'owner') ~= ARGV[2] then return 0 end
+redis.call('HSET', KEYS[1], 'messages', #ARGV - 2)
 redis.call('PEXPIRE', KEYS[1], ARGV[1])
 redis.call('DEL', KEYS[2])
-for i = 2, #ARGV do redis.call('RPUSH', KEYS[2], ARGV[i]) end
+for i = 3, #ARGV do redis.call('RPUSH', KEYS[2], ARGV[i]) end
 redis.call('PEXPIRE', KEYS[2], ARGV[1])
 return 1
+"""
+FORGET_REQUEST = """
+if redis.call('HGET', KEYS[1], 'owner') ~= ARGV[1] then return 0 end
+return redis.call('DEL', KEYS[1], KEYS[2])
 """
 REGISTER_WORKER = """
 local epoch = redis.call('HGET', KEYS[1], 'epoch')
@@ -356,11 +365,11 @@ class RedisStateStore:
         await self._run(_script(UNLOCK, [_lock_key(session_id)], [owner]))
 
     async def begin_request(
-        self, tenant: TenantId, request_id: str, digest: bytes, ttl_s: float
+        self, tenant: TenantId, request_id: str, digest: bytes, ttl_s: float, *, owner: str = ""
     ) -> Begun | InProgress | Replay:
         """See `StateStore.begin_request`."""
         ((state, messages),) = await self._run(
-            _script(BEGIN_REQUEST, _request_keys(tenant, request_id), [digest, _ms(ttl_s)])
+            _script(BEGIN_REQUEST, _request_keys(tenant, request_id), [digest, _ms(ttl_s), owner])
         )
         if state == b"reused":
             raise request_id_reused(request_id)
@@ -368,13 +377,20 @@ class RedisStateStore:
             return Replay(tuple(messages))
         return Begun() if state == b"begun" else InProgress()
 
-    async def finish_request(self, tenant: TenantId, request_id: str, messages: Sequence[bytes], ttl_s: float) -> None:
-        """See `StateStore.finish_request`."""
-        await self._run(_script(FINISH_REQUEST, _request_keys(tenant, request_id), [_ms(ttl_s), *messages]))
+    async def renew_request(self, tenant: TenantId, request_id: str, ttl_s: float, *, owner: str = "") -> bool:
+        """See `StateStore.renew_request`."""
+        (held,) = await self._run(_script(RENEW_REQUEST, _request_keys(tenant, request_id)[:1], [owner, _ms(ttl_s)]))
+        return bool(held)
 
-    async def forget_request(self, tenant: TenantId, request_id: str) -> None:
+    async def finish_request(
+        self, tenant: TenantId, request_id: str, messages: Sequence[bytes], ttl_s: float, *, owner: str = ""
+    ) -> None:
+        """See `StateStore.finish_request`."""
+        await self._run(_script(FINISH_REQUEST, _request_keys(tenant, request_id), [_ms(ttl_s), owner, *messages]))
+
+    async def forget_request(self, tenant: TenantId, request_id: str, *, owner: str = "") -> None:
         """See `StateStore.forget_request`."""
-        await self._run(("DEL", *_request_keys(tenant, request_id)))
+        await self._run(_script(FORGET_REQUEST, _request_keys(tenant, request_id), [owner]))
 
     async def next_epoch(self) -> int:
         """See `StateStore.next_epoch`."""
@@ -542,6 +558,7 @@ def _packed(record: SessionRecord) -> list[str | bytes | int | float]:
         *("last_error", record.last_error),
         *("document_tokens", record.document_tokens),
         *("document_id", record.document_id),
+        *("last_request", record.last_request),
     ]
 
 
@@ -575,6 +592,8 @@ def _unpacked(session_id: SessionId, fields: Mapping[bytes, bytes]) -> SessionRe
             # Records of before have none.
             document_tokens=int(fields.get(b"document_tokens", 0)),
             document_id=fields.get(b"document_id", b"").decode(),
+            # Records of releases that didn't keep it have none.
+            last_request=fields.get(b"last_request", b"").decode(),
         )
     except (KeyError, ValueError) as error:
         raise InternalError(

@@ -46,6 +46,11 @@ _SERVER_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # Else a second worker on the same port would start, and share its connections.
     ("grpc.so_reuseport", 0),
+    # Gateways look often whether we live; one that doesn't answer us is lost, and its calls are cancelled.
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
 )
 
 

@@ -338,6 +338,27 @@ async def test_lapsed_claim_may_be_made_again(store, lapse):
     assert await store.begin_request(ANN, "r", b"digest", LEASE_S) == Begun()
 
 
+async def test_claim_is_renewed_by_its_owner_alone_and_only_until_it_is_answered(store):
+    await store.begin_request(ANN, "r", b"digest", LEASE_S, owner="one")
+    assert await store.renew_request(ANN, "r", LEASE_S, owner="one")
+    assert not await store.renew_request(ANN, "r", LEASE_S, owner="two")
+    assert not await store.renew_request(ANN, "another", LEASE_S, owner="one")
+    await store.finish_request(ANN, "r", [b"x"], LEASE_S, owner="one")
+    assert not await store.renew_request(ANN, "r", LEASE_S, owner="one")
+
+
+async def test_owner_that_comes_back_late_touches_nothing_of_the_next_one(store, lapse):
+    await store.begin_request(ANN, "r", b"digest", SHORT_S, owner="frozen")
+    lapse()
+    await store.begin_request(ANN, "r", b"digest", LEASE_S, owner="next")
+    await store.forget_request(ANN, "r", owner="frozen")
+    await store.finish_request(ANN, "r", [b"late"], LEASE_S, owner="frozen")
+    assert await store.begin_request(ANN, "r", b"digest", LEASE_S) == InProgress()
+    await store.finish_request(ANN, "r", [b"right"], LEASE_S, owner="next")
+    await store.forget_request(ANN, "r", owner="frozen")
+    assert await store.begin_request(ANN, "r", b"digest", LEASE_S) == Replay((b"right",))
+
+
 async def test_answer_outlives_its_claim(store, lapse):
     await store.begin_request(ANN, "r", b"digest", SHORT_S)
     await store.finish_request(ANN, "r", [b"x"], LEASE_S)

@@ -98,7 +98,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
 
     async def start(self, store: StateStore) -> None:
         """Serves, and registers under a lease."""
-        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0), ("grpc.http2.max_ping_strikes", 0)])
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(self, self._server)
         port = self._server.add_insecure_port("127.0.0.1:0")
         await self._server.start()
