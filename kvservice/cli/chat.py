@@ -99,7 +99,7 @@ def _read_schema(path: Path) -> str:
     data = read_file(path, "--json-schema")
     try:
         json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--json-schema {path}: it isn't JSON ({error}); give a file with a JSON schema") from None
     return data.decode()
 

@@ -41,7 +41,7 @@ def read_settings(path: Path | None) -> Settings:
     try:
         text = content.decode()
         settings = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         form = "TOML" if path.suffix == ".toml" else "JSON"
         raise ConfigError(f"--config {path}: not {form}: {error}") from None
     if not isinstance(settings, dict):

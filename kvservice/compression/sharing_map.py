@@ -190,7 +190,7 @@ def read_map(path: Path, model: ModelFacts) -> SharingMap:
         record = json.loads(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"map {path}: can't be read: {error.strerror}", reason="map_missing") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _damaged(path, f"it isn't JSON ({error})") from None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise _damaged(path, f'it has no "format": "{FORMAT}"')

@@ -37,7 +37,7 @@ def _read_keys(config: JwtConfig) -> dict[str, jwt.PyJWK]:
         keys = {str(entry["kid"]): jwt.PyJWK(entry) for entry in entries if entry.get("use", "sig") == "sig"}
     except OSError as error:
         raise ConfigError(f"JWKS file {path}: {error.strerror}; give the path of a readable file") from None
-    except (ValueError, TypeError, KeyError, AttributeError, jwt.PyJWTError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, jwt.PyJWTError):
         # What the library says may quote the file.
         raise ConfigError(f'JWKS file {path}: must hold {{"keys": [...]}} of RFC 7517, each with `kid`') from None
     taken = {kid: key for kid, key in keys.items() if key.algorithm_name in config.algorithms}

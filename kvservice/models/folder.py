@@ -36,7 +36,7 @@ def read_json(folder: Path, name: str) -> Mapping[str, object]:
     path = folder / name
     try:
         value = json.loads(read_text(folder, name))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ModelError(f"{path} isn't valid JSON ({error}): {FETCH_HINT}", reason="model_damaged") from None
     if not isinstance(value, dict):
         raise ModelError(

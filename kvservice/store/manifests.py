@@ -237,7 +237,7 @@ def unpack_manifest(data: bytes) -> Manifest:
             document_id=header["document"] and SessionId(header["document"]),
             parent=header["parent"] and SessionId(header["parent"]),
         )
-    except (struct.error, ValueError, KeyError, TypeError, IndexError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
         raise InternalError(f"a manifest is illegible: {error!r}", reason="illegible_manifest") from error
 
 
