@@ -34,6 +34,7 @@ from redis.retry import Retry as SyncRetry
 from redis.sentinel import Sentinel as SyncSentinel
 
 from kvservice.errors import ConfigError, Unavailable
+from kvservice.tier.answers import GARBLED, GarbledAnswerError, answers_to
 from kvservice.tier.base import SOURCES, TIERS, Buffer, OpenSocket, TierUsage
 from kvservice.tier.header import session_tag
 from kvservice.types import SessionId
@@ -61,6 +62,7 @@ _SENTENCES = {
     "readonly": "is read-only: the URL must name the primary",
     "loading": "is still loading its data",
     "closed": "has been closed by this process",
+    "garbled": "gave an answer that is none to its command: what comes from it isn't what it sent",
     "other": "refused a command",
 }
 
@@ -181,6 +183,7 @@ def fault_reason(error: Exception) -> str:
         (BusyLoadingError, "loading"),
         (OutOfMemoryError, "oom"),
         (ReadOnlyError, "readonly"),
+        (GarbledAnswerError, "garbled"),
         ((RedisConnectionError, OSError), "connection"),
     )
     for kind, reason in kinds:
@@ -229,11 +232,7 @@ class OneServer:
 
     async def send(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
         """See `Servers.send`; here commands may do without a key."""
-        async with self._redis.pipeline(transaction=False) as pipeline:
-            for command in commands:
-                pipeline.execute_command(*command)
-            answers: list[Any] = await pipeline.execute(raise_on_error=False)
-        return answers
+        return await answers_to(self._redis, commands)
 
     async def ask_all(self, commands: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
         """See `Servers.ask_all`."""
@@ -414,10 +413,11 @@ class RedisValues:
             pool = self._pool or _pool_of_primary(self._sentinel, limits)
             connection = pool.connection_class(**{**pool.connection_kwargs, **limits})
             connection.connect()
-        except FAULTS as error:
+        except (*FAULTS, *GARBLED) as error:
             if connection is not None:
                 connection.disconnect()  # type: ignore[no-untyped-call]
-            raise unavailable(error, self._where) from error
+            fault = GarbledAnswerError(repr(error)) if isinstance(error, GARBLED) else error
+            raise unavailable(fault, self._where) from error
         # The one private name of the library that is used; tests fail if it goes.
         connected = connection._sock
         assert connected is not None

@@ -24,6 +24,8 @@ STALL_S = 5.0
 """A server that says nothing for so long is lost, whatever the deadline."""
 MAX_PIECES = 512
 """That one read fills: the kernel takes 1,024."""
+REFUSALS = {b"OOM": "oom", b"LOADING": "loading", b"MOVED": "moved", b"ASK": "moved"}
+"""What a server says first when it refuses, and what we call that."""
 LATE = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 """What a read or write raises when the kernel's time limit has passed."""
 
@@ -79,8 +81,8 @@ class ValueStream:
         """
         line = self._line(deadline)
         if line[:1] == b"-":
-            moved = line.startswith((b"-MOVED ", b"-ASK "))
-            raise Unavailable(line[1:].decode(errors="replace"), reason="moved" if moved else "refused")
+            word = bytes(line[1:].partition(b" ")[0])
+            raise Unavailable(line[1:].decode(errors="replace"), reason=REFUSALS.get(word, "refused"))
         if line == b"$-1" or line == b"_":
             return None
         if line[:1] != b"$" or not line[1:].isdigit():
@@ -97,6 +99,8 @@ class ValueStream:
             _pass(left, part)
         while left:
             _pass(left, self._receive(left, deadline))
+            if left:
+                self._check_drip(deadline)
 
     def take(self, num_bytes: int, deadline: Callable[[], float]) -> bytes:
         """The next bytes of the value. Raises as `length` does."""
@@ -131,6 +135,8 @@ class ValueStream:
             self._start = stop
             if len(line) > MAX_LINE_BYTES:
                 raise ConnectionError(f"a line of more than {MAX_LINE_BYTES} bytes is no answer to GET")
+            if not line.endswith(b"\r\n"):
+                self._check_drip(deadline)
         return line[:-2]
 
     def _receive(
@@ -150,6 +156,11 @@ class ValueStream:
                 raise ConnectionError("the server closed the connection")
             self.num_received += received
             return received
+
+    def _check_drip(self, deadline: Callable[[], float]) -> None:
+        """A server that says a little at a time never lets the kernel's time limit pass."""
+        if self._clock() >= deadline():
+            raise TimeoutError("the deadline passed")
 
     def _check(self, deadline: Callable[[], float], waits_since: float) -> None:
         now = self._clock()

@@ -28,13 +28,12 @@ from kvservice.tier.restore import (
     usable_window,
 )
 from kvservice.types import GROUP_TOKENS, SINK_TOKENS, EngineCall, FinishedEvent
+from kvservice.worker.patience import KnownMissing, fetch_timeout_s
 
 logger = logging.getLogger(__name__)
 
 MAX_FETCHES = 2
 """Sessions brought back at a time: bounds memory, and each gets the tier's whole speed sooner."""
-FETCH_TIMEOUT_S = 10.0
-"""What hasn't come by then is computed."""
 MIN_TOKENS_TIMED = 64
 """Fewer say little of how fast tokens are computed."""
 SMOOTHING = 0.2
@@ -75,6 +74,10 @@ class Speeds:
         if num_tokens >= MIN_TOKENS_TIMED:
             self._prefill_tokens_per_s = _smoothed(self._prefill_tokens_per_s, num_tokens / max(seconds, 1e-6))
 
+    def prefill_s(self, num_tokens: int) -> float | None:
+        """How long computing takes; None if that was never measured."""
+        return None if self._prefill_tokens_per_s is None else num_tokens / self._prefill_tokens_per_s
+
     def fetching_is_faster(self, num_bytes: int, num_tokens: int) -> bool:
         """Whether to fetch `num_bytes` rather than to compute `num_tokens`."""
         if self._fetch_bytes_per_s is None or self._prefill_tokens_per_s is None:
@@ -94,6 +97,7 @@ class Resumer:
         self._reader = reader
         self._clock = clock
         self._speeds = Speeds()
+        self._known_missing = KnownMissing()
         self._slots = asyncio.Semaphore(MAX_FETCHES)
         self._fetches: set[asyncio.Task[None]] = set()
         self._fetched = self._recomputed = self._restored_tokens = 0
@@ -122,16 +126,27 @@ class Resumer:
             self._misses["fingerprint"] += 1
         else:
             chunks = usable(call.tenant_tag, call.base_tokens, _chunks(manifest), manifest.codec)
+            known = self._known_missing.groups(call.session_id, manifest.epoch, manifest.version)
+            if known is not None:
+                self._misses["absent"] += sum(stored.chunk.stop_group > known for stored in chunks)
+                chunks = [stored for stored in chunks if stored.chunk.stop_group <= known]
         window = usable_window(call.tenant_tag, call.base_tokens, _window(manifest), chunks)
         plan = self._reader.plan(call.tenant_tag, chunks, window) if chunks else None
         saved = 0 if plan is None else plan.num_tokens - (len(call.base_tokens) - num_missing)
         if plan is None or saved <= 0 or not self._speeds.fetching_is_faster(plan.num_bytes, saved):
             self._recomputed += 1
             return nothing(manifest.reached)
-        await self._slots.acquire()
+        try:
+            async with asyncio.timeout(self._patience_s(call, plan)):
+                await self._slots.acquire()
+        except TimeoutError:
+            # Those before it wait for a slow tier, or are many: computing is faster by now.
+            self._misses["timeout"] += len(chunks)
+            self._recomputed += 1
+            return nothing(manifest.reached)
         loop = asyncio.get_running_loop()
         arrival = Arrival(manifest.reached, plan)
-        task = loop.create_task(self._fetch(call, plan, arrival), name=f"fetch {call.session_id}")
+        task = loop.create_task(self._fetch(call, manifest, plan, arrival), name=f"fetch {call.session_id}")
         self._fetches.add(task)
 
         def ended(_task: asyncio.Task[None]) -> None:
@@ -163,11 +178,16 @@ class Resumer:
         """Gives up what is under way."""
         await end_tasks(list(self._fetches))
 
-    async def _fetch(self, call: EngineCall, plan: Plan, arrival: Arrival) -> None:
+    def _patience_s(self, call: EngineCall, plan: Plan) -> float:
+        left_s = None if call.deadline is None else call.deadline - self._clock()
+        return fetch_timeout_s(left_s, self._speeds.prefill_s(plan.num_tokens))
+
+    async def _fetch(self, call: EngineCall, manifest: Manifest, plan: Plan, arrival: Arrival) -> None:
         started = self._clock()
-        left = FETCH_TIMEOUT_S if call.deadline is None else min(FETCH_TIMEOUT_S, call.deadline - started)
         try:
-            await self._reader.fetch(plan, arrival, max(left, 0.0))
+            await self._reader.fetch(plan, arrival, self._patience_s(call, plan))
+            num_groups = max(0, arrival.num_tokens - SINK_TOKENS) // GROUP_TOKENS
+            self._known_missing.note(call.session_id, manifest.epoch, manifest.version, num_groups, arrival.misses)
         finally:
             seconds = self._clock() - started
             self._speeds.note_fetch(arrival.num_bytes, seconds)
