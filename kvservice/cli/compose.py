@@ -110,6 +110,7 @@ async def _open_tier(config: WorkerConfig, store: StateStore, stack: AsyncExitSt
     from kvservice.tier.journal import FrameJournal, JournaledWriter
     from kvservice.tier.reader import FrameReader
     from kvservice.tier.restore import GroupReader
+    from kvservice.tier.sealing import load_keyring
     from kvservice.worker.resuming import Resumer
     from kvservice.worker.stored import StoredKv
 
@@ -123,10 +124,11 @@ async def _open_tier(config: WorkerConfig, store: StateStore, stack: AsyncExitSt
             raise ConfigError(problem.message, reason="kv_server")
         logger.warning("kv_server_unfit", extra={"why": problem.message})
     journal = FrameJournal()
-    frames = JournaledWriter(open_tier(url), journal, ttl_s=config.kv_ttl_s)
+    keyring = load_keyring(config.kv_keys) if config.kv_keys is not None else None
+    frames = JournaledWriter(open_tier(url), journal, ttl_s=config.kv_ttl_s, keyring=keyring)
     await asyncio.to_thread(frames.start)
     stack.push_async_callback(asyncio.to_thread, frames.close, CLOSE_TIMEOUT_S)
-    frame_reader = FrameReader(open_source(url))
+    frame_reader = FrameReader(open_source(url), keyring=keyring)
     stack.push_async_callback(asyncio.to_thread, frame_reader.close)
     reader = GroupReader(frame_reader)
     stored = StoredKv(

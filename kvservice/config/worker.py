@@ -68,7 +68,10 @@ class WorkerConfig(BaseModel):
         1024, ge=8, description="messages that wait for a slow gateway before its stream is ended"
     )
     redis_url: SecretStr | None = Field(None, description="the kv Redis; unset: KV goes no further than host memory")
-
+    kv_keys: Path | None = Field(
+        None,
+        description="file of keys to seal stored KV with, mode 0600; the same for all workers; unset: it isn't sealed",
+    )
     kv_ttl_s: float = Field(
         3600.0, ge=60, description="stored KV that nobody has used or renewed for so long is gone; workers renew theirs"
     )

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from kvservice.tier.base import Buffer, TierBackend
 from kvservice.tier.header import FrameHeader
+from kvservice.tier.sealing import Keyring
 from kvservice.tier.writer import DEFAULT_TTL_S, Done, WriteBehind
 from kvservice.types import FrameRef, SessionId
 
@@ -112,8 +113,15 @@ class FrameJournal:
 class JournaledWriter(WriteBehind):
     """A `WriteBehind` that notes in a journal what becomes of each frame."""
 
-    def __init__(self, backend: TierBackend, journal: FrameJournal, *, ttl_s: float = DEFAULT_TTL_S) -> None:
-        super().__init__(backend, ttl_s=ttl_s)
+    def __init__(
+        self,
+        backend: TierBackend,
+        journal: FrameJournal,
+        *,
+        ttl_s: float = DEFAULT_TTL_S,
+        keyring: Keyring | None = None,
+    ) -> None:
+        super().__init__(backend, ttl_s=ttl_s, keyring=keyring)
         self._journal = journal
 
     def submit(self, header: FrameHeader, payload: Buffer | Sequence[Buffer], on_done: Done | None = None) -> bool:

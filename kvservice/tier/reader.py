@@ -26,6 +26,7 @@ from kvservice.errors import CorruptFrame, Unavailable
 from kvservice.tier import codecs
 from kvservice.tier.base import ValueSource
 from kvservice.tier.header import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, FrameHeader
+from kvservice.tier.sealing import Keyring, is_sealed
 from kvservice.tier.stream import ValueStream
 from kvservice.tier.wire import CHECKSUM, HEAD, decode_frame, pack_head
 
@@ -51,7 +52,7 @@ class Miss(enum.Enum):
     CHECKSUM = "checksum"
     """It is damaged, or no frame at all."""
     VERSION = "version"
-    """It is of a format, or has a codec, that this release doesn't know."""
+    """It is of a format, or has a codec, that this release doesn't know, or is sealed with a key that isn't here."""
     FINGERPRINT = "fingerprint"
     """It is a whole frame, but of another key, model, span or shape, or lossy where that isn't wanted."""
     BREAKER = "breaker"
@@ -64,7 +65,7 @@ class Miss(enum.Enum):
     """The fetch was cancelled, or the reader closed."""
 
 
-_MISS_OF_CORRUPT = {"version": Miss.VERSION, "key": Miss.FINGERPRINT}
+_MISS_OF_CORRUPT = {"version": Miss.VERSION, "key": Miss.FINGERPRINT, "key_id": Miss.VERSION}
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +214,7 @@ class FrameReader:
         max_inflight_bytes: raw bytes of the frames under way; a frame that is larger goes alone.
         open_s: pause before a store that failed is tried again.
         clock: seconds that never go back; deadlines are on it.
+        keyring: to open sealed frames with; without one they are missed.
     """
 
     def __init__(
@@ -224,8 +226,10 @@ class FrameReader:
         max_inflight_bytes: int = MAX_INFLIGHT_BYTES,
         open_s: float = OPEN_S,
         clock: Callable[[], float] = time.monotonic,
+        keyring: Keyring | None = None,
     ) -> None:
         self._source = source
+        self._keyring = keyring
         self._pipeline = pipeline
         self._max_inflight_bytes = max_inflight_bytes
         self._open_s = open_s
@@ -312,7 +316,7 @@ class FrameReader:
     # Below: the reader's threads.
 
     def _run(self) -> None:
-        connection = _Connection(self._source, self._clock)
+        connection = _Connection(self._source, self._clock, self._keyring)
         under_way: deque[_Job] = deque()
         try:
             while (jobs := self._next_jobs(under_way)) is not None:
@@ -464,9 +468,10 @@ class FrameReader:
 class _Connection:
     """What one thread reads from: a stream to each server that it has read from."""
 
-    def __init__(self, source: ValueSource, clock: Callable[[], float]) -> None:
+    def __init__(self, source: ValueSource, clock: Callable[[], float], keyring: Keyring | None) -> None:
         self._source = source
         self._clock = clock
+        self._keyring = keyring
         self._streams: dict[str, ValueStream] = {}
         self._received_before = 0
         self._last: ValueStream | None = None
@@ -517,7 +522,7 @@ class _Connection:
         whole[: len(found)] = found
         stream.fill([memoryview(whole)[len(found) :]], deadline)
         stream.end(deadline)
-        return _decode(job.want, whole)
+        return _decode(job.want, whole, self._keyring)
 
     def _read_payload(self, job: _Job, head: bytes, stored_bytes: int, deadline: Callable[[], float]) -> Miss | None:
         stream, want = self._streams[job.place], job.want
@@ -564,10 +569,12 @@ def _head_of(header: FrameHeader, key: bytes, length: int) -> bytes:
     return pack_head(header, min(max(stored, 1), MAX_PAYLOAD_BYTES), key)
 
 
-def _decode(want: FrameWant, value: bytearray) -> Miss | None:
-    """Reads a frame that doesn't begin as expected: of another version or codec, or not the right one."""
+def _decode(want: FrameWant, value: bytearray, keyring: Keyring | None) -> Miss | None:
+    """Reads a frame that doesn't begin as expected: sealed, of another version or codec, or not the right one."""
     try:
         header, stored = decode_frame(want.header.key, value)
+        if is_sealed(header) and keyring is not None:
+            header, stored = keyring.open(header, stored)
     except CorruptFrame as error:
         return _MISS_OF_CORRUPT.get(error.reason, Miss.CHECKSUM)
     if header.codec not in codecs.CODECS:

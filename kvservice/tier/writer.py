@@ -29,6 +29,7 @@ from kvservice.errors import InternalError, Unavailable
 from kvservice.tier import codecs
 from kvservice.tier.base import Buffer, TierBackend
 from kvservice.tier.header import FrameHeader
+from kvservice.tier.sealing import Keyring
 from kvservice.tier.wire import encode_frame
 from kvservice.types import SessionId
 
@@ -104,6 +105,7 @@ class WriteBehind:
         max_pending_bytes: payload bytes that may wait or be on their way.
         open_s: pause before a tier that failed is tried again.
         clock: seconds that never go back.
+        keyring: to seal payloads with; None: they aren't sealed.
     """
 
     def __init__(
@@ -114,8 +116,10 @@ class WriteBehind:
         max_pending_bytes: int = MAX_PENDING_BYTES,
         open_s: float = OPEN_S,
         clock: Callable[[], float] = time.monotonic,
+        keyring: Keyring | None = None,
     ) -> None:
         self._backend = backend
+        self._keyring = keyring
         self._ttl_s = ttl_s
         self._max_pending_bytes = max_pending_bytes
         self._open_s = open_s
@@ -339,7 +343,7 @@ class WriteBehind:
         encoded: list[_Put] = []
         for put in puts:
             try:
-                frames.append((put.header.key, encode_frame(put.header, codecs.encode(put.header, put.payload))))
+                frames.append((put.header.key, self._encoded(put)))
                 encoded.append(put)
             except InternalError:
                 logger.exception("frame_not_encoded")
@@ -359,6 +363,12 @@ class WriteBehind:
             self._end(encoded, reason)
         if reason is not None:
             self._break(reason)
+
+    def _encoded(self, put: _Put) -> bytearray:
+        stored = codecs.encode(put.header, put.payload)
+        if self._keyring is None:
+            return encode_frame(put.header, stored)
+        return encode_frame(*self._keyring.seal(put.header, stored))
 
     async def _delete(self, job: _Delete) -> None:
         reason: str | None = "internal"
