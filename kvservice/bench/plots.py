@@ -276,6 +276,32 @@ def plot_sharing(path: Path, lines: Mapping[str, Sequence[tuple[float, float]]],
     _save(figure, path)
 
 
+def plot_churn(
+    path: Path, minutes: Sequence[float], panels: Mapping[str, Mapping[str, Sequence[float]]], title: str
+) -> None:
+    """What processes have while sessions come and go, one panel a quantity, one line a process.
+
+    Args:
+        path: of the PNG.
+        minutes: of the samples.
+        panels: a value for each sample, by the quantity's name and the process's.
+        title: of the figure.
+
+    Raises:
+        ConfigError: the file can't be written.
+    """
+    figure = Figure(figsize=(10, 2.4 * len(panels)), layout="constrained")
+    figure.suptitle(title)
+    for axes, (label, lines) in zip(figure.subplots(len(panels), sharex=True), panels.items(), strict=True):
+        for number, (name, values) in enumerate(lines.items()):
+            axes.plot(minutes, values, color=LINES[number % len(LINES)], linewidth=1.3, label=name)
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        _beside(axes)
+    figure.axes[-1].set_xlabel("minutes")
+    _save(figure, path)
+
+
 def _plot_preemptions(axes: Axes, minutes: Sequence[float], samples: Sequence[Sample]) -> None:
     """A row of marks for each kind; each mark is a second in which it happened."""
     for row, (name, (label, color)) in enumerate(PREEMPTIONS.items()):

@@ -17,6 +17,8 @@ from kvservice.cli import (
     chat,
     config,
     drain_worker,
+    doctor,
+    drill,
     eval_indexes,
     eval_precision,
     eval_sharing,
@@ -61,6 +63,10 @@ app.command("usage")(usage.usage)
 app.command("methods")(catalogue.methods)
 app.command("recipes")(catalogue.recipes)
 app.command("size")(size.size)
+app.command("drill")(drill.drill)
+app.command("churn")(drill.churn)
+app.command("fuzz")(drill.fuzz)
+app.command("doctor")(doctor.doctor)
 
 app.add_typer(bench.app, name="bench")
 evaluate.app.command("indexes")(eval_indexes.indexes)

@@ -30,7 +30,7 @@ from kvservice.client.results import (
 )
 from kvservice.client.retry import Attempts, RetryPolicy
 from kvservice.client.sampling import Sampling, sampling_to_proto
-from kvservice.errors import InternalError
+from kvservice.errors import DeadlineExceeded, InternalError
 from kvservice.internal.convert import ON_MISS_CODES, PROMPT_FORMAT_CODES, chat_messages_to_proto, model_from_proto
 from kvservice.internal.tls import PemFiles, channel_credentials
 from kvservice.types import ChatMessage, ModelInfo, OnMiss, PromptFormat
@@ -509,7 +509,13 @@ class _Deadline:
         self._until = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
 
     def left_s(self) -> float | None:
-        return None if self._until is None else max(0.0, self._until - asyncio.get_running_loop().time())
+        """Raises DeadlineExceeded once it has passed: the library takes a call without time for a fault of its own."""
+        if self._until is None:
+            return None
+        left_s = self._until - asyncio.get_running_loop().time()
+        if left_s <= 0.0:
+            raise DeadlineExceeded("the deadline passed before the call could be made again")
+        return left_s
 
 
 def _new_id() -> str:

@@ -6,6 +6,7 @@ from kvservice.client.results import (
     AppendResult,
     Event,
     Finished,
+    LedgerReport,
     ServiceStats,
     SessionInfo,
     SessionState,
@@ -244,6 +245,19 @@ def _worker_report(message: admin_pb2.WorkerStats) -> WorkerReport:
         idle_swapped_out=message.idle_swapped_out,
         idle_dropped=message.idle_dropped,
         parked_sessions=message.parked_sessions,
+        ledger=_ledger_report(message.ledger),
+    )
+
+
+def _ledger_report(message: admin_pb2.LedgerStats) -> LedgerReport:
+    return LedgerReport(
+        published_manifests=message.published_manifests,
+        fenced_sessions=message.fenced_sessions,
+        failures=dict(message.failures),
+        fetched_sessions=message.resumed.fetched_sessions,
+        restored_tokens=message.resumed.restored_tokens,
+        misses=dict(message.resumed.misses),
+        kv_fingerprint=message.kv_fingerprint,
     )
 
 
@@ -257,4 +271,5 @@ def stored_report(message: admin_pb2.VerifyResponse) -> StoredReport:
         stored_bytes=message.stored_bytes,
         reserved_bytes=message.reserved_bytes,
         quota_bytes=message.quota_bytes,
+        own_frames=sum(found.own_frames for found in message.sessions),
     )

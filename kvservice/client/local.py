@@ -24,14 +24,17 @@ _KEPT_LINES = 40
 
 
 class LocalService:
-    """`kvservice serve` with `arguments`, on a free port; the address once it is ready.
+    """`kvservice serve` with `arguments`, on a free port unless one is named; the address once it is ready.
 
-    Use as `async with LocalService(["--recipe", "recall"]) as service:`.
+    Use as `async with LocalService(["--recipe", "recall"]) as service:`. With another `command` it is that one, which
+    must say when it is ready: `gateway` or `worker`. What was stopped or killed may be started again.
     """
 
-    def __init__(self, arguments: Sequence[str] = (), *, start_timeout_s: float = 300.0) -> None:
+    def __init__(
+        self, arguments: Sequence[str] = (), *, command: str = "serve", port: int = 0, start_timeout_s: float = 300.0
+    ) -> None:
         self.address = ""
-        self._command = [sys.executable, "-m", "kvservice", "serve", *arguments, "--port", "0"]
+        self._command = [sys.executable, "-m", "kvservice", command, *arguments, "--port", str(port)]
         self._start_timeout_s = start_timeout_s
         self._process: asyncio.subprocess.Process | None = None
         self._readers: list[asyncio.Task[None]] = []
@@ -78,6 +81,18 @@ class LocalService:
                 raise self._failed(f"ended with exit code {self._process.returncode}") from None
             raise
         return self.address
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Sends the process a signal: SIGSTOP and SIGCONT, for who wants to see what others make of it."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.send_signal(number)
+
+    async def kill(self) -> None:
+        """Ends the process at once, without a chance to clean up."""
+        self.send_signal(signal.SIGKILL)
+        if self._process is not None:
+            await self._process.wait()
+            await asyncio.gather(*self._readers)
 
     async def stop(self) -> int:
         """Has it drain (SIGTERM); kills it when that takes too long. Gives its exit code; may be called again."""

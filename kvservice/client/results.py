@@ -170,6 +170,8 @@ class StoredReport:
     stored_bytes: int
     reserved_bytes: int
     quota_bytes: int
+    own_frames: int = 0
+    """That lie under the ids of its sessions, named by a manifest or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +209,20 @@ class WorkerReport:
     idle_dropped: int = 0
     parked_sessions: int = 0
     """Of the resident ones, those that have gone to host memory whole."""
+    ledger: LedgerReport = field(default_factory=lambda: LedgerReport())
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerReport:
+    """What a worker publishes of its sessions' stored KV, and brings back. `misses`: frames, by reason."""
+
+    published_manifests: int = 0
+    fenced_sessions: int = 0
+    failures: dict[str, int] = field(default_factory=dict)
+    fetched_sessions: int = 0
+    restored_tokens: int = 0
+    misses: dict[str, int] = field(default_factory=dict)
+    kv_fingerprint: str = ""
 
 
 @dataclass(frozen=True, slots=True)

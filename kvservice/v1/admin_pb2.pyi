@@ -392,11 +392,16 @@ class LedgerStats(_message.Message):
     FAILURES_FIELD_NUMBER: _builtins.int
     LAST_SCRUB_FIELD_NUMBER: _builtins.int
     RESUMED_FIELD_NUMBER: _builtins.int
+    KV_FINGERPRINT_FIELD_NUMBER: _builtins.int
     held_sessions: _builtins.int
     """Sessions that it owns in the ledger."""
     published_manifests: _builtins.int
     fenced_sessions: _builtins.int
     """Sessions that it found another worker to have acquired."""
+    kv_fingerprint: _builtins.str
+    """Of the KV that it writes and reads, in hexadecimal: workers of one model must agree, else none has use for what
+    another stored.
+    """
     @_builtins.property
     def failures(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Publications that failed and were left for later, by reason."""
@@ -416,10 +421,11 @@ class LedgerStats(_message.Message):
         failures: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         last_scrub: Global___ScrubReport | None = ...,
         resumed: Global___ResumeStats | None = ...,
+        kv_fingerprint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["last_scrub", b"last_scrub", "resumed", b"resumed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failures", b"failures", "fenced_sessions", b"fenced_sessions", "held_sessions", b"held_sessions", "last_scrub", b"last_scrub", "published_manifests", b"published_manifests", "resumed", b"resumed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failures", b"failures", "fenced_sessions", b"fenced_sessions", "held_sessions", b"held_sessions", "kv_fingerprint", b"kv_fingerprint", "last_scrub", b"last_scrub", "published_manifests", b"published_manifests", "resumed", b"resumed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

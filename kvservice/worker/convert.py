@@ -85,6 +85,7 @@ def ledger_stats(stored: StoredKv) -> admin_pb2.LedgerStats:
         published_manifests=stats.published,
         fenced_sessions=stats.fenced,
         failures=stats.failures,
+        kv_fingerprint=stored.publisher.fingerprint.hex(),
     )
     if stored.resumer is not None:
         resumed = stored.resumer.stats()

@@ -165,6 +165,11 @@ class Publisher:
         self._failures: Counter[str] = Counter()
         self._loop = asyncio.get_running_loop()
 
+    @property
+    def fingerprint(self) -> bytes:
+        """Of the frames that this worker writes; empty before it is known."""
+        return self._frames.fingerprint
+
     def stats(self) -> PublisherStats:
         """See `PublisherStats`."""
         return PublisherStats(len(self._sessions), self._published, self._fenced, dict(self._failures))

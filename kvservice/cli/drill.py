@@ -1,0 +1,250 @@
+"""`kvservice drill` and `kvservice fuzz`: what breaks when things break. The breaking is done in `kvservice.drill`."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import tempfile
+from collections.abc import Callable, Coroutine
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from rich.progress import TaskID
+
+from kvservice.cli.options import JsonFile, parse_names
+from kvservice.cli.output import complain, hint, human_bytes, progress_bar, show_table, write_json
+
+if TYPE_CHECKING:
+    from kvservice.drill.outcomes import FaultReport, Probe
+
+T = TypeVar("T")
+
+TINY = "tiny"
+FAILED = 1
+
+
+def drill(
+    reduced: Annotated[bool, typer.Option("--reduced", help="The short form: about two minutes.")] = False,
+    part: Annotated[
+        str, typer.Option("--part", metavar="NAME,NAME", help="tier, state, process: where faults strike.")
+    ] = "tier,state,process",
+    only: Annotated[
+        str | None, typer.Option("--only", metavar="NAME,NAME", help="Faults whose names have one of these in them.")
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option("--model", metavar="NAME|FOLDER", help=f"{TINY}: random weights, for speed; or as of `serve`."),
+    ] = TINY,
+    recipe: Annotated[str, typer.Option("--recipe", help="Of the sessions: one that stores KV.")] = "recall",
+    seed: Annotated[int, typer.Option("--seed", help="Of all that is random.")] = 7,
+    json_file: JsonFile = None,
+) -> None:
+    """Break things on purpose and say what happened to answers, speed, coverage and data. Exits 1 if any isn't right.
+
+    Starts a deployment of its own: two redis-servers behind proxies, two gateways, two workers. Every answer under a
+    fault is compared with the fault-free one, bit for bit.
+    """
+    from kvservice.drill.deployment import DrillConfig
+    from kvservice.drill.run import plan, run_drill
+    from kvservice.models.tiny import write_tiny_checkpoint
+
+    wanted = plan(reduced=reduced, parts=parse_names(part), only=parse_names(only) if only else ())
+    with tempfile.TemporaryDirectory(prefix="kvservice-drill-") as folder, progress_bar() as bar:
+        place = Path(folder)
+        name = str(write_tiny_checkpoint(place / "model")) if model == TINY else model
+        config = DrillConfig(name, place, dtype="fp32" if model == TINY else "bf16", seed=seed)
+        task = bar.add_task("faults", total=len(wanted.names) + 1)
+
+        def note(found: FaultReport) -> None:
+            bar.advance(task)
+            if not found.passed:
+                complain(f"{found.name}: {'; '.join(found.findings)}")
+
+        reports = _run(run_drill(config, recipe, wanted, note))
+    _show(reports)
+    if json_file is not None:
+        settings = {"model": model, "recipe": recipe, "seed": seed, "reduced": reduced, "faults": list(wanted.names)}
+        write_json(json_file, settings, {"faults": [_result(found) for found in reports]})
+    failed = [found for found in reports if not found.passed]
+    hint(f"{len(reports) - len(failed)} of {len(reports)} passed")
+    if failed:
+        raise typer.Exit(FAILED)
+
+
+def churn(
+    sessions: Annotated[int, typer.Option("--sessions", min=1, help="Short sessions, eight at a time.")] = 10_000,
+    model: Annotated[
+        str, typer.Option("--model", metavar="NAME|FOLDER", help=f"{TINY}: random weights; or as of `serve`.")
+    ] = TINY,
+    recipe: Annotated[str, typer.Option("--recipe", help="Of the sessions: one that stores KV.")] = "recall",
+    seed: Annotated[int, typer.Option("--seed", help="Of all that is random.")] = 7,
+    json_file: JsonFile = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE.png", help="Also draw it. Needs the extra `plots`.")
+    ] = None,
+) -> None:
+    """Begin thousands of short sessions, cancel, cut off, fork, move and leave them, and look for what stays.
+
+    Exits 1 if a session, call, block, byte, lease, descriptor or thread is left, or a call fails that shouldn't.
+    """
+    if plot is not None:
+        import kvservice.bench.plots
+    from kvservice.drill.churn import Churn, ChurnReport
+    from kvservice.drill.deployment import Deployment, DrillConfig
+    from kvservice.models.tiny import write_tiny_checkpoint
+
+    async def run(config: DrillConfig, note: Callable[[int], None]) -> ChurnReport:
+        async with Deployment(config) as deployment:
+            return await Churn(deployment, recipe).run(sessions, note)
+
+    with tempfile.TemporaryDirectory(prefix="kvservice-churn-") as folder, progress_bar() as bar:
+        place = Path(folder)
+        name = str(write_tiny_checkpoint(place / "model")) if model == TINY else model
+        config = DrillConfig(name, place / "data", dtype="fp32" if model == TINY else "bf16", seed=seed)
+        task = bar.add_task("sessions", total=sessions)
+        found = _run(run(config, lambda begun: bar.update(task, completed=begun)))
+    first, last = found.samples[0].processes, found.samples[-1].processes
+    rows = [
+        ("sessions", f"{found.sessions:,} in {found.seconds:,.0f} s"),
+        ("actions", ", ".join(f"{name} {count:,}" for name, count in sorted(found.actions.items()))),
+        ("calls that failed", ", ".join(f"{name} {count:,}" for name, count in sorted(found.errors.items())) or "none"),
+        *(
+            (
+                name,
+                f"{first[name].files} to {now.files} descriptors, {first[name].threads} to {now.threads} threads, "
+                f"{human_bytes(first[name].rss_bytes)} to {human_bytes(now.rss_bytes)}",
+            )
+            for name, now in last.items()
+        ),
+        ("left", "; ".join(found.findings) or "nothing"),
+    ]
+    show_table("Churn", ("what", "figure"), rows)
+    if json_file is not None:
+        settings = {"sessions": sessions, "model": model, "recipe": recipe, "seed": seed}
+        write_json(json_file, settings, asdict(found))
+    if plot is not None:
+        quantities = {"descriptors": ("files", 1), "threads": ("threads", 1), "RSS, MiB": ("rss_bytes", 1 << 20)}
+        panels = {
+            label: {
+                process: [getattr(sample.processes[process], name) / unit for sample in found.samples]
+                for process in first
+            }
+            for label, (name, unit) in quantities.items()
+        }
+        minutes = [sample.time_s / 60 for sample in found.samples]
+        kvservice.bench.plots.plot_churn(plot, minutes, panels, f"{found.sessions:,} short sessions")
+    if found.findings:
+        raise typer.Exit(FAILED)
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    """As `asyncio.run`; a SIGTERM ends it as Ctrl-C does, so that no process that was started outlives it."""
+
+    async def main() -> T:
+        task = asyncio.ensure_future(work)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await task
+
+    return asyncio.run(main())
+
+
+def _result(found: FaultReport) -> dict[str, object]:
+    probes = [asdict(probe) | {"outcome": probe.outcome.value} for probe in found.probes]
+    return asdict(found) | {"probes": probes, "passed": found.passed}
+
+
+def _show(reports: list[FaultReport]) -> None:
+    rows = [
+        (
+            found.name,
+            ", ".join(_answer(probe) for probe in found.probes) or "-",
+            ", ".join(_slower(probe) for probe in found.probes if probe.usual_s) or "-",
+            ", ".join(f"{reason} {count}" for reason, count in sorted(found.misses.items())) or "-",
+            _data(found),
+            "-" if found.recovered_s is None else f"{found.recovered_s:.1f} s",
+            "passed" if found.passed else "; ".join(found.findings),
+        )
+        for found in reports
+    ]
+    columns = ("fault", "answers", "time, x usual", "frames missed", "data", "back after", "verdict")
+    show_table("Fault drill", columns, rows)
+
+
+def _answer(probe: Probe) -> str:
+    tokens = f" {probe.recomputed_tokens:,}" if probe.recomputed_tokens else ""
+    return f"{probe.name} {probe.outcome.value}{tokens}"
+
+
+def _slower(probe: Probe) -> str:
+    return f"{probe.seconds / probe.usual_s:.1f}"
+
+
+def _data(found: FaultReport) -> str:
+    data = found.data
+    words = [f"{data.checked_frames} frames"]
+    words += [
+        f"{count} {word}" for count, word in ((data.missing_frames, "gone"), (data.corrupt_frames, "damaged")) if count
+    ]
+    return ", ".join(words)
+
+
+def fuzz(
+    target: Annotated[
+        str | None, typer.Option("--target", metavar="NAME,NAME", help="What to feed. Unset: all there is.")
+    ] = None,
+    inputs: Annotated[int, typer.Option("--inputs", min=1, help="For each target.")] = 100_000,
+    corpus: Annotated[
+        Path | None,
+        typer.Option("--corpus", metavar="DIR", help="Where inputs that reach something new are kept, and taken from."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of all that is random.")] = 7,
+    json_file: JsonFile = None,
+) -> None:
+    """Feed mutated bytes to all that reads frames, replies, messages and files. Exits 1 if any does what it must not.
+
+    A parser may refuse with a reason, or accept what is right. It may not raise anything else, and no frame may be
+    accepted that isn't, byte for byte, what was written.
+    """
+    from kvservice.drill.fuzz import Fuzzer
+    from kvservice.drill.fuzz_targets import targets
+
+    with tempfile.TemporaryDirectory(prefix="kvservice-fuzz-") as folder, progress_bar() as bar:
+        known = {each.name: each for each in targets(Path(folder))}
+        names = parse_names(target) if target else list(known)
+        if unknown := set(names) - known.keys():
+            raise typer.BadParameter(f"unknown targets {', '.join(sorted(unknown))}: there are {', '.join(known)}")
+        reports = []
+        for name in names:
+            task = bar.add_task(name, total=inputs)
+
+            def note(done: int, task: TaskID = task) -> None:
+                bar.update(task, completed=done)
+
+            reports.append(Fuzzer(known[name], seed, corpus).run(inputs, note))
+    rows = [
+        (
+            found.target,
+            f"{found.inputs:,}",
+            f"{found.inputs / max(found.seconds, 1e-9):,.0f}",
+            f"{sum(count for verdict, count in found.verdicts.items() if verdict.startswith('accepted')):,}",
+            f"{sum(count for verdict, count in found.verdicts.items() if verdict.startswith('refused')):,}",
+            f"{len(found.verdicts):,}",
+            f"{found.corpus:,}",
+            f"{found.lines:,}",
+            f"{len(found.findings):,}",
+        )
+        for found in reports
+    ]
+    columns = ("target", "inputs", "a second", "accepted", "refused", "verdicts", "corpus", "lines", "findings")
+    show_table("Fuzzing", columns, rows, numeric=columns[1:])
+    if json_file is not None:
+        settings = {"targets": names, "inputs": inputs, "seed": seed, "corpus": str(corpus) if corpus else None}
+        results = [asdict(found) | {"findings": [finding.what for finding in found.findings]} for found in reports]
+        write_json(json_file, settings, {"targets": results})
+    findings = [(found.target, finding) for found in reports for finding in found.findings]
+    for name, finding in findings:
+        complain(f"{name}: {finding.what}; the input begins with {finding.data[:80]!r}")
+    if findings:
+        raise typer.Exit(FAILED)

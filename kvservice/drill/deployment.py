@@ -1,0 +1,203 @@
+"""A whole deployment on this machine, made to be broken: two redis-servers, gateways, workers, and links between.
+
+    client ──► gateway 1, 2 ──► worker a, b ──► link ──► kv
+                  └────────────────┴──────────► link ──► state
+
+Every process has a link of its own to each server, so that one may be cut off while others aren't.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from kvservice.client import Client, LocalService, ServiceStats
+from kvservice.drill.proxy import LinkFault, Proxy
+from kvservice.drill.servers import KV_SETTINGS, STATE_SETTINGS, DrillSentinel, DrillServer, free_port
+from kvservice.errors import KVServiceError, Unavailable
+
+TENANT = "local"
+READY_TIMEOUT_S = 120.0
+POLL_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class DrillConfig:
+    """What is deployed.
+
+    Attributes:
+        model: a fetched model's name, or a folder.
+        folder: for data, settings and logs.
+        dtype: of weights and KV.
+        gateways: their names; the client calls the first.
+        workers: their names.
+        seed: of all that is random.
+        with_sentinel: the kv server has a replica, and workers ask a sentinel for it, by no proxy.
+    """
+
+    model: str
+    folder: Path
+    dtype: str = "fp32"
+    gateways: tuple[str, ...] = ("gateway-1", "gateway-2")
+    workers: tuple[str, ...] = ("a", "b")
+    seed: int = 7
+    with_sentinel: bool = False
+
+
+@dataclass(slots=True)
+class Links:
+    """The connections of one process to the two servers."""
+
+    state: Proxy
+    kv: Proxy | None = None
+
+
+@dataclass(slots=True)
+class Deployment:
+    """Use as `async with Deployment(config) as deployment:`."""
+
+    config: DrillConfig
+    kv: DrillServer = field(init=False)
+    state: DrillServer = field(init=False)
+    replica: DrillServer | None = field(init=False, default=None)
+    sentinel: DrillSentinel | None = field(init=False, default=None)
+    links: dict[str, Links] = field(init=False, default_factory=dict)
+    processes: dict[str, LocalService] = field(init=False, default_factory=dict)
+    clients: dict[str, Client] = field(init=False, default_factory=dict)
+    _stack: AsyncExitStack = field(init=False, default_factory=AsyncExitStack)
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._start()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    @property
+    def client(self) -> Client:
+        """Of the first gateway."""
+        return self.clients[self.config.gateways[0]]
+
+    def kv_links(self) -> Iterator[Proxy]:
+        """Of all workers."""
+        return (links.kv for links in self.links.values() if links.kv is not None)
+
+    def set_kv(self, fault: LinkFault) -> None:
+        """The same fault on every worker's link to the kv server."""
+        for link in self.kv_links():
+            link.set(fault)
+
+    def set_state(self, fault: LinkFault) -> None:
+        """The same fault on every link to the state server."""
+        for links in self.links.values():
+            links.state.set(fault)
+
+    def new_client(self) -> Client:
+        """One more client of the first gateway; the caller closes it."""
+        return Client(self.processes[self.config.gateways[0]].address)
+
+    async def until_whole(self, timeout_s: float = READY_TIMEOUT_S) -> ServiceStats:
+        """Waits until the gateway knows all workers, and these are in touch with the kv server.
+
+        Raises:
+            Unavailable: that takes longer.
+        """
+        why = "the gateway doesn't answer"
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    try:
+                        stats = await self.client.stats()
+                    except KVServiceError as error:
+                        why = error.message
+                    else:
+                        there = {worker.worker_id for worker in stats.workers if worker.tier.connected}
+                        if there == set(self.config.workers):
+                            return stats
+                        why = f"workers in touch with the kv server: {', '.join(sorted(there)) or 'none'}"
+                    await asyncio.sleep(POLL_S)
+        except TimeoutError:
+            raise Unavailable(f"the deployment isn't whole after {timeout_s:g} s: {why}", reason="not_whole") from None
+
+    async def _start(self) -> None:
+        folder = self.config.folder
+        folder.mkdir(mode=0o700, exist_ok=True)
+        self.kv = DrillServer("kv", folder / "kv", KV_SETTINGS)
+        self.state = DrillServer("state", folder / "state", STATE_SETTINGS)
+        servers = [self.kv, self.state]
+        if self.config.with_sentinel:
+            follows = (*KV_SETTINGS, f"replicaof 127.0.0.1 {self.kv.port}")
+            self.replica = DrillServer("kv-replica", folder / "replica", follows, password=self.kv.password)
+            self.sentinel = DrillSentinel(folder / "sentinel", self.kv)
+            servers += [self.replica, self.sentinel]
+        for server in servers:
+            self._stack.callback(server.kill)
+            await server.start()
+        gateways, workers = self.config.gateways, self.config.workers
+        for index, name in enumerate((*gateways, *workers)):
+            links = Links(Proxy("127.0.0.1", self.state.port, seed=self.config.seed + index))
+            await links.state.start()
+            self._stack.push_async_callback(links.state.aclose)
+            if name in workers:
+                links.kv = Proxy("127.0.0.1", self.kv.port, seed=self.config.seed + index)
+                await links.kv.start()
+                self._stack.push_async_callback(links.kv.aclose)
+            self.links[name] = links
+        secret = secrets.token_hex(32)
+        for name in gateways:
+            # A port of its own: one that was killed must come back where its callers look for it.
+            file = self._gateway_file(name, secret)
+            self.processes[name] = LocalService(["--config", str(file)], command="gateway", port=free_port())
+        for name in workers:
+            self.processes[name] = LocalService(["--config", str(self._worker_file(name))], command="worker")
+        for process in self.processes.values():
+            self._stack.push_async_callback(process.kill)
+        await asyncio.gather(*(process.start() for process in self.processes.values()))
+        for name in gateways:
+            self.clients[name] = await self._stack.enter_async_context(Client(self.processes[name].address))
+        await self.until_whole()
+
+    def _gateway_file(self, name: str, secret: str) -> Path:
+        # Sessions may be left to expire within the drill.
+        limits = {"min_ttl_s": 1.0}
+        gateway = {"secret": secret, "discovery_interval_s": 0.2, "sweep_interval_s": 2.0, "limits": limits}
+        return self._settings_file(name, {"gateway": gateway})
+
+    def _worker_file(self, name: str) -> Path:
+        link = self.links[name].kv
+        assert link is not None
+        worker = {
+            "worker_id": name,
+            "model": self.config.model,
+            "dtype": self.config.dtype,
+            "deterministic": True,
+            "kv_bytes": "64MiB",
+            "host_bytes": "128MiB",
+            "threads": 1,
+            "drain_grace_s": 1.0,
+            "kv_ttl_s": 60.0,
+            "redis_url": self.sentinel.sentinel_url() if self.sentinel is not None else self.kv.url(link.port),
+        }
+        return self._settings_file(name, {"worker": worker})
+
+    def _settings_file(self, name: str, settings: dict[str, object]) -> Path:
+        """A file for the owner's eyes only: it has the servers' passwords."""
+        path = self.config.folder / f"{name}.json"
+        own = {"state_url": self.state.url(self.links[name].state.port), "log_level": "WARNING"}
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            json.dump(settings | own, file)
+        return path

@@ -1,0 +1,29 @@
+"""A few faults on a whole deployment, by the command: proxies, real Redis, real processes, a tiny model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.slow
+def test_faults_cost_time_and_no_answer(tmp_path):
+    report = tmp_path / "drill.json"
+    only = "bits flipped in replies,evicted,worker killed in Generate"
+    command = [sys.executable, "-m", "kvservice", "drill", "--reduced", "--only", only, "--json", str(report)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {fault["name"]: fault for fault in json.loads(report.read_text())["results"]["faults"]}
+    assert set(found) == {
+        "none",
+        "bits flipped in replies",
+        "evicted between look-up and read",
+        "worker killed in Generate",
+    }
+    assert all(fault["passed"] for fault in found.values())
+    cold = found["evicted between look-up and read"]["probes"][0]
+    assert (cold["name"], cold["outcome"]) == ("cold", "recomputed")
+    assert cold["recomputed_tokens"] > 0
