@@ -86,7 +86,7 @@ def test_a_worker_with_a_map_serves_recipes_that_share_keys(folder: Path, sharin
 def test_beside_kernels_what_is_distant_is_attended_to_as_in_the_slow_reference(
     folder: Path, sharing_map: Path, recipe, mode: SharingMode
 ) -> None:
-    """Kernels round the queries that they choose by; with a small budget others may be chosen at its edge. So all are."""
+    """Kernels round the queries they choose by; with a small budget others may be chosen at its edge. So all are."""
     recipe = replace(recipe, window_tokens=64, recalled_tokens=recipe.recalled_tokens and 256)
     document, question = tokens(170), tokens(30, seed=1)
     drive = Drive(engine_of(folder, sharing_map=str(sharing_map), sharing=mode.value))
