@@ -62,8 +62,8 @@ model: $(STAMP)
 foreign: tests/foreign/node/node_modules ## fetch the packages of the test client in Node
 
 tests/foreign/node/node_modules: tests/foreign/node/package-lock.json
-	@if command -v npm >/dev/null; then npm ci --silent --no-audit --no-fund --ignore-scripts --prefix tests/foreign/node && touch $@; \
-		else echo "No npm, so the client in Node isn't tested. Install Node 18 or later, then: make foreign"; fi
+	@{ command -v npm >/dev/null && npm ci --silent --no-audit --no-fund --ignore-scripts --prefix tests/foreign/node && touch $@; } || \
+		echo "No npm, or no packages for it, so the client in Node isn't tested. Install Node 18 or later, then: make foreign"
 
 demo: install ## a long document answered over gRPC by a real model, with the tiers in use
 	$(PY) -m kvservice.demo
