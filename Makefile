@@ -68,8 +68,9 @@ tests/foreign/node/node_modules: tests/foreign/node/package-lock.json
 demo: install ## a long document answered over gRPC by a real model, with the tiers in use
 	$(PY) -m kvservice.demo
 
+# Two at a time: many wait for processes that they start. A file's tests share those, so they stay together.
 test: install tools foreign lint ## lint, and all tests that CI runs
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile --durations 25
 
 lint: $(STAMP) ## formatting, lint, types, layers, protos
 	$(PY) -m ruff format --check .
