@@ -153,7 +153,8 @@ class KvLedger(Protocol):
         """Ends a session's lease and forgets its manifest and owner.
 
         Returns the homes whose frames nobody keeps any more, the session itself among them unless others do: their
-        blobs may be deleted, now that no reader can find them.
+        blobs may be deleted, now that no reader can find them. Homes of sessions that were closed before, which it was
+        the last to name, are among them.
         """
         ...
 

@@ -96,8 +96,18 @@ class MemoryLedger:
             if home != session_id and home not in kept_homes:
                 raise home_gone(manifest, home, found.position)
         position = Position(manifest.epoch, found.position.version + 1)
+        others = home_bytes([lease for lease in books.leases.values() if lease != found])
+        # Closed sessions' homes, left by the last that named them: they stay with it, and go when it is closed.
+        left = {
+            home: 0
+            for home in found.bytes_by_home
+            if home != session_id and home not in books.leases and home not in others and home not in bytes_by_home
+        }
         lease = replace(
-            found, position=position, expires_at=max(until, found.expires_at), bytes_by_home=dict(bytes_by_home)
+            found,
+            position=position,
+            expires_at=max(until, found.expires_at),
+            bytes_by_home={**bytes_by_home, **left},
         )
         reserved = books.reservations.get(reservation_id, (0, 0.0))[0]
         before = sum(kept_homes.values())

@@ -153,10 +153,14 @@ if growth > reserved and wanted > most then return {'quota', whole(wanted), whol
 drop_reservation(ARGV[9])
 add(growth)
 for home in pairs(old) do
+  -- A closed session's home, left by the last that named it, stays with that one at no charge, and goes with it.
+  if not new[home] and home ~= s and not redis.call('HGET', OWNERS, home) then
+    if redis.call('ZCARD', HOMES .. home) == 1 then new[home] = 0 end
+  end
   if not new[home] then redis.call('ZREM', HOMES .. home, s) end
 end
 for home, bytes in pairs(new) do redis.call('ZADD', HOMES .. home, whole(bytes), s) end
-redis.call('HSET', HELD, s, ARGV[8])
+redis.call('HSET', HELD, s, cjson.encode(new))
 redis.call('HSET', MANIFESTS, s, ARGV[7])
 redis.call('HSET', OWNERS, s, ARGV[4] .. ':' .. whole(version + 1) .. ':' .. worker)
 extend('s:' .. s, ARGV[10])

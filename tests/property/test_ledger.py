@@ -149,7 +149,10 @@ class LedgerMachine(RuleBasedStateMachine):
             until = model.now + ttl_s
             worker = found.worker if found else ""
             lasts = max(until, found.until) if found else until
-            model.leases[session_id] = Lease(worker, epoch, kept.version, lasts, homes)
+            elsewhere = {home for name, lease in live.items() if name != session_id for home in lease.homes}
+            # A closed session's home that nobody names any more goes with the last one that did.
+            gone = (found.homes.keys() if found else set()) - elsewhere - live.keys() - homes.keys()
+            model.leases[session_id] = Lease(worker, epoch, kept.version, lasts, homes | dict.fromkeys(gone, 0))
             model.reservations.pop(name, None)
         if refused is not None:
             assert refused.reason == ("fenced" if epoch < at.epoch else "home_gone")
