@@ -18,7 +18,7 @@ from kvservice.errors import CorruptFrame
 from kvservice.store.manifests import HASH_BYTES, Manifest
 from kvservice.store.servers import Problem, ServerFacts, problems_of_kv
 from kvservice.store.sizes import Allocator, allocated_bytes
-from kvservice.tier.header import FrameRole, frame_key
+from kvservice.tier.header import FrameRole, frame_key, session_tag
 from kvservice.tier.redis import CLUSTERS, FAULTS, OneServer, Servers, index_key, redacted, unavailable
 from kvservice.tier.redis_cluster import ClusterServers
 from kvservice.tier.wire import decode_frame
@@ -94,6 +94,11 @@ def key_of(manifest: Manifest, home: SessionId, frame: FrameRef) -> bytes:
     """The key of a frame that a manifest names."""
     role = FrameRole(frame.role)
     return frame_key(manifest.tenant_tag, home, manifest.fingerprint, frame.layer_group, role, frame.chunk_hash)
+
+
+def index_of(manifest: Manifest) -> bytes:
+    """The key under which the kv Redis lists what lies in a session's own home."""
+    return index_key(session_tag(manifest.tenant_tag, manifest.session_id))
 
 
 def charged_bytes(manifest: Manifest, allocator: Allocator, also: Iterable[FrameRef] = ()) -> dict[SessionId, int]:

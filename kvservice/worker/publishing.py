@@ -19,7 +19,7 @@ from typing import Protocol
 
 from kvservice.errors import Conflict, KVServiceError, LimitExceeded
 from kvservice.store.base import StateStore
-from kvservice.store.blobs import Blobs, charged_bytes, key_of
+from kvservice.store.blobs import Blobs, charged_bytes, index_of, key_of
 from kvservice.store.ledger import Held, Position
 from kvservice.store.manifests import WINDOW_ROLE, Chunk, FrameTable, Manifest
 from kvservice.store.sizes import allocated_bytes
@@ -350,7 +350,8 @@ class Publisher:
         logger.info("old_frames_deleted", extra={"session_id": manifest.session_id})
         if not manifest.is_shared:
             home = manifest.session_id
-            await self._blobs.delete([key_of(manifest, home, frame) for frame in _own_frames(manifest)])
+            keys = [key_of(manifest, home, frame) for frame in _own_frames(manifest)]
+            await self._blobs.delete([*keys, index_of(manifest)])
 
     async def _reserve(self, session: _Session, call: EngineCall, shape: ModelShape) -> None:
         most_new = call.sampling.max_new_tokens if call.sampling is not None else 0

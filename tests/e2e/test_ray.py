@@ -101,8 +101,8 @@ async def test_a_session_goes_on_at_the_other_worker_when_its_own_is_killed(serv
         assert len(addresses) == 2
         os.kill(_listener(service.pid, int(addresses[holder].rsplit(":", 1)[1])), signal.SIGKILL)
         after = await client.ask(session, "and then? ", max_new_tokens=8, ignore_eos=True)
-        # What has left the window is brought back from Redis, if it was published by then.
-        assert 0 < after.finished.usage.recomputed_tokens <= before.finished.num_tokens
+        # It is brought back from Redis, if it was published by then.
+        assert 0 <= after.finished.usage.recomputed_tokens <= before.finished.num_tokens
         assert (await client.get(session)).worker_id != holder
         async with asyncio.timeout(PATIENCE_S):
             while len((await client.stats()).workers) < 2:

@@ -35,6 +35,7 @@ def test_bench_engine_writes_the_promised_names(folder: str, tmp_path: Path, cap
     rows = written["results"]["rows"]
     assert [(row["prompt_tokens"], row["batch"]) for row in rows] == [(100, 1), (100, 2)]
     names = {"prompt_tokens", "batch", "prefill_tokens_per_s", "decode_ms_per_token", "output_tokens_per_s"}
+    names |= {"arrived_fraction", "skipped_fraction"}
     assert all(set(row) == names for row in rows)
     assert [row["batch"] for row in written["results"]["skipped"]] == [1, 2]
     printed = capsys.readouterr()

@@ -130,7 +130,7 @@ def test_a_session_that_nobody_releases_is_found(make_engine, monkeypatch) -> No
 
     engine = make_engine(16 * MIB)
     monkeypatch.setattr(Engine, "fork", forks_twice)
-    result = soak(engine, 16 * MIB, 4.0, replace(LOAD, seed=3))
+    result = soak(engine, 16 * MIB, 10.0, replace(LOAD, seed=3))
     assert result.counts.forks > 0
     assert result.left["resident_sessions"] == result.counts.forks
     assert "not back at zero" in result.faults[-1]

@@ -70,7 +70,7 @@ async def test_tier_gives_what_was_put_or_nothing_or_refuses(kv_url, name):
                     await tier.put_many(FRAMES[:2], 60.0)
                 except Unavailable:
                     continue
-                if not name.startswith("replies"):
+                if not name.startswith("replies") and "flipped" not in name:
                     # Flips of values are for the frames' checksums to find.
                     assert all(value in (None, frame) for value, (_, frame) in zip(values, FRAMES, strict=True))
             proxy.heal()

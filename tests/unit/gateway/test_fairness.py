@@ -50,7 +50,7 @@ async def test_a_newcomer_doesnt_wait_for_all_that_another_tenant_has_sent() -> 
         calls.append(await appending(service, "bob-key", "one"))
         await waiting(service, 5)
         # It goes first, and so it asked at once.
-        assert documents_of(worker) == ["flood 0", "one"]
+        await eventually(lambda: documents_of(worker) == ["flood 0", "one"])
         worker.show(replace(ROOMY, device_free_bytes=1))
         await asyncio.gather(*calls)
         assert documents_of(worker)[2:] == ["one", "flood 0", "flood 1", "flood 2", "flood 3"]
