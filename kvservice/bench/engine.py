@@ -6,7 +6,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvservice.bench.load import random_ids
 from kvservice.engine import Engine
@@ -124,14 +124,21 @@ def measure(engine: Engine, load: Load, repeats: int, clock: Clock = time.perf_c
         prefill_s.append(seconds)
         step_s.append(steps)
         answers += kv
+    return replace(
+        medians(load, prefill_s, step_s),
+        arrived_fraction=_share(sum(kv.arrived_bytes for kv in answers), sum(kv.follower_bytes for kv in answers)),
+        skipped_fraction=_share(sum(kv.skipped_rows for kv in answers), sum(kv.gated_rows for kv in answers)),
+    )
+
+
+def medians(load: Load, prefill_s: Sequence[float], step_s: Sequence[Sequence[float]]) -> EngineRow:
+    """A row of the seconds of each repeat's prefill, and of its timed decode steps."""
     return EngineRow(
         prompt_tokens=load.prompt_tokens,
         batch=load.batch,
         prefill_tokens_per_s=load.batch * load.prompt_tokens / statistics.median(prefill_s),
         decode_ms_per_token=statistics.median(statistics.median(steps) for steps in step_s) * 1e3,
         output_tokens_per_s=load.batch * load.new_tokens / statistics.median(sum(steps) for steps in step_s),
-        arrived_fraction=_share(sum(kv.arrived_bytes for kv in answers), sum(kv.follower_bytes for kv in answers)),
-        skipped_fraction=_share(sum(kv.skipped_rows for kv in answers), sum(kv.gated_rows for kv in answers)),
     )
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import random
-import statistics
 import time
 
-from kvservice.bench.engine import EngineRow, Load
+from kvservice.bench.engine import EngineRow, Load, medians
 from kvservice.bench.load import random_ids
 from kvservice.models.peer import Peer
 
@@ -28,10 +27,4 @@ def measure_peer(peer: Peer, vocab_size: int, load: Load, repeats: int) -> Engin
             peer.step()
             steps.append(time.perf_counter() - started)
         step_s.append(steps)
-    return EngineRow(
-        prompt_tokens=load.prompt_tokens,
-        batch=load.batch,
-        prefill_tokens_per_s=load.batch * load.prompt_tokens / statistics.median(prefill_s),
-        decode_ms_per_token=statistics.median(statistics.median(steps) for steps in step_s) * 1e3,
-        output_tokens_per_s=load.batch * load.new_tokens / statistics.median(sum(steps) for steps in step_s),
-    )
+    return medians(load, prefill_s, step_s)

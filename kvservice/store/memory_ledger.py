@@ -96,7 +96,8 @@ class MemoryLedger:
             if home != session_id and home not in kept_homes:
                 raise home_gone(manifest, home, found.position)
         position = Position(manifest.epoch, found.position.version + 1)
-        others = home_bytes([lease for lease in books.leases.values() if lease != found])
+        rest = [each for each in books.leases.values() if each != found]
+        others = home_bytes(rest)
         # Closed sessions' homes, left by the last that named them: they stay with it, and go when it is closed.
         left = {
             home: 0
@@ -111,7 +112,7 @@ class MemoryLedger:
         )
         reserved = books.reservations.get(reservation_id, (0, 0.0))[0]
         before = sum(kept_homes.values())
-        after = sum(home_bytes([*(each for each in books.leases.values() if each != found), lease]).values())
+        after = sum(home_bytes([*rest, lease]).values())
         wanted = _sum(books) - reserved + after - before
         if after - before > reserved and wanted > self._quota(books):
             raise over_quota(manifest.tenant, wanted, self._quota(books))
