@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvservice.attention.batch import BatchAttention
 from kvservice.bench.engine import EngineRow, Load, SkippedRow, measure
+from kvservice.bench.wrapped import WrappedModel
 from kvservice.config.engine import EngineConfig
 from kvservice.engine import Engine
 from kvservice.engine.ports import NoWriter
@@ -25,7 +26,7 @@ from kvservice.types import RecipeSpec, footprint
 SEED = 7
 
 
-class SyntheticContext:
+class SyntheticContext(WrappedModel):
     """A model that takes contexts of any length: it reads documents by drawing their KV, and decodes as it always does.
 
     Args:
@@ -34,26 +35,10 @@ class SyntheticContext:
     """
 
     def __init__(self, model: Model, max_positions: int) -> None:
-        self._model = model
+        super().__init__(model)
         self._last_position = model.spec.shape.max_positions - 1
         self.spec = replace(model.spec, shape=replace(model.spec.shape, max_positions=max_positions))
-        self.device = model.device
-        self.is_deterministic = model.is_deterministic
         self._generator = torch.Generator().manual_seed(SEED)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of weights, keys and values."""
-        return self._model.dtype
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of all weights on the device."""
-        return self._model.weight_bytes
-
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """See `Model`."""
-        return self._model.embed(token_ids)
 
     def forward(self, x: Tensor, positions: Tensor, attention: BatchAttention, layers: range | None = None) -> Tensor:
         """See `Model`. A step that reads draws the KV of its tokens, and gives what it got."""
@@ -65,10 +50,6 @@ class SyntheticContext:
         for layer in range(shape.num_layers) if layers is None else layers:
             attention.write(layer, drawn[0], drawn[1])
         return x
-
-    def logits(self, x: Tensor) -> Tensor:
-        """See `Model`."""
-        return self._model.logits(x)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvservice.attention.batch import BatchAttention
 from kvservice.bench.context import measure_contexts
+from kvservice.bench.wrapped import WrappedModel
 from kvservice.config.recipes import DENSE
 from kvservice.models.base import Model
 from kvservice.types import ModelShape
@@ -82,7 +83,7 @@ class StepParts:
         )
 
 
-class TimedModel:
+class TimedModel(WrappedModel):
     """A model that keeps what its layers and its head took, of steps that give `batch` rows alone.
 
     Args:
@@ -91,32 +92,15 @@ class TimedModel:
     """
 
     def __init__(self, model: Model, batch: int) -> None:
-        self._model = model
+        super().__init__(model)
         self._batch = batch
-        self.spec = model.spec
-        self.device = model.device
-        self.is_deterministic = model.is_deterministic
         self.layers_s: list[float] = []
         self.head_s: list[float] = []
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of weights, keys and values."""
-        return self._model.dtype
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of all weights on the device."""
-        return self._model.weight_bytes
-
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """See `Model`."""
-        return self._model.embed(token_ids)
 
     def forward(self, x: Tensor, positions: Tensor, attention: BatchAttention, layers: range | None = None) -> Tensor:
         """See `Model`."""
         started = time.perf_counter()
-        x = self._model.forward(x, positions, attention, layers)
+        x = super().forward(x, positions, attention, layers)
         if x.shape[0] == self._batch:
             self.layers_s.append(time.perf_counter() - started)
         return x
@@ -124,7 +108,7 @@ class TimedModel:
     def logits(self, x: Tensor) -> Tensor:
         """See `Model`."""
         started = time.perf_counter()
-        logits = self._model.logits(x)
+        logits = super().logits(x)
         if x.shape[0] == self._batch:
             self.head_s.append(time.perf_counter() - started)
         return logits
