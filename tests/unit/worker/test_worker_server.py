@@ -260,13 +260,12 @@ async def test_events_of_two_calls_in_one_step_come_in_one_message(start_worker)
 async def test_a_cancelled_call_ends_as_cancelled(start_worker):
     worker = await start_worker(step_by_step=True)
     gateway = await worker.connect()
-    await gateway.generate("c1", "abc", max_new_tokens=10_000)
+    await gateway.generate("c1", "abc", max_new_tokens=2**31)
     await gateway.admission()
     worker.engine.permits.release()
     await gateway.read()
     await gateway.send(cancel=worker_pb2.Cancel(call_id="c1"))
-    worker.engine.permits.release(1000)
-    _, last = await gateway.answer("c1")
+    _, last = await stepping(worker.engine, gateway.answer("c1"))
     assert last.done.finish_reasons == [common_pb2.FINISH_REASON_CANCELLED]
     assert list(last.done.appended_token_ids) == []
 
