@@ -24,6 +24,8 @@ OVERHEAD_STEPS = 60
 PROMPT_TOKENS = 24
 STEPS_A_PROMPT = 64
 """More than it takes to read a prompt, and the end of its document, in the pauses of others' answers."""
+STEPS_A_FULL_ONE = 6
+"""A step in which everybody decodes comes at least this often: sessions that read much from host memory miss some."""
 
 _TAG = b"overhead tenant!"
 
@@ -49,7 +51,7 @@ def measure_overhead(engine: Engine, steps: Steps, load: SoakLoad, num_steps: in
         steps: of that engine; what it measured before is dropped, and what it measures here as well.
         load: its sessions, recipes and seed; documents are half way between the shortest and the longest, or as long as
             the budget allows.
-        num_steps: steps to time.
+        num_steps: steps to time in which all of them decode.
     """
     rng, shape = random.Random(load.seed), engine.info.shape
     length = _document_tokens(engine, load, num_steps)
@@ -79,8 +81,11 @@ def measure_overhead(engine: Engine, steps: Steps, load: SoakLoad, num_steps: in
     while len(decoding) < load.sessions:
         decoding |= _step(steps)
     steps.forget()
-    for _ in range(num_steps):
-        _step(steps)
+    full = 0
+    for _ in range(STEPS_A_FULL_ONE * num_steps):
+        full += len(_step(steps)) == load.sessions
+        if full == num_steps:
+            break
     figures = steps.figures(min_tokens=load.sessions, decoding_only=True)
     for name in [*names, *(SessionId(f"document {recipe.name}") for recipe in load.recipes)]:
         engine.release(name)
@@ -92,7 +97,7 @@ def measure_overhead(engine: Engine, steps: Steps, load: SoakLoad, num_steps: in
 
 def _new_tokens(load: SoakLoad, num_steps: int) -> int:
     """The first answer must still run when the last has made its steps, and prompts are read slowly beside answers."""
-    return num_steps + STEPS_A_PROMPT * load.sessions
+    return STEPS_A_FULL_ONE * num_steps + STEPS_A_PROMPT * load.sessions
 
 
 def _document_tokens(engine: Engine, load: SoakLoad, num_steps: int) -> int:
