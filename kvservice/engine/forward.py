@@ -35,15 +35,17 @@ class Pass:
 
     Attributes:
         rows: of each sequence.
-        x: their residual stream before layer `next_layer`, `[n, hidden]`.
+        token_ids: of the rows, int64 `[n]`.
         positions: int64 `[n]`.
         num_layers: of the model.
+        x: the rows' residual stream before layer `next_layer`, `[n, hidden]`; None before the first.
     """
 
     rows: Sequence[SequenceRows]
-    x: Tensor
+    token_ids: Tensor
     positions: Tensor
     num_layers: int
+    x: Tensor | None = None
     next_layer: int = 0
 
     @property
@@ -72,8 +74,7 @@ class Forward:
             tokens += row.memory.state.tokens[row.first : row.first + row.num_queries]
             positions += range(row.first, row.first + row.num_queries)
         device = self._model.device
-        x = self._model.embed(torch.tensor(tokens, device=device))
-        return Pass(rows, x, torch.tensor(positions, device=device), self._num_layers)
+        return Pass(rows, torch.tensor(tokens, device=device), torch.tensor(positions, device=device), self._num_layers)
 
     def advance(self, passing: Pass, num_layers: int | None = None) -> None:
         """Takes rows through layers, writing their KV there.
@@ -90,7 +91,8 @@ class Forward:
         attention = BatchAttention(arena, ring, list(rows), deterministic=self._deterministic, timer=overlap)
         carried = sum(row.memory.counters.recalled_bytes for row in rows) if self._link else 0
         is_whole = len(layers) == self._num_layers
-        x = self._model.forward(passing.x, passing.positions, attention, None if is_whole else layers)
+        entry = self._model.embed(passing.token_ids) if passing.x is None else passing.x
+        x = self._model.forward(entry, passing.positions, attention, None if is_whole else layers)
         if self._link:
             # Where fetches overlap with computation, the step has waited for them already.
             carried = 0 if overlap else sum(row.memory.counters.recalled_bytes for row in rows) - carried
@@ -118,4 +120,5 @@ class Forward:
         """
         last = [passing.rows[i].rows.stop - 1 for i in which]
         x = passing.x
+        assert x is not None
         return self._model.logits(x if len(last) == len(x) else x[last])

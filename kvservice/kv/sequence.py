@@ -116,6 +116,7 @@ class SequenceState:
         if needed > self._num_columns:
             rows, missing = self._blocks.shape[0], needed - self._num_columns
             self._add_columns(self._arena.allocate(Owner.WINDOW, missing * rows).view(rows, missing))
+            self._own_column = self._num_columns - 1
 
     def has_room(self, num_tokens: int) -> bool:
         """Whether `extend` has made room for `num_tokens` more positions, and nothing has taken it away."""

@@ -8,6 +8,7 @@ few queries in the step or many.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvservice.attention.batch import BatchAttention
@@ -47,7 +48,7 @@ class CpuLlama:
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """See `Model`. The residual stream is fp32."""
-        return self._embed[token_ids].float()
+        return F.embedding(token_ids, self._embed).float()
 
     def forward(self, x: Tensor, positions: Tensor, attention: BatchAttention, layers: range | None = None) -> Tensor:
         """See `Model`."""
