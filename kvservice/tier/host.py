@@ -5,6 +5,7 @@ A group's memory may also hold the raw blocks of a sequence that was swapped out
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 
 import torch
@@ -19,7 +20,8 @@ from kvservice.types import BLOCK_TOKENS
 class HostTier:
     """A bounded segment of host memory that holds groups by number.
 
-    The segment is one allocation; the operating system commits its pages as they are first written.
+    The segment is one allocation; the operating system commits its pages as they are first written. Where it can, in
+    huge ones: rows are recalled from all over the segment, and looking up a small page takes about as long as its row.
 
     Args:
         pin: page-lock the segment, so that a CUDA device copies from it at full speed.
@@ -43,7 +45,8 @@ class HostTier:
         self.groups = groups or WholeGroups(layout)
         self._layout = layout
         self._ledger = ledger
-        self._pages = mmap.mmap(-1, num_groups * self.groups.group_bytes) if gives_back and num_groups else None
+        self._gives_back = gives_back
+        self._pages = None if pin or not num_groups else _pages(num_groups * self.groups.group_bytes)
         if self._pages is None:
             self._groups = torch.empty(num_groups, *self.groups.shape, dtype=layout.dtype, pin_memory=pin)
         else:
@@ -84,7 +87,7 @@ class HostTier:
         """Gives groups back."""
         if numbers:
             given = torch.tensor(numbers, dtype=torch.int64)
-            if self._pages is not None:
+            if self._gives_back:
                 self._give_back(given[~self._pool.shared(given)].tolist())
             still_held = self._pool.free(given)
             self._ledger.share(Owner.HOST, -still_held * self.group_bytes)
@@ -142,3 +145,11 @@ class HostTier:
             length = (number + 1) * self.group_bytes // mmap.PAGESIZE * mmap.PAGESIZE - first
             if length > 0:
                 self._pages.madvise(mmap.MADV_DONTNEED, first, length)
+
+
+def _pages(num_bytes: int) -> mmap.mmap:
+    # Private: pages of a shared mapping stay with the system when they are given back, and are never huge.
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # only advice: a system without such pages does without
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages

@@ -156,34 +156,72 @@ class Recaller {
         layer_idx_(layer_idx),
         group_(layer.num_heads / layer.num_kv),
         m_(layout(memory, layer.head_dim, group_, num_tokens, budget)),
+        now_(m_.works[0]),
+        before_(m_.works[1]),
         state_(m_.state, padded(group_), layer.head_dim),
         fold_(layer.head_dim, padded(group_), step.scale, m_.fold) {}
 
-  void work(const KvSequence& sequence, int kv_head, int query) {
-    const KvRecall& recall = *sequence.recall;
-    const int num_tokens = recall.num_groups * kGroupTokens;
-    const HeadRows<T> heads{layer_, step_, kv_head, sequence.first_row + query};
-    const int budget = smaller(recall.budget, num_tokens);
-    if (follows(sequence, kv_head)) {
-      std::memcpy(m_.chosen, shared_choice(sequence, kv_head, query), budget * sizeof(int32_t));
-    } else {
-      score(sequence, kv_head, heads);
-      weigh(heads, num_tokens);
-      choose(num_tokens, budget);
-      if (sequence.sharing) {
-        std::memcpy(shared_choice(sequence, kv_head, query), m_.chosen, budget * sizeof(int32_t));
-      }
-    }
-    locate(sequence, kv_head, budget);
-    ask(sequence, kv_head, query, heads);
-    state_.clear(padded(group_));
-    for (int t = 0; t < budget; t += kTileTokens) {
-      fold_.fold_scattered(m_.keys + t, m_.values + t, smaller(kTileTokens, budget - t), state_);
-    }
-    merge(heads);
+  // Goes through items in two halves: an item's rows come in from host memory while the next one's tokens are chosen.
+  // No two items at work may share slots: a sequence of several queries has none.
+  void begin(const KvSequence& sequence, int kv_head, int query) {
+    std::swap(now_, before_);
+    now_.sequence = &sequence;
+    now_.kv_head = kv_head;
+    now_.query = query;
+    choose_tokens();
+    locate();
+    if (before_.sequence) finish(before_);
+  }
+
+  void end() {
+    if (now_.sequence) finish(now_);
   }
 
  private:
+  // An item, and what has been found out about it.
+  struct Work {
+    const KvSequence* sequence;  // null: there is none
+    int kv_head;
+    int query;
+    int count;         // of the chosen
+    int num_missing;
+    int32_t* chosen;   // [budget]
+    int32_t* missing;  // likewise; which of the chosen are to be copied
+    const T** keys;    // likewise
+    const T** values;  // likewise
+  };
+
+  HeadRows<T> heads_of(const Work& work) const {
+    return {layer_, step_, work.kv_head, work.sequence->first_row + work.query};
+  }
+
+  void choose_tokens() {
+    const KvSequence& sequence = *now_.sequence;
+    const int num_tokens = sequence.recall->num_groups * kGroupTokens;
+    const HeadRows<T> heads = heads_of(now_);
+    now_.count = smaller(sequence.recall->budget, num_tokens);
+    if (follows(sequence, now_.kv_head)) {
+      std::memcpy(now_.chosen, shared_choice(now_), now_.count * sizeof(int32_t));
+      return;
+    }
+    score(sequence, now_.kv_head, heads);
+    weigh(heads, num_tokens);
+    choose(num_tokens, now_.count);
+    if (sequence.sharing) std::memcpy(shared_choice(now_), now_.chosen, now_.count * sizeof(int32_t));
+  }
+
+  void finish(Work& work) {
+    const HeadRows<T> heads = heads_of(work);
+    fetch(work);
+    ask(work, heads);
+    state_.clear(padded(group_));
+    for (int t = 0; t < work.count; t += kTileTokens) {
+      fold_.fold_scattered(work.keys + t, work.values + t, smaller(kTileTokens, work.count - t), state_);
+    }
+    merge(heads);
+    work.sequence = nullptr;
+  }
+
   static int padded(int rows) { return static_cast<int>(round_up(rows, 16)); }
   static int64_t padded_dim(int head_dim) { return round_up(head_dim, 64); }
 
@@ -199,12 +237,9 @@ class Recaller {
     float* mass;         // [num_tokens]
     float* some;         // likewise
     int32_t* candidates;  // likewise
-    int32_t* chosen;     // [budget]
-    int32_t* where;      // likewise
-    int32_t* missing;    // likewise
+    int32_t* where;      // [budget]
     int32_t* unused;     // likewise
-    const T** keys;      // likewise
-    const T** values;    // likewise
+    Work works[2];
     int64_t stride;
     int64_t bytes;
   };
@@ -229,12 +264,14 @@ class Recaller {
     take(m.mass, num_tokens);
     take(m.some, num_tokens);
     take(m.candidates, num_tokens);
-    take(m.chosen, budget);
     take(m.where, budget);
-    take(m.missing, budget);
     take(m.unused, budget);
-    take(m.keys, budget);
-    take(m.values, budget);
+    for (Work& work : m.works) {
+      take(work.chosen, budget);
+      take(work.missing, budget);
+      take(work.keys, budget);
+      take(work.values, budget);
+    }
     m.bytes = used;
     return m;
   }
@@ -249,19 +286,19 @@ class Recaller {
     return sequence.sharing && cell(sequence, kv_head).key_layer != layer_idx_;
   }
 
-  int32_t* shared_choice(const KvSequence& sequence, int kv_head, int query) const {
-    const int64_t place = static_cast<int64_t>(query) * layer_.num_kv + kv_head;
-    return sequence.sharing->chosen + place * sequence.recall->budget;
+  int32_t* shared_choice(const Work& work) const {
+    const int64_t place = static_cast<int64_t>(work.query) * layer_.num_kv + work.kv_head;
+    return work.sequence->sharing->chosen + place * work.sequence->recall->budget;
   }
 
   // Sets what the chosen tokens are scored by.
-  void ask(const KvSequence& sequence, int kv_head, int query, const HeadRows<T>& heads) {
-    if (!follows(sequence, kv_head) || !sequence.sharing->far_queries) {
+  void ask(const Work& work, const HeadRows<T>& heads) {
+    if (!follows(*work.sequence, work.kv_head) || !work.sequence->sharing->far_queries) {
       fold_.set_queries(group_, [&](int row) { return heads.query(row); });
       return;
     }
-    const HeadRows<T> own{layer_, step_, kv_head, query};
-    const T* queries = static_cast<const T*>(sequence.sharing->far_queries);
+    const HeadRows<T> own{layer_, step_, work.kv_head, work.query};
+    const T* queries = static_cast<const T*>(work.sequence->sharing->far_queries);
     fold_.set_queries(group_, [&](int row) { return queries + own.head(row) * layer_.head_dim; });
   }
 
@@ -402,12 +439,12 @@ class Recaller {
     for (int i = 0; i < count; ++i) equals -= m_.some[i] > least;
     int taken = 0;
     for (int i = 0; i < count && taken < budget; ++i) {
-      if (m_.some[i] > least || (m_.some[i] == least && equals-- > 0)) m_.chosen[taken++] = m_.candidates[i];
+      if (m_.some[i] > least || (m_.some[i] == least && equals-- > 0)) now_.chosen[taken++] = m_.candidates[i];
     }
   }
 
   void choose_first(int budget) {
-    for (int i = 0; i < budget; ++i) m_.chosen[i] = i;
+    for (int i = 0; i < budget; ++i) now_.chosen[i] = i;
   }
 
   // A mass that at least `budget` tokens reach: the budget-th of the greatest masses of a few times as many buckets.
@@ -442,76 +479,85 @@ class Recaller {
   // -- fetch ----------------------------------------------------------------------------------------------------------
 
   // Where the chosen tokens' keys and values are read: in recall slots if the sequence has some, else in host memory.
-  void locate(const KvSequence& sequence, int kv_head, int count) {
+  void locate() {
+    const KvSequence& sequence = *now_.sequence;
     const KvRecall& recall = *sequence.recall;
-    const int dim = layer_.head_dim;
-    const GroupRows rows(layer_, layer_idx_, sequence, kv_head);
+    const GroupRows rows(layer_, layer_idx_, sequence, now_.kv_head);
     if (!recall.slots) {
-      for (int i = 0; i < count; ++i) {
-        const T* token = host_token(recall, m_.chosen[i]);
-        m_.keys[i] = token + rows.key;
-        m_.values[i] = token + rows.value;
-        prefetch_row(m_.keys[i]);
-        prefetch_row(m_.values[i]);
+      now_.num_missing = 0;
+      for (int i = 0; i < now_.count; ++i) {
+        const T* token = host_token(recall, now_.chosen[i]);
+        now_.keys[i] = token + rows.key;
+        now_.values[i] = token + rows.value;
+        prefetch_row(now_.keys[i]);
+        prefetch_row(now_.values[i]);
       }
-      tally(recall, count, 0, count, 2);
+      tally(recall, now_.count, 0, now_.count, 2);
       return;
     }
-    const bool needs_keys = !follows(sequence, kv_head);
-    const int num_missing = admit(recall, kv_head, count);
-    for (int i = 0; i < num_missing; ++i) {
-      const T* token = host_token(recall, m_.chosen[m_.missing[i]]);
+    const bool needs_keys = !follows(sequence, now_.kv_head);
+    admit(recall);
+    for (int i = 0; i < now_.num_missing; ++i) {
+      const T* token = host_token(recall, now_.chosen[now_.missing[i]]);
       if (needs_keys) prefetch_row(token + rows.key);
       prefetch_row(token + rows.value);
     }
     const int32_t* key_slots = m_.where;
     if (sequence.sharing) {
-      int32_t* kept = sequence.sharing->key_slots + static_cast<int64_t>(kv_head) * recall.budget;
-      if (needs_keys) std::memcpy(kept, m_.where, count * sizeof(int32_t));
+      int32_t* kept = sequence.sharing->key_slots + static_cast<int64_t>(now_.kv_head) * recall.budget;
+      if (needs_keys) std::memcpy(kept, m_.where, now_.count * sizeof(int32_t));
       key_slots = kept;
     }
-    for (int i = 0; i < count; ++i) {
-      m_.keys[i] = slot_row(recall, 0, kv_head, key_slots[i]);
-      m_.values[i] = slot_row(recall, 1, kv_head, m_.where[i]);
+    for (int i = 0; i < now_.count; ++i) {
+      now_.keys[i] = slot_row(recall, 0, now_.kv_head, key_slots[i]);
+      now_.values[i] = slot_row(recall, 1, now_.kv_head, m_.where[i]);
+      prefetch_row(now_.keys[i]);
+      prefetch_row(now_.values[i]);
     }
-    for (int i = 0; i < num_missing; ++i) {
-      const int place = m_.missing[i];
-      const T* token = host_token(recall, m_.chosen[place]);
-      if (needs_keys) std::memcpy(const_cast<T*>(m_.keys[place]), token + rows.key, dim * sizeof(T));
-      std::memcpy(const_cast<T*>(m_.values[place]), token + rows.value, dim * sizeof(T));
+    tally(recall, now_.count, now_.count - now_.num_missing, now_.num_missing, needs_keys ? 2 : 1);
+  }
+
+  // Copies what is missing into its slots.
+  void fetch(const Work& work) const {
+    const KvSequence& sequence = *work.sequence;
+    const int64_t row_bytes = layer_.head_dim * static_cast<int64_t>(sizeof(T));
+    const GroupRows rows(layer_, layer_idx_, sequence, work.kv_head);
+    const bool needs_keys = !follows(sequence, work.kv_head);
+    for (int i = 0; i < work.num_missing; ++i) {
+      const int place = work.missing[i];
+      const T* token = host_token(*sequence.recall, work.chosen[place]);
+      if (needs_keys) std::memcpy(const_cast<T*>(work.keys[place]), token + rows.key, row_bytes);
+      std::memcpy(const_cast<T*>(work.values[place]), token + rows.value, row_bytes);
     }
-    tally(recall, count, count - num_missing, num_missing, needs_keys ? 2 : 1);
-    if (!needs_keys) {
-      const int64_t bytes = num_missing * dim * static_cast<int64_t>(sizeof(T));
-      __atomic_fetch_add(sequence.sharing->fetched, bytes, __ATOMIC_RELAXED);
-    }
+    if (!needs_keys) __atomic_fetch_add(sequence.sharing->fetched, work.num_missing * row_bytes, __ATOMIC_RELAXED);
   }
 
   // Finds the chosen tokens' slots, and gives those that have none the slots of tokens that weren't chosen.
-  int admit(const KvRecall& recall, int kv_head, int count) {
-    const int64_t head = static_cast<int64_t>(layer_idx_) * layer_.num_kv + kv_head;
+  void admit(const KvRecall& recall) {
+    const int64_t head = static_cast<int64_t>(layer_idx_) * layer_.num_kv + now_.kv_head;
     int32_t* tokens = recall.resident + head * 2 * recall.budget;
     int32_t* slots = tokens + recall.budget;
+    const int count = now_.count;
     int num_missing = 0, num_unused = 0, at = 0;
     for (int i = 0; i < count; ++i) {
-      for (; at < recall.budget && tokens[at] < m_.chosen[i]; ++at) m_.unused[num_unused++] = slots[at];
-      if (at < recall.budget && tokens[at] == m_.chosen[i]) {
+      for (; at < recall.budget && tokens[at] < now_.chosen[i]; ++at) m_.unused[num_unused++] = slots[at];
+      if (at < recall.budget && tokens[at] == now_.chosen[i]) {
         m_.where[i] = slots[at++];
       } else {
-        m_.missing[num_missing++] = i;
+        now_.missing[num_missing++] = i;
       }
     }
     for (; at < recall.budget; ++at) m_.unused[num_unused++] = slots[at];
-    for (int i = 0; i < num_missing; ++i) m_.where[m_.missing[i]] = m_.unused[i];
+    for (int i = 0; i < num_missing; ++i) m_.where[now_.missing[i]] = m_.unused[i];
     for (int i = 0; i < count; ++i) {
-      tokens[i] = m_.chosen[i];
+      tokens[i] = now_.chosen[i];
       slots[i] = m_.where[i];
     }
     for (int i = count; i < recall.budget; ++i) {
       tokens[i] = kNoToken;
       slots[i] = m_.unused[num_missing + i - count];
     }
-    return num_missing;
+    now_.num_missing = num_missing;
   }
 
   // A token's place in its group, before the (layer, KV head)'s.
@@ -565,6 +611,8 @@ class Recaller {
   int layer_idx_;
   int group_;
   Memory m_;
+  Work now_;
+  Work before_;
   State state_;
   VecFold<T> fold_;
 };
@@ -593,8 +641,9 @@ void recall_all(const KvLayer& layer, int layer_idx, const KvStep& step) {
   parallel([&](Team& team, int thread) {
     Recaller<T> recaller(layer, layer_idx, step, num_tokens, budget, static_cast<char*>(thread_buffer(thread, bytes)));
     for (int i = team.next(); i < count; i = team.next()) {
-      recaller.work(step.sequences[items[i].sequence], items[i].kv_head, items[i].first_query);
+      recaller.begin(step.sequences[items[i].sequence], items[i].kv_head, items[i].first_query);
     }
+    recaller.end();
   });
 }
 
