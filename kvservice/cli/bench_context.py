@@ -73,7 +73,7 @@ def context(
     if plot is not None:
         from kvservice.bench.plots import plot_contexts
 
-        plot_contexts(plot, rows, f"A decode step of {batch} sequences, {measured.spec.name}")
+        plot_contexts(plot, rows, f"A decode step of batch {batch}, {measured.spec.name}")
         hint(f"wrote {plot}")
     if json_file is not None:
         settings = {
