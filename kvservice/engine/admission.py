@@ -88,17 +88,19 @@ class Admission:
         documents_end = len(call.base_tokens) + len(call.document_tokens)
         # Going on from tokens that all have KV: the last is computed again, for its logits.
         kept = min(found.num_kept, len(tokens) - 1)
-        fare = self._turns.join(call, max(0, len(tokens) - 1 - kept))
+        full_until = documents_end if num_missing or call.document_tokens else min(num_known, len(tokens) - 1)
+        fare = self._turns.join(call, max(0, len(tokens) - 1 - kept), _num_selecting(call, len(tokens), full_until))
+        self._calls.put_in_order()
         sequence = RunningSequence(
             call=call,
             session_id=call.session_id,
             index=0,
             memory=found.memory if found.donor is None else self._sequences.fork_prefix(found.donor),
-            rank=(-call.priority, fare.turn.order, next(self._numbers)),
+            number=next(self._numbers),
             fare=fare,
             tokens=tokens,
             kept=kept,
-            full_until=documents_end if num_missing or call.document_tokens else min(num_known, len(tokens) - 1),
+            full_until=full_until,
             row=rows[0] if rows else None,
             recomputed_tokens=num_missing,
             reached=reached,
@@ -108,6 +110,7 @@ class Admission:
             self._room.admit(sequence, found, rows[1:])
         except KVServiceError:
             self._turns.leave(fare, num_unread=fare.num_read, num_answered=0)
+            self._calls.put_in_order()
             raise
 
     def _check(self, call: EngineCall) -> None:
@@ -169,6 +172,13 @@ def _reached(brought: RestoredKv, call: EngineCall) -> Reached:
     """How the session's tokens were computed, and will be again. Without an index nothing can select."""
     reached = brought.reached.until(len(call.base_tokens))
     return reached if call.recipe.distant is Distant.RECALL else Reached(reached.num_computed)
+
+
+def _num_selecting(call: EngineCall, num_tokens: int, full_until: int) -> int:
+    """Of the tokens that a call reads, those that choose what they recall, where there is something to choose from."""
+    if call.recipe.distant is not Distant.RECALL or not call.recipe.distant_groups(num_tokens):
+        return 0
+    return max(0, num_tokens - 1 - full_until)
 
 
 def _num_beyond(call: EngineCall, num_known: int) -> int:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from operator import attrgetter
 
 from kvservice.engine.meters import Meters, kv_telemetry
 from kvservice.engine.ports import GroupWriter
@@ -109,12 +109,18 @@ class Calls:
         """
         call = sequence.call
         self.running[call.call_id] = RunningCall(call, {0: sequence}, further, self._clock(), num_reused)
-        insort(self.active, sequence, key=_order)
+        self.active.append(sequence)
+        self.put_in_order()
 
     def add_answer(self, running: RunningCall, sequence: RunningSequence) -> None:
         """A call got one more answer."""
         running.sequences[sequence.index] = sequence
-        insort(self.active, sequence, key=_order)
+        self.active.append(sequence)
+        self.put_in_order()
+
+    def put_in_order(self) -> None:
+        """A call has come or gone: others of its tenant have moved."""
+        self.active.sort(key=attrgetter("order"))
 
     # -- ends --------------------------------------------------------------------------------------------------------
 
@@ -190,6 +196,7 @@ class Calls:
             if sequence.index:
                 self._sequences.drop(sequence.session_id)
                 self._sequences.leave_over(sequence.session_id, call.tenant_tag)
+        self.put_in_order()
         memory = main.memory
         if not keeps:
             self._sequences.unpublish(call.session_id)
@@ -226,10 +233,6 @@ class Calls:
 def is_stored(call: EngineCall, memory: SequenceMemory, writer: GroupWriter) -> bool:
     """Whether a call's session is kept in the tier below. Frames are of one layer: who shares keys has none."""
     return bool(call.retain and call.tenant_tag) and writer.stores and not memory.shared and not memory.state.is_ragged
-
-
-def _order(sequence: RunningSequence) -> tuple[int, float, int, int]:
-    return sequence.order
 
 
 def _usage(running: RunningCall) -> Usage:

@@ -119,7 +119,7 @@ class Engine:
         self._forward = Forward(model, self._sequences, deterministic=config.deterministic, link=link)
         self._arrivals = Arrivals(self._sequences)
         self._meters = Meters()
-        turns = Turns(self._meters)
+        self._turns = turns = Turns(self._meters)
         self._calls = Calls(self._shape, self._sequences, writer, self._meters, turns, clock)
         self._room = Room(self._calls, self._sequences)
         self._admission = Admission(
@@ -153,7 +153,7 @@ class Engine:
         """Admits a call, or refuses and changes nothing.
 
         An admitted call has all the bytes that its tokens and the beginning of its answer take, or will have them as
-        soon as idle sequences, or those of calls of a lower priority, have given way.
+        soon as idle sequences, or those of its tenant's calls of a lower priority, have given way.
 
         Raises:
             InvalidRequest: nothing to compute, a wrong grammar, or a recipe that needs a map and there is none.
@@ -322,6 +322,11 @@ class Engine:
         """Counts computed tokens in, slides the window, and hands what left it to the tier below."""
         sequence, memory = item.sequence, item.sequence.memory
         sequence.recomputed_tokens += min(item.num_tokens, memory.num_dropped)
+        if item.decodes:
+            self._turns.count(sequence.fare, num_answered=1)
+        else:
+            selecting = item.num_tokens if item.reach is Reach.SELECT else 0
+            self._turns.count(sequence.fare, num_read=item.num_tokens, num_selecting=selecting)
         first_group = memory.num_stored_groups
         left = memory.commit(item.num_tokens, item.reach)
         self._write(sequence, first_group, left)

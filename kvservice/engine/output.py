@@ -134,7 +134,7 @@ class Output:
                 session_id=name,
                 index=index,
                 memory=self._sequences.fork_answer(main.session_id, name, wish),
-                rank=main.rank,
+                number=main.number,
                 fare=main.fare,
                 tokens=main.tokens,
                 kept=len(main.tokens),

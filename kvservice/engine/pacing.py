@@ -43,18 +43,30 @@ class Pace:
         self._token_layer_s: float | None = None
         self._steps_since_decodes = 0
 
-    def chunk_tokens(self, num_decodes: int, num_waiting: int, budget: int, *, gives_way: bool = False) -> int:
-        """Tokens of the next chunk, at most `budget`; those that decode may have to give way to it."""
+    def chunk_tokens(
+        self, num_decodes: int, num_waiting: int, budget: int, *, gives_way: bool = False, matched: int = 0
+    ) -> int:
+        """Tokens of the next chunk.
+
+        Args:
+            num_decodes: sequences that decode.
+            num_waiting: sequences that wait to be read.
+            budget: at most.
+            gives_way: those that decode have to give way to it.
+            matched: token-layers of others that aren't paced and pass it by: it may have as many beside its own.
+        """
         if num_decodes == 0:
             return budget
-        allowed = self._allowed(num_decodes, num_waiting, gives_way=gives_way)
+        allowed = matched + self._allowed(num_decodes, num_waiting, gives_way=gives_way)
         return min(budget, max(LEAST_TOKENS, min(CHUNK_TOKENS, allowed), allowed // self._num_layers))
 
-    def layers(self, num_decodes: int, num_waiting: int, num_tokens: int, *, gives_way: bool = False) -> int:
-        """How many layers further a chunk of `num_tokens` tokens may go in the next step."""
+    def layers(
+        self, num_decodes: int, num_waiting: int, num_tokens: int, *, gives_way: bool = False, matched: int = 0
+    ) -> int:
+        """How many layers further a chunk of `num_tokens` tokens may go in the next step; see `chunk_tokens`."""
         if num_decodes == 0:
             return self._num_layers
-        allowed = self._allowed(num_decodes, num_waiting, gives_way=gives_way)
+        allowed = matched + self._allowed(num_decodes, num_waiting, gives_way=gives_way)
         return min(self._num_layers, max(1, allowed // num_tokens))
 
     def may_merge(self, num_decodes: int) -> bool:

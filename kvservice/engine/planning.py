@@ -14,7 +14,7 @@ from kvservice.config.engine import EngineConfig
 from kvservice.engine.chunk import Chunk
 from kvservice.engine.pacing import Pace
 from kvservice.engine.running import RunningSequence
-from kvservice.engine.scheduler import Scheduled, hold_back, share_prefill, share_questions, sort_out
+from kvservice.engine.scheduler import Scheduled, hold_back, passing_cost, share_prefill, share_questions, sort_out
 from kvservice.engine.turns import Turns
 
 
@@ -124,20 +124,25 @@ class Planner:
         budget = self._config.step_tokens - num_decodes - sum(item.num_tokens for item in under_way)
         free = [each for each in reading if all(each is not item.sequence for item in under_way)]
         free = free[: max(0, self._config.max_prefills - len(under_way))]
+        matched = 0
         if work.num_decodes:
             questions = share_questions(free, max(0, budget))
+            # What goes before another tenant's turn because it is short, that turn gets as well.
+            matched = self._num_layers * passing_cost(questions, reading)
             work.batch += questions
             budget -= sum(item.num_tokens for item in questions)
             free = [each for each in free if all(each is not item.sequence for item in questions)]
         if self._prefill is None:
-            tokens = self._pace.chunk_tokens(num_decodes, len(reading), max(0, budget), gives_way=gives_way)
+            tokens = self._pace.chunk_tokens(
+                num_decodes, len(reading), max(0, budget), gives_way=gives_way, matched=matched
+            )
             items = share_prefill(free, tokens)
             if not items:
                 return
             # It has most of the chunk; what it leaves to others doesn't bring their turn about.
             self._turns.serve(free[0].fare)
             self._prefill = Chunk(items)
-        span = self._pace.layers(num_decodes, len(reading), self._prefill.cost, gives_way=gives_way)
+        span = self._pace.layers(num_decodes, len(reading), self._prefill.cost, gives_way=gives_way, matched=matched)
         is_whole = self._prefill.passing is None and span == self._num_layers
         if is_whole and self._pace.may_merge(num_decodes):
             work.batch += self._prefill.items

@@ -1,7 +1,7 @@
 """Who has bytes to go on, and who must make room for whom. Knows no models, schedules or events.
 
 A sequence computes while it has bytes for all its tokens. Whoever goes first takes them from idle sequences, and from
-those of calls of a lower rank; those wait, in host memory or forgotten, until there is room for them again.
+those of calls that go later; those wait, in host memory or forgotten, until there is room for them again.
 """
 
 from __future__ import annotations
@@ -145,9 +145,10 @@ class Room:
 def _gives_way(other: RunningSequence, to: RunningSequence) -> bool:
     """Whether a running sequence makes room for a call that comes and goes first.
 
-    Of a lower priority it does, whatever it has come to; for another tenant's turn only while it has answered nothing.
+    One of its tenant's of a lower priority does, whatever it has come to; any other only while it has answered nothing.
     """
-    return other.has_ended or other.rank[0] > to.rank[0] or not other.generated
+    is_lower = other.tenant == to.tenant and other.call.priority < to.call.priority
+    return other.has_ended or is_lower or not other.generated
 
 
 def _wanted_tokens(sequence: RunningSequence) -> int:

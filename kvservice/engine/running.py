@@ -12,9 +12,6 @@ from kvservice.recall.memory import RecallCounters, SequenceMemory
 from kvservice.recall.reach import Reach
 from kvservice.types import SINK_TOKENS, CallId, Distant, EngineCall, FinishReason, Reached, RestoredKv, SessionId
 
-Rank = tuple[int, float, int]
-"""Lower goes first: (-priority, fair order among tenants, number of the call)."""
-
 
 @dataclass(slots=True, eq=False)
 class RunningSequence:
@@ -24,7 +21,7 @@ class RunningSequence:
         session_id: of answer 0 the call's; the other answers have names of their own.
         index: number of the answer.
         memory: its KV. Until `has_begun` its tokens are those of the last call.
-        rank: who goes first, and who makes room for whom.
+        number: of the call, in the order in which they came.
         fare: of the call.
         tokens: all tokens given: base, document, prompt.
         kept: of those, the leading ones whose KV need not be computed.
@@ -35,7 +32,6 @@ class RunningSequence:
         reached: how tokens were computed whose KV was lost, if that is known.
         restored: KV on its way from the tier below; until all has come, nothing is computed but missing sinks.
         has_ended: the answer is complete; others of the call may not be.
-        order: its place among all sequences: lower goes first.
         most_tokens: the most that it can come to hold.
     """
 
@@ -43,7 +39,7 @@ class RunningSequence:
     session_id: SessionId
     index: int
     memory: SequenceMemory
-    rank: Rank
+    number: int
     fare: Fare
     tokens: Sequence[int]
     kept: int
@@ -57,12 +53,15 @@ class RunningSequence:
     has_ended: bool = False
     prefill_from: int = 0
     generated: list[int] = field(default_factory=list)
-    order: tuple[int, float, int, int] = field(init=False)
     most_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.order = (*self.rank, self.index)
         self.most_tokens = len(self.tokens) + (self.call.sampling.max_new_tokens if self.call.sampling else 0)
+
+    @property
+    def order(self) -> tuple[float, int, int]:
+        """Who goes first, and who makes room for whom: lower goes first. It changes as calls come and end."""
+        return self.fare.turn.order, self.number, self.index
 
     @property
     def tenant(self) -> bytes:

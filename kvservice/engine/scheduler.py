@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
+from operator import attrgetter
 from typing import NamedTuple
 
 from kvservice.engine.running import RunningSequence
@@ -87,15 +89,19 @@ def hold_back(decodes: list[Scheduled], most_bytes: int) -> tuple[list[Scheduled
 
 
 def share_questions(reading: Iterable[RunningSequence], num_tokens: int) -> list[Scheduled]:
-    """What of short questions is read in a step in which others decode, the shortest first.
+    """What of short questions is read in a step in which others decode: each tenant's shortest, then its next.
 
     Args:
-        reading: those that may take part.
+        reading: those that may take part, those that go first before the others.
         num_tokens: at most.
     """
-    short = sorted(
-        (each for each in reading if each.num_pending <= QUESTION_TOKENS), key=lambda sequence: sequence.num_pending
-    )
+    by_tenant: dict[bytes, list[RunningSequence]] = {}
+    for each in reading:
+        if each.num_pending <= QUESTION_TOKENS:
+            by_tenant.setdefault(each.tenant, []).append(each)
+    # The tenant that goes first has the first of each round: however short others' questions are, it isn't passed by.
+    rounds = zip_longest(*(sorted(each, key=attrgetter("num_pending")) for each in by_tenant.values()))
+    short = [sequence for each in rounds for sequence in each if sequence is not None]
     plan: list[Scheduled] = []
     left = QUESTIONS_COST
     for sequence in short:
@@ -104,6 +110,24 @@ def share_questions(reading: Iterable[RunningSequence], num_tokens: int) -> list
         left -= cost
         num_tokens -= cost // token_cost(reach)
     return plan
+
+
+def passing_cost(questions: Iterable[Scheduled], reading: Iterable[RunningSequence]) -> int:
+    """What those questions cost that are read before another tenant's turn.
+
+    Args:
+        questions: of `reading`, what is read of them beside decoding.
+        reading: in fair order.
+    """
+    costs = {id(item.sequence): item.cost for item in questions}
+    waiting: set[bytes] = set()
+    cost = 0
+    for sequence in reading:
+        if id(sequence) not in costs:
+            waiting.add(sequence.tenant)
+        elif waiting - {sequence.tenant}:
+            cost += costs[id(sequence)]
+    return cost
 
 
 def share_prefill(reading: Sequence[RunningSequence], budget: int) -> list[Scheduled]:

@@ -34,8 +34,8 @@ PATIENCE_SHARE = 0.25
 class Admission:
     """Submits calls to the workers in the order of `place`.
 
-    A call that the workers refuse for now waits in the line of its model: behind those of higher priorities, and among
-    those of its own in fair order (`internal.fair`), so that nobody waits for all that another tenant has sent. The
+    A call that the workers refuse for now waits in the line of its model, in fair order among tenants and by priority
+    among its own's (`internal.fair`), so that nobody waits for all that another tenant has sent. The
     first in line asks again whenever a headroom changes. When it is refused, calls that need fewer bytes may pass it,
     for a while: so small calls don't wait for a large one, and a large one isn't overtaken for ever.
     """
@@ -76,7 +76,8 @@ class Admission:
         if deadline is not None and cannot_meet(expected.read_s, deadline - time.monotonic()):
             raise hopeless(expected.read_s, deadline - time.monotonic())
         shares = self._shares[request.model]
-        turn = shares.join(submit.tenant_tag, expected.seconds, submit.weight or DEFAULT_WEIGHT)
+        weight = submit.weight or DEFAULT_WEIGHT
+        turn = shares.join(submit.tenant_tag, expected.seconds, weight, priority=submit.priority)
         used_s = 0.0
         try:
             call = await self._admit(_Asker(request, submit, deadline, expected), turn)
@@ -96,15 +97,7 @@ class Admission:
         self._check_line(asker.submit.tenant_tag)
         line = self._lines.setdefault(model, Line(PATIENCE_SHARE * self._max_wait_s))
         need = asker.request.need(self._fleet.model(model).shape)
-        ticket = line.join(
-            asker.submit.priority,
-            need.device_bytes,
-            need.host_bytes,
-            version,
-            time.monotonic(),
-            order=turn.order,
-            tenant=asker.submit.tenant_tag,
-        )
+        ticket = line.join(turn, need.device_bytes, need.host_bytes, version, time.monotonic())
         ticket.has_its_share = has_its_share
         wait_s = min(self._max_wait_s, asker.left_s(time.monotonic()))
         try:

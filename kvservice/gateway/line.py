@@ -10,25 +10,32 @@ passed by all others.
 from __future__ import annotations
 
 import asyncio
-import bisect
 import itertools
 from dataclasses import dataclass, field
+from operator import attrgetter
+
+from kvservice.internal.fair import Turn
 
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """A place in line: by priority, then by fair order among tenants, then by arrival."""
+    """A place in line: by fair order among tenants, then by arrival."""
 
-    rank: tuple[int, float, int]
+    place: Turn
+    number: int
     device_bytes: int
     host_bytes: int
     patient_until: float
     turn: asyncio.Event = field(default_factory=asyncio.Event)
     tried_version: int = -1
     """Of the fleet, when it last asked."""
-    tenant: bytes = b""
     has_its_share: bool = False
     """It was refused because its tenant has all that it may have at a time: that is in nobody else's way."""
+
+    @property
+    def rank(self) -> tuple[float, int]:
+        """Lower goes first. It changes as calls of its tenant come and go."""
+        return self.place.order, self.number
 
     def is_smaller(self, other: Ticket) -> bool:
         """Whether it needs less than `other`, and nothing more of."""
@@ -36,7 +43,7 @@ class Ticket:
 
     def may_pass(self, other: Ticket, now: float) -> bool:
         """Whether it may ask while `other`, which goes first, is blocked."""
-        if other.has_its_share and other.tenant != self.tenant:
+        if other.has_its_share and other.place.tenant != self.place.tenant:
             return True
         return self.is_smaller(other) and now < other.patient_until
 
@@ -54,35 +61,26 @@ class Line:
 
     def num_of(self, tenant: bytes) -> int:
         """A tenant's tickets."""
-        return sum(ticket.tenant == tenant for ticket in self._tickets)
+        return sum(ticket.place.tenant == tenant for ticket in self._tickets)
 
-    def join(
-        self,
-        priority: int,
-        device_bytes: int,
-        host_bytes: int,
-        version: int,
-        now: float,
-        *,
-        order: float = 0.0,
-        tenant: bytes = b"",
-    ) -> Ticket:
+    def join(self, place: Turn, device_bytes: int, host_bytes: int, version: int, now: float) -> Ticket:
         """Takes a place. It has the turn if it is first, or if it may pass all those before it.
 
         Args:
-            priority: of the call; a higher one goes before all lower ones.
+            place: of the call among those of all tenants.
             device_bytes: that it needs.
             host_bytes: that it needs.
             version: of the fleet when it was refused; -1: it hasn't asked yet.
             now: seconds, of the clock that `hand_on` is told.
-            order: among calls of one priority, the lower first.
-            tenant: whose call it is.
         """
-        rank = (-priority, order, next(self._arrivals))
         patient_until = now + self._patience_s
-        ticket = Ticket(rank, device_bytes, host_bytes, patient_until, tried_version=version, tenant=tenant)
-        bisect.insort(self._tickets, ticket, key=lambda other: other.rank)
-        if self._tickets[0] is ticket or (version < 0 and self._may_pass(ticket, now)):
+        ticket = Ticket(place, next(self._arrivals), device_bytes, host_bytes, patient_until, tried_version=version)
+        first = self._tickets[0] if self._tickets else None
+        self._tickets.append(ticket)
+        self._tickets.sort(key=attrgetter("rank"))
+        if self._tickets[0] is not first:
+            self._give_turn(self._tickets[0])
+        elif version < 0 and self._may_pass(ticket, now):
             self._give_turn(ticket)
         return ticket
 

@@ -11,11 +11,16 @@ is being served. Pure: knows no tokens, no bytes, no clock, and no tenant but by
 A tenant that was idle begins at the virtual time of its return: what it didn't use is gone. The head start makes its
 first call go before what is being served of others, not only before what comes after that. It is three quarters of the
 call, or of the one last served if that is shorter, and isn't given while the tenant's earlier calls are unpaid.
+
+A tenant's turns follow one another, those of a higher priority first. One that is put in before others moves them back
+by its own length, and begins where what was served of them ends: priorities say in what order a tenant's share is used,
+and never make it larger.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import bisect
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
 MOST_IDLE_TENANTS = 1000
@@ -26,17 +31,26 @@ DEFAULT_WEIGHT = 1.0
 HEAD_START = 0.75
 """Of a call. Less than 1, so that of several newcomers the shorter one goes first."""
 
+LEAST_S = 1e-3
+"""Every call counts so much, that of a token that is read."""
 
-@dataclass(frozen=True, slots=True, eq=False)
+MOST_SERVED = 0.99
+"""Of a call: one that is put before it ends before it, however little of it is left."""
+
+
+@dataclass(slots=True, eq=False)
 class Turn:
-    """A call's place among those of all tenants.
+    """A call's place among those of all tenants. It moves when one of its tenant's before it comes or ends.
 
     Attributes:
         tenant: whose it is.
-        order: lower goes first. Calls of one tenant are in the order in which they came.
+        order: lower goes first; of those that are alike who came first does. Calls of one tenant are in the order of
+            their priorities, and then in that in which they came.
         begin: its virtual beginning.
         seconds: what it is predicted to take.
         weight: its tenant's.
+        priority: among its tenant's.
+        served: of its seconds, those that it has had.
     """
 
     tenant: Hashable
@@ -44,11 +58,17 @@ class Turn:
     begin: float
     seconds: float
     weight: float
+    priority: int = 0
+    served: float = 0.0
+
+    def count(self, seconds: float) -> None:
+        """It has had so much more of its seconds."""
+        self.served = min(MOST_SERVED * self.seconds, self.served + seconds)
 
 
 @dataclass(slots=True)
 class _Account:
-    """Of one tenant. `paid_until` is the virtual time up to which its calls have used its share."""
+    """Of one tenant. `paid_until` is the virtual time up to which its calls used its share. `turns` are in order."""
 
     paid_until: float
     turns: list[Turn] = field(default_factory=list)
@@ -62,23 +82,32 @@ class FairShares:
         self._last_served = 0.0
         self._accounts: dict[Hashable, _Account] = {}
 
-    def join(self, tenant: Hashable, seconds: float, weight: float = DEFAULT_WEIGHT) -> Turn:
-        """A call came.
+    def join(self, tenant: Hashable, seconds: float, weight: float = DEFAULT_WEIGHT, *, priority: int = 0) -> Turn:
+        """A call came. Turns of the same tenant that have a lower priority move back.
 
         Args:
             tenant: whose.
             seconds: that it is predicted to take, at least 0.
             weight: above 0; a tenant of weight 2 gets twice what one of weight 1 gets.
+            priority: among the tenant's own.
         """
+        seconds = max(LEAST_S, seconds)
         length = seconds / weight
         earliest = self._now - HEAD_START * min(length, self._last_served)
         account = self._accounts.setdefault(tenant, _Account(earliest))
-        # Who has calls isn't idle, however late they are.
-        begin = account.paid_until if account.turns else max(account.paid_until, earliest)
-        account.paid_until = begin + length
-        order = max([account.paid_until, *(turn.order for turn in account.turns[-1:])])
-        turn = Turn(tenant, order, begin, seconds, weight)
-        account.turns.append(turn)
+        turns = account.turns
+        position = bisect.bisect_right(turns, -priority, key=lambda turn: -turn.priority)
+        if position < len(turns):
+            # What the next one has been served isn't there a second time.
+            begin = turns[position].begin + turns[position].served / turns[position].weight
+        else:
+            # Who has calls isn't idle, however late they are.
+            begin = account.paid_until if turns else max(account.paid_until, earliest)
+        order = max([begin + length, *(turn.order for turn in turns[max(0, position - 1) : position])])
+        turn = Turn(tenant, order, begin, seconds, weight, priority)
+        account.paid_until = begin + length if position == len(turns) else account.paid_until + length
+        _move(turns[position:], length)
+        turns.insert(position, turn)
         return turn
 
     def serve(self, turn: Turn) -> None:
@@ -87,7 +116,7 @@ class FairShares:
         self._now = max(self._now, turn.begin)
 
     def leave(self, turn: Turn, seconds: float) -> None:
-        """A call has ended, or was given up.
+        """A call has ended, or was given up. Its tenant's turns behind it move as far as the prediction was wrong.
 
         Args:
             turn: its place.
@@ -97,8 +126,11 @@ class FairShares:
         weights = sum(account.turns[-1].weight for account in self._accounts.values() if account.turns)
         self._now += seconds / weights
         account = self._accounts[turn.tenant]
-        account.turns.remove(turn)
-        account.paid_until += (seconds - turn.seconds) / turn.weight
+        position = account.turns.index(turn)
+        del account.turns[position]
+        surplus = (seconds - turn.seconds) / turn.weight
+        account.paid_until += surplus
+        _move(account.turns[position:], surplus)
         if len(self._accounts) > MOST_IDLE_TENANTS:
             self._forget_idle()
 
@@ -108,6 +140,13 @@ class FairShares:
             for tenant, account in self._accounts.items()
             if account.turns or account.paid_until > self._now - self._last_served
         }
+
+
+def _move(turns: Iterable[Turn], length: float) -> None:
+    """Later by so much virtual time, or earlier."""
+    for turn in turns:
+        turn.begin += length
+        turn.order += length
 
 
 READ_S = 1e-3

@@ -40,8 +40,8 @@ class InferenceServiceGenerateRequest(_message.Message):
     """Read before the prompt, every token attended to; may be empty."""
     prompt: _builtins.str
     priority: _builtins.int
-    """-100 to 100. Calls of a higher priority go first, and may take the memory of running calls of a lower one for a
-    while.
+    """-100 to 100. Of a tenant's calls those of a higher priority go first, and may take the memory of its running calls of
+    a lower one for a while. Other tenants' calls are as they would be without it.
     """
     @_builtins.property
     def sampling(self) -> _common_pb2.SamplingParams: ...

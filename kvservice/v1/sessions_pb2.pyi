@@ -321,8 +321,8 @@ class AppendStart(_message.Message):
     detach: _builtins.bool
     """The prefill outlives the connection; Get shows its progress."""
     priority: _builtins.int
-    """-100 to 100. Calls of a higher priority go first, and may take the memory of running calls of a lower one for a
-    while.
+    """-100 to 100. Of a tenant's calls those of a higher priority go first, and may take the memory of its running calls of
+    a lower one for a while. Other tenants' calls are as they would be without it.
     """
     def __init__(
         self,
@@ -452,8 +452,8 @@ class SessionServiceGenerateRequest(_message.Message):
     last_sequence: _builtins.int
     """With a repeated request_id: events up to this sequence number are not sent again."""
     priority: _builtins.int
-    """-100 to 100. Calls of a higher priority go first, and may take the memory of running calls of a lower one for a
-    while.
+    """-100 to 100. Of a tenant's calls those of a higher priority go first, and may take the memory of its running calls of
+    a lower one for a while. Other tenants' calls are as they would be without it.
     """
     @_builtins.property
     def sampling(self) -> _common_pb2.SamplingParams: ...

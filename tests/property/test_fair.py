@@ -32,9 +32,11 @@ class Server:
         self.done: list[tuple[Call, float]] = []
         self.served: dict[object, float] = {}
 
-    def add(self, tenant: object, seconds: float, weight: float = 1.0, actual: float | None = None) -> Call:
+    def add(
+        self, tenant: object, seconds: float, weight: float = 1.0, actual: float | None = None, priority: int = 0
+    ) -> Call:
         actual = seconds if actual is None else actual
-        call = Call(self.shares.join(tenant, seconds, weight), actual, self.now, actual)
+        call = Call(self.shares.join(tenant, seconds, weight, priority=priority), actual, self.now, actual)
         self.calls.append(call)
         return call
 
@@ -43,6 +45,7 @@ class Server:
         self.shares.serve(call.turn)
         part = min(SLICE, call.left)
         call.left -= part
+        call.turn.count(part)
         self.now += part
         self.served[call.turn.tenant] = self.served.get(call.turn.tenant, 0.0) + part
         if call.left <= 1e-9:
@@ -122,6 +125,66 @@ def test_a_newcomer_whose_call_is_like_those_of_the_flood_is_served_at_once(afte
     while server.now < after_s:
         server.slice()
     assert server.until_done(server.add("one", 1.0)) <= 1.0 + SLICE
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([0.25, 1.0, 4.0]), st.integers(-2, 2)), min_size=1, max_size=30),
+    st.integers(0, 40),
+)
+def test_priorities_order_a_tenants_calls_and_leave_anothers_as_they_are(arrivals, slices) -> None:
+    """Ann's calls come one by one, so that each may go before one of hers that is being served; Bob's are there."""
+
+    def serve(priorities: bool) -> tuple[Server, list[Call]]:
+        server = Server()
+        bob = [server.add("bob", 1.0) for _ in range(5)]
+        for seconds, priority in arrivals:
+            server.add("ann", seconds, priority=priority if priorities else 0)
+            for _ in range(min(slices, 4)):
+                server.slice()
+        while server.calls:
+            server.slice()
+        return server, bob
+
+    ends = []
+    for priorities in (False, True):
+        server, bob = serve(priorities)
+        assert len(server.done) == len(arrivals) + 5
+        ends.append([next(end for other, end in server.done if other is call) for call in bob])
+    # She may have a call of hers begun, and another one go before it: what she is ahead by is one call at most.
+    assert all(after <= before + 2 * 4.0 + SLICE for before, after in zip(*ends, strict=True))
+
+
+def test_of_one_tenant_the_highest_priority_goes_first_and_equals_as_they_came() -> None:
+    server = Server()
+    calls = [server.add("ann", 1.0, priority=priority) for priority in (0, 5, -1, 5, 0)]
+    while server.calls:
+        server.slice()
+    assert [calls.index(call) for call, _ in server.done] == [1, 3, 0, 4, 2]
+
+
+def test_priorities_that_rise_for_ever_starve_nobody() -> None:
+    server = Server()
+    server.add("ann", 4.0)
+    server.slice()
+    one = server.add("bob", 4.0)
+    for priority in range(1, 200):
+        if one not in server.calls:
+            break
+        # What she began waits, nearly done; it isn't forgotten that she had it.
+        server.add("ann", 4.0, priority=priority)
+        for _ in range(31):
+            server.slice()
+    assert priority <= 4
+
+
+def test_a_call_that_is_given_up_moves_those_behind_it_up_again() -> None:
+    shares = FairShares()
+    first, second = shares.join("a", 1.0), shares.join("a", 2.0)
+    orders = first.order, second.order
+    shares.leave(shares.join("a", 8.0, priority=1), 0.0)
+    assert (first.order, second.order) == pytest.approx(orders)
+    shares.leave(first, 0.0)
+    assert second.order == pytest.approx(2.0)
 
 
 def test_nobody_starves_while_new_tenants_come_for_ever() -> None:

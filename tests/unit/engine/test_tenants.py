@@ -77,13 +77,45 @@ def test_of_one_tenant_first_come_is_first_served(model) -> None:
     assert list(drive.finished) == [f"flood-{number}" for number in range(6)]
 
 
-def test_priorities_go_before_shares(model) -> None:
+def test_priorities_order_a_tenants_own_calls_and_nobody_elses(model) -> None:
     drive = Drive(make_engine(model))
+    read(drive, "last", ANN)
     for number in range(4):
-        read(drive, f"urgent-{number}", ANN, priority=1)
-    read(drive, "one", BOB)
+        read(drive, f"urgent-{number}", ANN, priority=100)
+    read(drive, "one", BOB, priority=-100)
     drive.run()
-    assert list(drive.finished)[-1] == "one"
+    assert list(drive.finished)[0:2] in (["urgent-0", "one"], ["one", "urgent-0"])
+    assert list(drive.finished)[-1] == "last"
+
+
+def test_no_priority_takes_the_memory_of_what_another_tenant_is_answered(model) -> None:
+    drive = Drive(make_engine(model, room=device_bytes(model, LENGTH + 64), host_bytes=0))
+    read(drive, "bob", BOB, new=20)
+    steps_to_first_token(drive, "bob")
+    with pytest.raises(Overloaded):
+        read(drive, "ann", ANN, priority=100)
+    # His own do.
+    read(drive, "urgent", BOB, priority=1)
+    drive.run()
+    assert list(drive.finished) == ["urgent", "bob"]
+
+
+def test_priorities_that_rise_get_a_tenant_no_more_than_its_share(model) -> None:
+    alone = Drive(make_engine(model))
+    read(alone, "one", BOB)
+    unloaded = steps_to_first_token(alone, "one")
+    drive = Drive(make_engine(model, max_batch=64))
+    read(drive, "ann-0", ANN, length=1024)
+    drive.step()
+    read(drive, "one", BOB)
+    for number in range(1, 30):
+        # Each goes before all that she has sent, of which a part is read.
+        read(drive, f"ann-{number}", ANN, length=1024, priority=number)
+        drive.step()
+        if (CallId("one"), 0) in drive.answers:
+            break
+    assert number <= 2 * unloaded
+    drive.run()
 
 
 def test_weights_say_how_much_is_read_of_each(model) -> None:
