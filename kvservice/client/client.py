@@ -33,6 +33,7 @@ from kvservice.client.sampling import Sampling, sampling_to_proto
 from kvservice.errors import DeadlineExceeded, InternalError
 from kvservice.internal.convert import ON_MISS_CODES, PROMPT_FORMAT_CODES, chat_messages_to_proto, model_from_proto
 from kvservice.internal.tls import PemFiles, channel_credentials
+from kvservice.telemetry.tracing import TRACEPARENT, current_traceparent
 from kvservice.types import ChatMessage, ModelInfo, OnMiss, PromptFormat
 from kvservice.v1 import (
     admin_pb2,
@@ -98,7 +99,7 @@ class Client:
 
         `timeout_s` bounds calls that don't stream; those that do have a parameter of their own, by default none."""
         self._address = address
-        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key is not None else ()
+        self._own_metadata = (("authorization", f"Bearer {api_key}"),) if api_key is not None else ()
         self._retry = retry or RetryPolicy()
         self._timeout_s = timeout_s
         self._channel = (
@@ -456,6 +457,12 @@ class Client:
 
     async def _list_page(self, request: sessions_pb2.ListRequest) -> sessions_pb2.ListResponse:
         return await self._unary(lambda: self._sessions.List(request, **self._call_options()))
+
+    @property
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        """Of a call. A program that traces finds its calls' spans below its own."""
+        parent = current_traceparent()
+        return (*self._own_metadata, (TRACEPARENT, parent)) if parent else self._own_metadata
 
     def _call_options(self) -> _CallOptions:
         return {"timeout": self._timeout_s, "metadata": self._metadata}

@@ -91,13 +91,22 @@ class Tracing:
 
     def traceparent(self) -> str:
         """The current span, for another process; empty when there is none."""
-        if self._tracer is None:
-            return ""
-        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+        return "" if self._tracer is None else current_traceparent()
 
-        carrier: dict[str, str] = {}
-        TraceContextTextMapPropagator().inject(carrier)
-        return carrier.get(TRACEPARENT, "")
+    @contextmanager
+    def within(self, parent: str) -> Iterator[None]:
+        """Spans that are begun in the block, and in tasks that it begins, are below `parent`, if that isn't empty."""
+        context = _context(parent) if self._tracer is not None else None
+        if context is None:
+            yield
+            return
+        from opentelemetry.context import attach, detach
+
+        token = attach(context)
+        try:
+            yield
+        finally:
+            detach(token)
 
     def begin(self, name: str, parent: str, **attributes: Attribute) -> OpenSpan | None:
         """A span that ends elsewhere; None when nothing is traced or `parent` is empty."""
@@ -112,6 +121,13 @@ class OpenSpan:
     def __init__(self, tracer: Tracer, name: str, parent: str, attributes: Attributes) -> None:
         self._tracer = tracer
         self._span = tracer.start_span(name, _context(parent), attributes=dict(attributes))
+
+    @property
+    def traceparent(self) -> str:
+        """Of this span, for those below it."""
+        from opentelemetry.trace import set_span_in_context
+
+        return _traceparent(set_span_in_context(self._span))
 
     def phase(self, name: str, start_ns: int, end_ns: int) -> None:
         """A part of it that is over; unix nanoseconds."""
@@ -131,6 +147,19 @@ class OpenSpan:
 
 TRACING = Tracing()
 """Of this process; off until it is started. A registry of one, as loggers are."""
+
+
+def current_traceparent() -> str:
+    """The span that this program is in, whoever began it; empty without one, or where OpenTelemetry isn't in use."""
+    return _traceparent(None) if "opentelemetry.trace" in sys.modules else ""
+
+
+def _traceparent(context: Context | None) -> str:
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    carrier: dict[str, str] = {}
+    TraceContextTextMapPropagator().inject(carrier, context)
+    return carrier.get(TRACEPARENT, "")
 
 
 def _ignore(attributes: Attributes) -> None:

@@ -22,11 +22,13 @@ class CallSpans:
     def __init__(self) -> None:
         self._open: dict[CallId, OpenSpan] = {}
 
-    def begin(self, call_id: CallId, parent: str, **attributes: Attribute) -> None:
-        """A call has come. Nothing is kept of one that isn't traced."""
+    def begin(self, call_id: CallId, parent: str, **attributes: Attribute) -> str:
+        """A call has come. Gives its span, for those below it; empty, and nothing is kept, if it isn't traced."""
         span = TRACING.begin("worker.call", parent, **attributes)
-        if span is not None:
-            self._open[call_id] = span
+        if span is None:
+            return ""
+        self._open[call_id] = span
+        return span.traceparent
 
     def take(self, output: Output) -> None:
         """Ends the spans of calls that end with this output."""

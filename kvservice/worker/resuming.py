@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from kvservice.store.manifests import Manifest
 from kvservice.store.tasks import end_tasks
+from kvservice.telemetry.tracing import TRACING
 from kvservice.tier.groups import Chunk
 from kvservice.tier.restore import (
     Arrival,
@@ -185,7 +186,10 @@ class Resumer:
     async def _fetch(self, call: EngineCall, manifest: Manifest, plan: Plan, arrival: Arrival) -> None:
         started = self._clock()
         try:
-            await self._reader.fetch(plan, arrival, self._patience_s(call, plan))
+            with TRACING.span("tier.fetch", session_id=call.session_id) as note:
+                await self._reader.fetch(plan, arrival, self._patience_s(call, plan))
+                misses = sum(arrival.misses.values())
+                note({"tier.bytes": arrival.num_bytes, "tokens": arrival.num_tokens, "misses": misses})
             num_groups = max(0, arrival.num_tokens - SINK_TOKENS) // GROUP_TOKENS
             self._known_missing.note(call.session_id, manifest.epoch, manifest.version, num_groups, arrival.misses)
         finally:

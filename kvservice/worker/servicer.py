@@ -19,6 +19,7 @@ from kvservice.internal.convert import PROMPT_FORMATS, TEXT_ROLES, chat_messages
 from kvservice.internal.v1 import worker_pb2
 from kvservice.internal.v1.worker_pb2_grpc import WorkerServiceServicer
 from kvservice.store.manifests import Manifest
+from kvservice.telemetry.tracing import TRACING
 from kvservice.types import (
     CallId,
     ChatMessage,
@@ -80,10 +81,11 @@ class Identity:
 
 @dataclass(slots=True)
 class _Probe:
-    """A call that may have to wait for its session's KV."""
+    """A call that may have to wait for its session's KV. `span` is its own, if it is traced."""
 
     stream: GatewayStream
     call: EngineCall
+    span: str
     is_cancelled: bool = False
     task: asyncio.Task[None] | None = None
 
@@ -322,14 +324,14 @@ class Servicer(WorkerServiceServicer):
         except KVServiceError as error:
             self._engine.refuse(stream, call_id, error)
             return
-        stream.trace(call_id, submit.traceparent, submit.session_id)
+        span = stream.trace(call_id, submit.traceparent, submit.session_id)
         if self._stored is None or self._stored.resumer is None or not call.base_tokens:
             self._engine.submit(stream, call)
             return
         if manifest is None and not self._stored.publisher.is_behind(call.session_id):
             self._engine.submit(stream, call)
             return
-        self._probes[call_id] = _Probe(stream, call)
+        self._probes[call_id] = _Probe(stream, call, span)
         loop = asyncio.get_running_loop()
 
         def on_probed(num_missing: int) -> None:
@@ -358,7 +360,8 @@ class Servicer(WorkerServiceServicer):
             bring = resumer.restore if probe.call.on_miss is OnMiss.FAIL else resumer.begin
             # As of now: the turn before may have been published only just, or not yet.
             manifest = await self._stored.publisher.known(probe.call.session_id)
-            restored = await bring(probe.call, manifest, num_missing) if manifest is not None else None
+            with TRACING.within(probe.span):
+                restored = await bring(probe.call, manifest, num_missing) if manifest is not None else None
         except Exception:
             # Without what is stored the call is right all the same.
             logger.exception("resume_failed", extra={"session_id": probe.call.session_id})

@@ -57,9 +57,9 @@ class GatewayStream:
         """The worker's own name of the gateway's `call_id`."""
         return CallId(self._prefix + call_id)
 
-    def trace(self, call_id: CallId, parent: str, session_id: str) -> None:
-        """Has a call traced that is about to be submitted, if its gateway traces it."""
-        self._spans.begin(call_id, parent, worker=self._worker_id, session_id=session_id)
+    def trace(self, call_id: CallId, parent: str, session_id: str) -> str:
+        """Has a call traced that is about to be submitted, if its gateway traces it; gives its span."""
+        return self._spans.begin(call_id, parent, worker=self._worker_id, session_id=session_id)
 
     def deliver(self, output: Output, headroom: Headroom) -> None:
         """See `Listener`."""

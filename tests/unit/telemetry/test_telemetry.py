@@ -142,6 +142,8 @@ def test_spans_go_on_across_processes_and_errors_are_named_not_quoted() -> None:
             span = far.begin("work", near.traceparent(), worker="w")
             assert span is not None
             span.phase("prefill", 1_000, 2_000)
+            with far.within(span.traceparent), far.span("fetch"):
+                pass
             span.end({"tokens": 3})
             raise ValueError("a secret")
 
@@ -150,10 +152,11 @@ def test_spans_go_on_across_processes_and_errors_are_named_not_quoted() -> None:
     near.stop()
     far.stop()
     spans = {span.name: span for span in (*here.get_finished_spans(), *there.get_finished_spans())}
-    assert set(spans) == {"call", "work", "prefill"}
+    assert set(spans) == {"call", "work", "prefill", "fetch"}
     assert len({span.context.trace_id for span in spans.values()}) == 1
     assert spans["work"].parent.span_id == spans["call"].context.span_id
     assert spans["prefill"].parent.span_id == spans["work"].context.span_id
+    assert spans["fetch"].parent.span_id == spans["work"].context.span_id
     assert spans["work"].attributes == {"worker": "w", "tokens": 3}
     assert spans["call"].status.description == "ValueError"
     assert "secret" not in "".join(span.to_json() for span in spans.values())
