@@ -6,6 +6,7 @@ import asyncio
 import math
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvservice.errors import (
@@ -19,7 +20,7 @@ from kvservice.errors import (
 )
 from kvservice.gateway.fleet import Fleet
 from kvservice.gateway.line import Line, Ticket
-from kvservice.gateway.placement import Estimate, PlacementRequest, WorkerView, estimate, has_room, place
+from kvservice.gateway.placement import Estimate, PlacementRequest, WorkerView, estimate, has_room, ranked
 from kvservice.gateway.worker_link import RETRY_AFTER_S, WorkerCall
 from kvservice.internal.fair import DEFAULT_WEIGHT, LATE_MARGIN, FairShares, Turn, cannot_meet, leaves_room
 from kvservice.internal.v1 import worker_pb2
@@ -72,7 +73,8 @@ class Admission:
         """
         if deadline is not None and deadline <= time.monotonic():
             raise _too_late()
-        expected = estimate(request, self._fleet.views())
+        candidates = ranked(request, self._fleet.views())
+        expected = estimate(request, candidates[0]) if candidates else Estimate()
         if deadline is not None and cannot_meet(expected.read_s, deadline - time.monotonic()):
             raise hopeless(expected.read_s, deadline - time.monotonic())
         shares = self._shares[request.model]
@@ -80,18 +82,18 @@ class Admission:
         turn = shares.join(submit.tenant_tag, expected.seconds, weight, priority=submit.priority)
         used_s = 0.0
         try:
-            call = await self._admit(_Asker(request, submit, deadline, expected), turn)
+            call = await self._admit(_Asker(request, submit, deadline, expected), turn, candidates)
             shares.serve(turn)
             used_s = expected.seconds
         finally:
             shares.leave(turn, used_s)
         return call
 
-    async def _admit(self, asker: _Asker, turn: Turn) -> WorkerCall:
+    async def _admit(self, asker: _Asker, turn: Turn, candidates: Sequence[WorkerView]) -> WorkerCall:
         model, version, has_its_share = asker.request.model, -1, False
         if model not in self._lines:
             version = self._fleet.version
-            call, has_its_share = await self._try(asker)
+            call, has_its_share = await self._try(asker, candidates)
             if call is not None:
                 return call
         self._check_line(asker.submit.tenant_tag)
@@ -139,13 +141,13 @@ class Admission:
             ticket.tried_version = self._fleet.version
             # Who passes asks only where there seems to be room; the first may have others make room for it.
             if line.is_first(ticket) or has_room(asker.request, self._fleet.views()):
-                call, ticket.has_its_share = await self._try(asker)
+                call, ticket.has_its_share = await self._try(asker, ranked(asker.request, self._fleet.views()))
                 if call is not None:
                     return call
             line.hand_on(ticket, time.monotonic())
 
-    async def _try(self, asker: _Asker) -> tuple[WorkerCall | None, bool]:
-        """One round over the ranked workers.
+    async def _try(self, asker: _Asker, candidates: Sequence[WorkerView]) -> tuple[WorkerCall | None, bool]:
+        """One round over the workers, as they are ranked now.
 
         Returns:
             The call; None when all refuse for now. And whether they do because its tenant has all that it may have.
@@ -155,14 +157,12 @@ class Admission:
             submit.deadline_s = asker.deadline - time.monotonic()
             if submit.deadline_s <= 0.0:
                 raise _too_late()
-        views = self._fleet.views()
-        ranked = place(request, views)
-        if not ranked:
-            raise _nowhere(request, views)
+        if not candidates:
+            raise _nowhere(request, self._fleet.views())
         refusals: list[KVServiceError] = []
-        for worker_id in ranked[:MAX_ASKED]:
+        for worker in candidates[:MAX_ASKED]:
             try:
-                return await self._fleet.submit(worker_id, submit), False
+                return await self._fleet.submit(worker.worker_id, submit), False
             except (Overloaded, Unavailable, BudgetTooSmall) as error:
                 # Unavailable: it drains, or was lost since it was ranked.
                 refusals.append(error)

@@ -108,12 +108,8 @@ class Estimate:
     read_s: float = 0.0
 
 
-def estimate(request: PlacementRequest, fleet: Sequence[WorkerView]) -> Estimate:
-    """What the call takes where it would be asked first; nothing, if it can't be served at all."""
-    candidates = ranked(request, fleet)
-    if not candidates:
-        return Estimate()
-    best = candidates[0]
+def estimate(request: PlacementRequest, best: WorkerView) -> Estimate:
+    """What the call takes on the worker that is asked first."""
     load = best.headroom.load
     speed = load.prefill_tokens_per_s or UNMEASURED_TOKENS_PER_S
     prediction = predict(request, best, request.need(best.model.shape), speed)
