@@ -33,7 +33,8 @@ class FairnessLoad:
         documents: of the flood.
         doc_tokens: of each document, also of the other tenant's.
         new_tokens: of each answer.
-        repeats: times that the other tenant sends its one call, alone and beside the flood.
+        repeats: times that the other tenant sends its one call, alone and beside the flood, there as far apart as it
+            takes alone.
         seed: of the documents.
     """
 
@@ -111,8 +112,9 @@ async def measure(flood: Client, one: Client, load: FairnessLoad, vocab_size: in
     running = _Flood(flood, [document() for _ in range(load.documents)], load.new_tokens)
     beside, left = [], []
     try:
-        await asyncio.sleep(statistics.median(alone))
         for _ in range(load.repeats):
+            # It sends one: who sends one after the other has its half of the time, and waits twice as long.
+            await asyncio.sleep(statistics.median(alone))
             beside.append(await _first_token_s(one, document(), load.new_tokens))
             left.append(running.left)
     finally:

@@ -69,6 +69,15 @@ CALLS: dict[str, Callable[[Any, str], Any]] = {
     "Fork": lambda stub, name: stub.Fork(sessions_pb2.ForkRequest(session_id=name), metadata=EVE),
     "Truncate": lambda stub, name: stub.Truncate(sessions_pb2.TruncateRequest(session_id=name), metadata=EVE),
     "Move": lambda stub, name: stub.Move(sessions_pb2.MoveRequest(session_id=name), metadata=EVE),
+    "Create with its document": lambda stub, name: stub.Create(
+        sessions_pb2.CreateRequest(document_id=name), metadata=EVE
+    ),
+    "Create with its document, under a request_id": lambda stub, name: stub.Create(
+        sessions_pb2.CreateRequest(document_id=name, request_id="r"), metadata=EVE
+    ),
+    "Fork, under a request_id": lambda stub, name: stub.Fork(
+        sessions_pb2.ForkRequest(session_id=name, request_id="r"), metadata=EVE
+    ),
 }
 
 
@@ -120,6 +129,10 @@ async def test_guesses_find_nothing(service, guess: str) -> None:
     stub = sessions_pb2_grpc.SessionServiceStub(await service.channel())
     told = await refusal(stub.Get(sessions_pb2.GetRequest(session_id=guess), metadata=EVE))
     assert told[:2] == ("NOT_FOUND", "unknown_session")
+    if guess:
+        # An empty one is none: the session begins without a document.
+        told = await refusal(stub.Create(sessions_pb2.CreateRequest(document_id=guess), metadata=EVE))
+        assert told[0] == "NOT_FOUND"
 
 
 async def test_list_shows_ones_own_and_takes_no_token_of_anothers(service) -> None:
