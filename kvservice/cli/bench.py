@@ -28,7 +28,6 @@ from kvservice.cli.options import (
     KvBytes,
     Map,
     Model,
-    Quantization,
     Recipe,
     Sharing,
     SkipAbove,
@@ -68,7 +67,6 @@ def engine(
     sharing_map: Map = None,
     sharing: Sharing = None,
     skip_above: SkipAbove = None,
-    quantization: Quantization = None,
     threads: Threads = None,
     transformers: Annotated[
         bool, typer.Option("--transformers", help="Also transformers on the same load, after it.")
@@ -95,7 +93,6 @@ def engine(
             "max_batch": max(batches),
             "threads": threads,
             "host_link_bytes_per_s": host_link,
-            "quantization": quantization,
             **shared,
         }
     )

@@ -164,13 +164,7 @@ def open_model(config: WorkerConfig, folder: Path) -> Model:
     else:
         torch.set_num_threads(threads)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
-    return load_model(
-        folder,
-        dtype=dtype,
-        device=torch.device(config.device),
-        deterministic=config.deterministic,
-        int8=config.quantization == "int8",
-    )
+    return load_model(folder, dtype=dtype, device=torch.device(config.device), deterministic=config.deterministic)
 
 
 def make_engine(
@@ -213,7 +207,6 @@ def make_engine(
         rope_theta=spec.rope_theta,
         keys_rotated=layout.keys_rotated,
         tokenizer=hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
-        **({"quantization": config.quantization} if config.quantization else {}),
     )
     frame_set = FrameSet(fingerprint, layout.group_shape, layout.dtype, config.kv_codec)
     if on_frames is not None:

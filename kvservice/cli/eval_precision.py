@@ -10,7 +10,6 @@ import typer
 
 from kvservice.cli.options import DEFAULT_MODEL, JsonFile, Model, Threads
 from kvservice.cli.output import hint, progress_bar, show_table, write_json
-from kvservice.cli.settings import Settings
 
 REFERENCE = "transformers fp32"
 
@@ -25,15 +24,11 @@ def precision(
     threads: Threads = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Distance of next-token distributions from transformers' in fp32: ours in fp32 and bf16, transformers' in bf16.
-
-    Where the CPU kernels can be used, also ours in bf16 with the layers' weights in 8 bits.
-    """
+    """Distance of next-token distributions from transformers' in fp32: ours in fp32 and bf16, transformers' in bf16."""
     import torch
 
     from kvservice.cli.evaluate import load_engine, read_texts
     from kvservice.evaluation.precision import compare, score_dense
-    from kvservice.kernels import cpu
     from kvservice.models.fetch import resolve
     from kvservice.models.peer import Peer
 
@@ -42,17 +37,14 @@ def precision(
     folder = resolve(model, None)
     logits: dict[str, list[torch.Tensor]] = {}
     with progress_bar() as bar:
-        engines: list[tuple[str, str, Settings]] = [("fp32", "fp32", {}), ("bf16", "bf16", {})]
-        if cpu.isa() != "none":
-            engines.append(("bf16, weights int8", "bf16", {"quantization": "int8"}))
-        task = bar.add_task("tokens", total=(2 + len(engines)) * (context + new_tokens) * len(chosen))
+        task = bar.add_task("tokens", total=4 * (context + new_tokens) * len(chosen))
         for name, dtype in ((REFERENCE, torch.float32), ("transformers bf16", torch.bfloat16)):
             peer = Peer(folder, dtype)
             logits[name] = [peer.score(tokens, new_tokens) for tokens in forced]
             bar.advance(task, (context + new_tokens) * len(chosen))
-        for name, dtype_name, settings in engines:
-            engine = load_engine(model, dtype_name, threads, settings)
-            logits[f"kvservice {name}"] = [
+        for dtype_name in ("fp32", "bf16"):
+            engine = load_engine(model, dtype_name, threads)
+            logits[f"kvservice {dtype_name}"] = [
                 score_dense(engine, tokens, context, lambda count: bar.advance(task, count)) for tokens in forced
             ]
             engine.close()
@@ -66,7 +58,7 @@ def precision(
     )
     hint(f"Model {model}. Both round bf16 at their own places: neither is nearer to the truth by rule.")
     if json_file is not None:
-        config = {
+        settings = {
             "model": model,
             "context": context,
             "new_tokens": new_tokens,
@@ -74,4 +66,4 @@ def precision(
             "skipped_texts": skipped,
             "threads": threads,
         }
-        write_json(json_file, config, {"rows": [asdict(row) for row in rows]})
+        write_json(json_file, settings, {"rows": [asdict(row) for row in rows]})

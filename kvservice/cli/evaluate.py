@@ -299,14 +299,14 @@ def read_texts(
     return chosen, skipped
 
 
-def load_engine(model: str, dtype: str, threads: int | None, more: Settings | None = None) -> Engine:
+def load_engine(model: str, dtype: str, threads: int | None, sharing: Settings | None = None) -> Engine:
     """An engine with room for what `eval` compares. Blocks for as long as its model takes to load.
 
     Args:
         model: a fetched model's name, or a folder.
         dtype: bf16 or fp32.
         threads: unset: the cores.
-        more: other settings of the worker, as `sharing_settings` gives them.
+        sharing: see `sharing_settings`.
 
     Raises:
         ConfigError: `dtype` isn't one that there is.
@@ -316,5 +316,5 @@ def load_engine(model: str, dtype: str, threads: int | None, more: Settings | No
 
     if dtype not in ("bf16", "fp32"):
         raise ConfigError(f"--dtype {dtype}: choose bf16 or fp32")
-    settings = {"model": model, "kv_bytes": EVAL_KV_BYTES, "dtype": dtype, "threads": threads, **(more or {})}
+    settings = {"model": model, "kv_bytes": EVAL_KV_BYTES, "dtype": dtype, "threads": threads, **(sharing or {})}
     return make_engine(worker_config(settings), resolve(model, None))

@@ -86,9 +86,6 @@ KvBytes = Annotated[
     int | None,
     typer.Option("--kv-bytes", parser=parse_bytes, metavar="SIZE", help="Device memory for all KV, such as 512MiB."),
 ]
-Quantization = Annotated[
-    str | None, typer.Option("--quantization", help="int8: the layers' weights in 8 bits, on CPUs. Unset: as they are.")
-]
 HostBytes = Annotated[
     int | None,
     typer.Option("--host-bytes", parser=parse_bytes, metavar="SIZE", help="Host memory for distant KV, such as 4GiB."),

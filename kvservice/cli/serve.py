@@ -9,17 +9,7 @@ from typing import Annotated
 
 import typer
 
-from kvservice.cli.options import (
-    HostBytes,
-    HostLink,
-    KvBytes,
-    Map,
-    Quantization,
-    Recipe,
-    Sharing,
-    SkipAbove,
-    parse_bytes,
-)
+from kvservice.cli.options import HostBytes, HostLink, KvBytes, Map, Recipe, Sharing, SkipAbove, parse_bytes
 from kvservice.cli.settings import (
     REDIS_URL_VARIABLE,
     SECRET_VARIABLE,
@@ -169,7 +159,6 @@ def serve(
         typer.Option("--redis-bytes", parser=parse_bytes, metavar="SIZE", help="Memory of the kv Redis that we start."),
     ] = None,
     dtype: Dtype = None,
-    quantization: Quantization = None,
     device: Device = None,
     threads: Threads = None,
     max_batch: MaxBatch = None,
@@ -219,7 +208,6 @@ def serve(
                 "skip_above": skip_above,
                 "threads": threads,
                 "dtype": dtype,
-                "quantization": quantization,
                 "device": device,
                 "redis_url": url_from(redis_url, REDIS_URL_VARIABLE),
                 "drain_grace_s": grace_s,
@@ -316,7 +304,6 @@ def worker(
         typer.Option("--port", min=0, max=65535, help="Loopback port of the internal service; 0: a free one."),
     ] = None,
     dtype: Dtype = None,
-    quantization: Quantization = None,
     device: Device = None,
     threads: Threads = None,
     max_batch: MaxBatch = None,
@@ -360,7 +347,6 @@ def worker(
                 "skip_above": skip_above,
                 "threads": threads,
                 "dtype": dtype,
-                "quantization": quantization,
                 "device": device,
                 "redis_url": url_from(redis_url, REDIS_URL_VARIABLE),
                 "drain_grace_s": grace_s,
@@ -388,7 +374,6 @@ def ray(
     kv_bytes: KvBytes = None,
     host_bytes: HostBytes = None,
     dtype: Dtype = None,
-    quantization: Quantization = None,
     device: Device = None,
     threads: Threads = None,
     grace_s: Grace = None,
@@ -412,7 +397,6 @@ def ray(
                 "host_bytes": host_bytes,
                 "threads": threads,
                 "dtype": dtype,
-                "quantization": quantization,
                 "device": device,
                 "redis_url": url_from(redis_url, REDIS_URL_VARIABLE),
                 "drain_grace_s": grace_s,

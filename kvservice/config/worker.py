@@ -58,9 +58,6 @@ class WorkerConfig(BaseModel):
         None, gt=0, le=1, description="such a layer leaves distant tokens out where what is near has this share"
     )
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="of weights and KV")
-    quantization: Literal["int8"] | None = Field(
-        None, description="int8: the layers' weights in 8 bits, for the CPU kernels alone; unset: as dtype"
-    )
     device: Literal["cpu", "cuda"] = Field("cpu", description="where the engine computes")
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on; without tls only loopback")
     port: int = Field(0, ge=0, le=65535, description="port to listen on; 0: any free one")

@@ -24,12 +24,9 @@ class CpuLlama:
         spec: the model's figures.
         weights: packed; `weights.layers` is read once. fp32 or bf16.
         deterministic: few queries are attended for as many are, which is slower.
-        int8: keep the layers' weights in 8 bits. Not the head's: see decision 015.
     """
 
-    def __init__(
-        self, spec: ModelSpec, weights: ModelWeights, *, deterministic: bool = False, int8: bool = False
-    ) -> None:
+    def __init__(self, spec: ModelSpec, weights: ModelWeights, *, deterministic: bool = False) -> None:
         shape = spec.shape
         self.spec = spec
         self.device = torch.device("cpu")
@@ -37,9 +34,7 @@ class CpuLlama:
         self.is_deterministic = deterministic
         self._embed = weights.embed
         self._norm = weights.norm.float()
-        self._layers = DecoderLayers(
-            weights.layers, shape.num_heads, shape.num_kv_heads, shape.head_dim, spec.norm_eps, int8=int8
-        )
+        self._layers = DecoderLayers(weights.layers, shape.num_heads, shape.num_kv_heads, shape.head_dim, spec.norm_eps)
         self._lm_head = PackedLinear(weights.lm_head)
         angles = rope_angles(spec)
         self._cos, self._sin = angles.cos(), angles.sin()

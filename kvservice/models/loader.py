@@ -19,9 +19,7 @@ from kvservice.models.rows import DETERMINISTIC_ROWS
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-def load_model(
-    folder: Path, *, dtype: torch.dtype, device: torch.device, deterministic: bool = False, int8: bool = False
-) -> Model:
+def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device, deterministic: bool = False) -> Model:
     """The model in `folder`, with the fastest runner that there is for it here. Blocks: 0.5 s for 135M parameters.
 
     Args:
@@ -29,26 +27,18 @@ def load_model(
         dtype: see `read_model`.
         device: any torch device.
         deterministic: a token's result may not depend, in any bit, on the other tokens of a step.
-        int8: keep the layers' weights in 8 bits.
 
     Raises:
-        ModelError: see `read_model`; or weights in 8 bits are asked for, and the runner has none.
+        ModelError: see `read_model`.
     """
     spec, weights = read_model(folder, dtype)
-    has_kernels = device.type == "cpu" and cpu.isa() != "none" and spec.shape.head_dim % cpu.HEAD_DIM_STEP == 0
-    if int8 and not has_kernels:
-        raise ModelError(
-            f"weights in int8 need the CPU kernels, which can't be used here (device {device}, instruction set "
-            f"{cpu.isa()}, head_dim {spec.shape.head_dim}): leave --quantization out",
-            reason="model_unsupported",
-        )
     if device.type == "cuda" and not deterministic and triton.can_run(device):
         # An extra, which those that don't use it needn't have.
         from kvservice.models.cuda_llama import CudaLlama
 
         return CudaLlama(spec, weights, device)
-    if has_kernels:
-        return CpuLlama(spec, weights, deterministic=deterministic, int8=int8)
+    if device.type == "cpu" and cpu.isa() != "none" and spec.shape.head_dim % cpu.HEAD_DIM_STEP == 0:
+        return CpuLlama(spec, weights, deterministic=deterministic)
     return LlamaModel(spec, weights, device, row_block=DETERMINISTIC_ROWS if deterministic else None)
 
 

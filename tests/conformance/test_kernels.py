@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from kvservice.kernels import cpu, reference
 from kvservice.kernels.cpu.library import LIBRARY_FILE
-from kvservice.kernels.cpu.linear import rounded_to_int8
 from kvservice.kv.partial import AttnPartial, merge_partials
 
 pytestmark = pytest.mark.skipif(
@@ -195,11 +194,6 @@ def assert_close(ours: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert error <= TOLERANCE[dtype], f"off by {error:.1e} of the largest number"
 
 
-def _as_int8(weight: Tensor) -> Tensor:
-    rounded, scales = rounded_to_int8(weight)
-    return (rounded * scales.unsqueeze(1)).to(weight.dtype)
-
-
 class TestLinear:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(
@@ -243,26 +237,6 @@ class TestLinear:
         expected = F.rms_norm(x, (50,), norm, EPS)[rows] @ weight.float().T
         assert_close(cpu.PackedLinear(weight).of_normed(x, norm, EPS, rows), expected, dtype)
 
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize(("rows", "width", "out"), [(1, 64, 960), (7, 33, 50), (33, 1, 1), (300, 100, 70)])
-    def test_int8_weights_are_multiplied_as_what_they_stand_for(
-        self, dtype: torch.dtype, rows: int, width: int, out: int
-    ) -> None:
-        rng = torch.Generator().manual_seed(rows)
-        weight, x = torch.randn(2 * out, width, generator=rng).to(dtype), torch.randn(rows, width, generator=rng)
-        weight[0] = 0
-        rounded, scales = rounded_to_int8(weight)
-        assert (rounded * scales.unsqueeze(1) - weight.float()).abs().le(scales.unsqueeze(1) * 0.5001).all()
-        wide = (rounded * scales.unsqueeze(1)).to(dtype)
-        narrow, norm = x.to(dtype), torch.rand(width, generator=rng)
-        for is_gated in (False, True):
-            small, large = (cpu.PackedLinear(one, is_gated=is_gated, int8=one is weight) for one in (weight, wide))
-            assert small.num_bytes < large.num_bytes
-            assert torch.equal(small(narrow), large(narrow))
-        ids = torch.tensor([rows - 1, 0])
-        small, large = (cpu.PackedLinear(one, int8=one is weight) for one in (weight, wide))
-        assert torch.equal(small.of_normed(x, norm, EPS, ids), large.of_normed(x, norm, EPS, ids))
-
     def test_nan_stays_nan(self) -> None:
         x = torch.ones(2, 32, dtype=torch.bfloat16)
         x[1, 3] = math.nan
@@ -286,21 +260,6 @@ class TestLayers:
         model = Model(shape)
         x = model.randn(150, shape.hidden)
         assert_close(_run_in_chunks(model, x, [150]), model.reference_run(x), shape.dtype)
-
-    def test_int8_weights_run_as_what_they_stand_for(self, shape: Shape) -> None:
-        model, wide = Model(shape), Model(shape)
-        small = cpu.DecoderLayers(model.layers, shape.heads, shape.kv, shape.dim, EPS, int8=True)
-        layers = [
-            replace(
-                one, qkv=_as_int8(one.qkv), o=_as_int8(one.o), gate_up=_as_int8(one.gate_up), down=_as_int8(one.down)
-            )
-            for one in model.layers
-        ]
-        wide.kernels = cpu.DecoderLayers(layers, shape.heads, shape.kv, shape.dim, EPS)
-        assert small.num_bytes < wide.kernels.num_bytes
-        model.kernels = small
-        x = model.randn(150, shape.hidden)
-        assert torch.equal(_run_in_chunks(model, x, [149, 1]), _run_in_chunks(wide, x, [149, 1]))
 
     def test_chunks_and_single_tokens_give_the_same_bits(self, shape: Shape) -> None:
         model = Model(shape, seed=1)

@@ -86,21 +86,13 @@ class DecoderLayers:
         num_kv_heads: key heads, and value heads.
         head_dim: numbers of a head, a multiple of 8 up to 1,024.
         eps: of the norms.
-        int8: keep weights in 8 bits.
 
     Attributes:
         num_bytes: of all packed weights and norms.
     """
 
     def __init__(
-        self,
-        layers: Iterable[LayerTensors],
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        eps: float,
-        *,
-        int8: bool = False,
+        self, layers: Iterable[LayerTensors], num_heads: int, num_kv_heads: int, head_dim: int, eps: float
     ) -> None:
         if head_dim % HEAD_DIM_STEP or not HEAD_DIM_STEP <= head_dim <= 1024:
             raise ValueError(f"head_dim={head_dim}: must be a multiple of 8 up to 1,024")
@@ -110,10 +102,10 @@ class DecoderLayers:
         records = []
         for layer in layers:
             linears = (
-                PackedLinear(layer.qkv, layer.qkv_bias, int8=int8),
-                PackedLinear(layer.o, layer.o_bias, int8=int8),
-                PackedLinear(layer.gate_up, is_gated=True, int8=int8),
-                PackedLinear(layer.down, int8=int8),
+                PackedLinear(layer.qkv, layer.qkv_bias),
+                PackedLinear(layer.o, layer.o_bias),
+                PackedLinear(layer.gate_up, is_gated=True),
+                PackedLinear(layer.down),
             )
             norms = tuple(
                 None if norm is None else norm.float().contiguous()

@@ -24,7 +24,6 @@ class KvLinear(Structure):
         ("out_features", c_int32),
         ("dtype", c_int32),
         ("is_gated", c_int32),
-        ("scales", c_void_p),
     )
 
 
@@ -151,8 +150,8 @@ _PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "kv_set_threads": (None, (c_int32,)),
     "kv_set_waiting": (None, (c_int32, c_int32)),
     "kv_advise_huge": (None, (c_void_p, c_int64)),
-    "kv_packed_numbers": (c_int64, (c_int32, c_int32, c_int32)),
-    "kv_pack": (None, (c_void_p, c_int32, c_int32, c_int32, c_int32, c_int32, c_void_p)),
+    "kv_packed_bytes": (c_int64, (c_int32, c_int32, c_int32, c_int32)),
+    "kv_pack": (None, (c_void_p, c_int32, c_int32, c_int32, c_int32, c_void_p)),
     "kv_linear": (None, (POINTER(KvLinear), c_void_p, c_int64, c_int32, c_void_p, c_int64, c_int32)),
     "kv_norm_linear": (None, (POINTER(KvLinear), c_void_p, c_float, c_void_p, c_void_p, c_int32, c_void_p)),
     "kv_rms_norm": (None, (c_void_p, c_void_p, c_float, c_int32, c_int32, c_void_p, c_int32)),

@@ -10,9 +10,6 @@ from torch import Tensor
 from kvservice.kernels.cpu.library import KvLinear
 from kvservice.kernels.cpu.runtime import DTYPES, address_of, check, empty_bytes, loaded
 
-PANEL_COLUMNS = 32
-"""As in packing.h."""
-
 
 class PackedLinear:
     """A [out, in] matrix in the kernels' own order, with its products.
@@ -21,15 +18,12 @@ class PackedLinear:
         weight: `[out, in]`, bf16 or fp32; not kept. Of a gated pair `[2 * out, in]`: gate rows, then up rows.
         bias: `[out]`, or None.
         is_gated: the product is `silu(gate) * up`.
-        int8: keeps weights in 8 bits, as `rounded_to_int8` gives them. A product sees them in their own dtype.
 
     Attributes:
         num_bytes: of the packed weights.
     """
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None = None, *, is_gated: bool = False, int8: bool = False
-    ) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, is_gated: bool = False) -> None:
         if weight.dtype not in DTYPES:
             raise ValueError(f"weights are {weight.dtype}: must be torch.bfloat16 or torch.float32")
         if is_gated and bias is not None:
@@ -38,16 +32,11 @@ class PackedLinear:
         self.out_features = rows // 2 if is_gated else rows
         self.dtype = weight.dtype
         weight = check(weight.contiguous(), self.dtype, (rows, self.in_features), "weight")
-        self._scales: Tensor | None = None
-        if int8:
-            weight, scales = rounded_to_int8(weight)
-            self._scales = _by_panel(scales, is_gated=is_gated)
-        sizes, kind = (self.out_features, self.in_features), (DTYPES[self.dtype], int(is_gated), int(int8))
-        num_numbers = int(loaded().kv_packed_numbers(*sizes, int(is_gated)))
+        kernels, sizes = loaded(), (self.out_features, self.in_features, DTYPES[self.dtype], int(is_gated))
+        self.num_bytes = int(kernels.kv_packed_bytes(*sizes))
         # Each row of 64 bytes is read as one vector or tile row, which is fastest when none crosses a cache line.
-        self._packed = empty_bytes(num_numbers * weight.itemsize)
-        self.num_bytes = self._packed.nbytes + (0 if self._scales is None else self._scales.nbytes)
-        loaded().kv_pack(weight.data_ptr(), *sizes, *kind, self._packed.data_ptr())
+        self._packed = empty_bytes(self.num_bytes)
+        kernels.kv_pack(weight.data_ptr(), *sizes, self._packed.data_ptr())
         self._bias = None if bias is None else bias.float().contiguous()
         self.record = KvLinear(
             packed=self._packed.data_ptr(),
@@ -56,7 +45,6 @@ class PackedLinear:
             out_features=self.out_features,
             dtype=DTYPES[self.dtype],
             is_gated=int(is_gated),
-            scales=address_of(self._scales),
         )
 
     def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -100,25 +88,3 @@ class PackedLinear:
             out.data_ptr(),
         )
         return out
-
-
-def rounded_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rounds each row to whole multiples of a 127th of its greatest number.
-
-    Args:
-        weight: `[rows, in]`.
-
-    Returns:
-        int8 `[rows, in]`, and fp32 `[rows]` to multiply them by.
-    """
-    rows = weight.float()
-    scales = rows.abs().amax(1) / 127
-    return (rows / scales.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)).round().to(torch.int8), scales
-
-
-def _by_panel(scales: Tensor, *, is_gated: bool) -> Tensor:
-    """Of rows to of panels' columns, fp32 `[panels * 32]`; of a gated pair, a panel has 16 gates and their 16 ups."""
-    sides = scales.view(2, -1) if is_gated else scales.view(1, -1)
-    width = PANEL_COLUMNS // sides.shape[0]
-    padded = torch.nn.functional.pad(sides, (0, -sides.shape[1] % width))
-    return padded.view(len(sides), -1, width).transpose(0, 1).reshape(-1).contiguous()

@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from kvservice.errors import ModelError
-from kvservice.kernels import cpu
 from kvservice.models.base import MODELS
 from kvservice.models.llama import LlamaModel
 from kvservice.models.loader import load_model, read_model
@@ -249,19 +247,3 @@ def test_the_real_model_is_what_its_name_says(real_model_folder):
     assert "dequantised" in spec.origin
     assert spec.tie_embeddings
     assert 2 in spec.eos_token_ids
-
-
-@pytest.mark.skipif(cpu.isa() == "none", reason="the CPU kernels can't be used here")
-def test_weights_in_8_bits_take_less_and_say_nearly_the_same(tiny_folder, sequence):
-    whole = load_model(tiny_folder, dtype=torch.float32, device=CPU)
-    small = load_model(tiny_folder, dtype=torch.float32, device=CPU, int8=True)
-    assert small.weight_bytes < whole.weight_bytes
-    exact, near = (sequence(model).feed(list(range(40))) for model in (whole, small))
-    assert not torch.equal(exact, near)
-    assert F.cosine_similarity(exact, near, dim=-1).min() > 0.99
-
-
-def test_weights_in_8_bits_need_the_kernels(tiny_folder, monkeypatch):
-    monkeypatch.setattr(cpu, "isa", lambda: "none")
-    with pytest.raises(ModelError, match="leave --quantization out"):
-        load_model(tiny_folder, dtype=torch.float32, device=CPU, int8=True)

@@ -127,18 +127,15 @@ void kv_advise_huge(void* memory, int64_t bytes) {
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
 
-int64_t kv_packed_numbers(int32_t out, int32_t in, int32_t is_gated) {
+int64_t kv_packed_bytes(int32_t out, int32_t in, int32_t dtype, int32_t is_gated) {
   const kv::PackedShape shape(out, in, is_gated != 0);
-  return static_cast<int64_t>(shape.num_panels * shape.panel_elements());
+  return static_cast<int64_t>(shape.num_panels * shape.panel_elements()) * (dtype == KV_BF16 ? 2 : 4);
 }
 
-void kv_pack(const void* weight, int32_t out, int32_t in, int32_t dtype, int32_t is_gated, int32_t is_int8,
-             void* packed) {
+void kv_pack(const void* weight, int32_t out, int32_t in, int32_t dtype, int32_t is_gated, void* packed) {
   std::lock_guard<std::mutex> lock(kv::call_mutex());
   const kv::PackedShape shape(out, in, is_gated != 0);
-  if (is_int8) {
-    kv::pack(static_cast<const int8_t*>(weight), shape, out, in, dtype, is_gated, static_cast<int8_t*>(packed));
-  } else if (dtype == KV_BF16) {
+  if (dtype == KV_BF16) {
     kv::pack(static_cast<const uint16_t*>(weight), shape, out, in, dtype, is_gated, static_cast<uint16_t*>(packed));
   } else {
     kv::pack(static_cast<const float*>(weight), shape, out, in, dtype, is_gated, static_cast<float*>(packed));

@@ -21,7 +21,6 @@ struct KvLinear {
   int32_t out;      // of a gated pair: the width after gating, half the rows of the matrix
   int32_t dtype;    // KvDtype
   int32_t is_gated;  // rows are [gate; up]: the product is silu(gate) * up
-  const float* scales;  // [panels][32], of the columns of a matrix packed as int8, of which `dtype` is what is multiplied
 };
 
 // One decoder layer's weights.
@@ -137,10 +136,9 @@ void kv_set_waiting(int32_t spin_turns, int32_t yield_turns);
 // Asks the system to back memory by 2 MiB pages where whole ones fit. Reading scattered blocks needs them.
 void kv_advise_huge(void* memory, int64_t bytes);
 
-int64_t kv_packed_numbers(int32_t out, int32_t in, int32_t is_gated);
-// weight: [out, in], or [2 * out, in] when gated, in `dtype`, or int8 that is multiplied as `dtype`.
-void kv_pack(const void* weight, int32_t out, int32_t in, int32_t dtype, int32_t is_gated, int32_t is_int8,
-             void* packed);
+int64_t kv_packed_bytes(int32_t out, int32_t in, int32_t dtype, int32_t is_gated);
+// weight: [out, in], or [2 * out, in] when gated.
+void kv_pack(const void* weight, int32_t out, int32_t in, int32_t dtype, int32_t is_gated, void* packed);
 
 // y = x @ W^T (+ bias). x is in the matrix's dtype; y in `y_dtype`.
 void kv_linear(const KvLinear* linear, const void* x, int64_t x_stride, int32_t rows, void* y, int64_t y_stride,

@@ -78,7 +78,7 @@ void layer_pre(const KvLayer& layer, int layer_idx, const KvStep& step) {
         clear_padding(normed.row(r), hidden);
       }
       team.barrier();
-      multiply<Product>(team, thread, layer.qkv, normed, rows, EmitTo<float>{layer.qkv, projected, width});
+      multiply<Product>(team, layer.qkv, normed, rows, EmitTo<float>{layer.qkv, projected, width});
       team.barrier();
       const Share share(static_cast<int64_t>(rows) * num_heads, thread, team.size());
       place_heads<typename Product::Weight>(layer, layer_idx, step, projected, first, share);
@@ -105,16 +105,16 @@ void layer_post(const KvLayer& layer, const KvStep& step) {
         clear_padding(gated.row(r), layer.gate_up.out);
       }
       team.barrier();
-      multiply<Product>(team, thread, layer.o, narrow, rows, EmitAdded{layer.o, x, hidden});
+      multiply<Product>(team, layer.o, narrow, rows, EmitAdded{layer.o, x, hidden});
       team.barrier();
       for (int r = thread; r < rows; r += team.size()) {
         rms_norm(x + static_cast<int64_t>(r) * hidden, layer.norm2, layer.eps, hidden, narrow.row(r));
         clear_padding(narrow.row(r), hidden);
       }
       team.barrier();
-      multiply<Product>(team, thread, layer.gate_up, narrow, rows, EmitGated<Activation>{gated.data, gated.stride});
+      multiply<Product>(team, layer.gate_up, narrow, rows, EmitGated<Activation>{gated.data, gated.stride});
       team.barrier();
-      multiply<Product>(team, thread, layer.down, gated, rows, EmitAdded{layer.down, x, hidden});
+      multiply<Product>(team, layer.down, gated, rows, EmitAdded{layer.down, x, hidden});
       team.barrier();
     }
   });

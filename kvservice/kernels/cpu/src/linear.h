@@ -49,65 +49,34 @@ void clear_padding(Activation* row, int count) {
   std::memset(static_cast<void*>(row + count), 0, padding * sizeof(Activation));
 }
 
-// An int8 panel as the numbers that it stands for, in T.
-template <class T>
-void widen_panel(const int8_t* packed, const float* scales, int num_blocks, T* panel) {
-  constexpr int kAhead = 8 * 1024;
-  // Numbers of a block that lie in one row: of bf16 pairs, each column's two.
-  constexpr int kOfColumn = sizeof(T) == 2 ? 2 : 1, kRow = kOfColumn * kHalfColumns;
-  alignas(64) float of_row[2][kRow];
-  for (int i = 0; i < 2 * kRow; ++i) of_row[i / kRow][i % kRow] = scales[i / kOfColumn];
-  for (int block = 0; block < 2 * num_blocks; ++block, packed += kBlockElements, panel += kBlockElements) {
-    for (int line = 0; line < kBlockElements; line += 64) _mm_prefetch(packed + kAhead + line, _MM_HINT_T0);
-    for (int row = 0; row < kBlockElements; row += kRow) {
-      for (int i = 0; i < kRow; i += Vec::width) {
-        store(panel + row + i, load(packed + row + i) * load(of_row[block % 2] + i));
-      }
-    }
-  }
-}
-
 // Computes all rows and columns, shared among the team, and hands them to `emit(row, first_column, num_columns, c)`
 // with c of 32 numbers: the columns, or 16 gates and 16 ups. No barrier at the end.
 //
 // A part is a few neighbouring panels. A block of rows meets them all while it is in the first-level cache, and they
-// meet all blocks of rows while they are in the second, where what comes next is fetched bit by bit meanwhile. An int8
-// panel is widened once, and then meets all blocks of rows.
+// meet all blocks of rows while they are in the second, where what comes next is fetched bit by bit meanwhile.
 template <class Product, class Emit>
-void multiply(Team& team, int thread, const KvLinear& linear, ActivationRows<typename Product::Activation> a, int rows,
+void multiply(Team& team, const KvLinear& linear, ActivationRows<typename Product::Activation> a, int rows,
               const Emit& emit) {
-  using Weight = typename Product::Weight;
   const PackedShape shape(linear);
-  const int panels_per_part = panels_of_part(shape, sizeof(Weight), rows, team.size());
+  const auto* packed = static_cast<const typename Product::Weight*>(linear.packed);
+  const int panels_per_part = panels_of_part(shape, sizeof(*packed), rows, team.size());
   const int row_blocks = (rows + Product::row_block - 1) / Product::row_block;
   alignas(64) float c[Product::row_block * kPanelColumns];
   Product product;
-  const auto meet = [&](int block, int panel, const Weight* weights, const Weight* ahead) {
-    const int row = block * Product::row_block, count = smaller(Product::row_block, rows - row);
-    const int column = panel * shape.columns_per_panel;
-    for (int r = 0; r < count; ++r) emit.fetch(row + r, column);
-    product.compute(a.row(row), a.stride, count, weights, shape.num_blocks, {ahead, block, row_blocks}, c);
-    const int num_columns = smaller(shape.columns_per_panel, linear.out - column);
-    for (int r = 0; r < count; ++r) emit(row + r, column, num_columns, c + r * kPanelColumns);
-  };
-  const size_t elements = shape.panel_elements();
-  auto* wide = static_cast<Weight*>(linear.scales ? thread_buffer(thread, elements * sizeof(Weight)) : nullptr);
   for (int part = team.next(); part * panels_per_part < shape.num_panels; part = team.next()) {
     const int begin = part * panels_per_part, end = smaller(begin + panels_per_part, shape.num_panels);
-    if (linear.scales) {
-      for (int panel = begin; panel < end; ++panel) {
-        widen_panel(static_cast<const int8_t*>(linear.packed) + panel * elements,
-                    linear.scales + panel * kPanelColumns, shape.num_blocks, wide);
-        for (int block = 0; block < row_blocks; ++block) meet(block, panel, wide, wide);
-      }
-      continue;
-    }
     for (int block = 0; block < row_blocks; ++block) {
+      const int row = block * Product::row_block, count = smaller(Product::row_block, rows - row);
       for (int panel = begin; panel < end; ++panel) {
-        const Weight* weights = static_cast<const Weight*>(linear.packed) + panel * elements;
+        const auto* weights = packed + panel * shape.panel_elements();
+        const int column = panel * shape.columns_per_panel;
         // With one block of rows it is the next panel. Past the end, something that is there already.
         const int distance = row_blocks > 1 ? team.size() * panels_per_part : 1;
-        meet(block, panel, weights, panel + distance < shape.num_panels ? weights + distance * elements : weights);
+        const auto* ahead = panel + distance < shape.num_panels ? weights + distance * shape.panel_elements() : weights;
+        for (int r = 0; r < count; ++r) emit.fetch(row + r, column);
+        product.compute(a.row(row), a.stride, count, weights, shape.num_blocks, {ahead, block, row_blocks}, c);
+        const int num_columns = smaller(shape.columns_per_panel, linear.out - column);
+        for (int r = 0; r < count; ++r) emit(row + r, column, num_columns, c + r * kPanelColumns);
       }
     }
   }
@@ -192,9 +161,9 @@ void linear_rows(const KvLinear& linear, const typename Product::Weight* x, int6
         using Out = std::remove_pointer_t<decltype(to)>;
         to += first * y_stride;
         if (linear.is_gated) {
-          multiply<Product>(team, thread, linear, a, count, EmitGated<Out>{to, y_stride});
+          multiply<Product>(team, linear, a, count, EmitGated<Out>{to, y_stride});
         } else {
-          multiply<Product>(team, thread, linear, a, count, EmitTo<Out>{linear, to, y_stride});
+          multiply<Product>(team, linear, a, count, EmitTo<Out>{linear, to, y_stride});
         }
       };
       if (y_dtype == KV_F32) {
@@ -222,7 +191,7 @@ void norm_linear_rows(const KvLinear& linear, const float* norm, float eps, cons
       }
       team.barrier();
       const int64_t y_stride = linear.out;
-      multiply<Product>(team, thread, linear, a, count, EmitTo<float>{linear, y + first * y_stride, y_stride});
+      multiply<Product>(team, linear, a, count, EmitTo<float>{linear, y + first * y_stride, y_stride});
       team.barrier();
     }
   });

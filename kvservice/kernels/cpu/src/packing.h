@@ -4,8 +4,6 @@
 //   block   16 columns x 32 k, 512 numbers:   bf16  [16 pairs of k][16 columns][2]     fp32  [32 k][16 columns]
 //   order   [panel][k / 32][half of the panel][block]; columns and k beyond the matrix are zero
 //
-// Of int8 numbers, the places are those of the number type that they are multiplied as.
-//
 // A bf16 block is what an AMX tile wants and, read by rows of 64 bytes, what AVX wants. A panel is read front to back.
 #pragma once
 

@@ -36,9 +36,6 @@ inline __m256i narrow(__m512 x) {
 
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline Vec load(const bf16* p) { return {widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
-inline Vec load(const int8_t* p) {
-  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
-}
 inline Vec load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }
 inline Vec load_n(const bf16* p, int n) { return {widen(_mm256_maskz_loadu_epi16(first_lanes(n), p))}; }
 inline void store(float* p, Vec x) { _mm512_storeu_ps(p, x.v); }
