@@ -52,7 +52,7 @@ sanitize: $(STAMP) ## run the kernels' tests under address and undefined-behavio
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(PY) -m pytest -q -p no:cacheprovider --timeout 1200 tests/conformance/test_kernels.py tests/conformance/test_recall_kernels.py \
-		tests/conformance/test_sampling_kernels.py; \
+		tests/conformance/test_sampling_kernels.py tests/conformance/test_sharing_kernels.py; \
 		status=$$?; $(PY) setup.py -q build_ext --inplace; exit $$status
 
 model: $(STAMP)
