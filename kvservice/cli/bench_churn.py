@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from contextlib import AsyncExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pydantic import SecretBytes, SecretStr
+from pydantic import SecretStr
 
+from kvservice.cli.bench_service import bench_service
 from kvservice.cli.bench_soak import check_writable
-from kvservice.cli.options import DEFAULT_MODEL, HostBytes, JsonFile, KvBytes, Model, Threads
+from kvservice.cli.options import DEFAULT_MODEL, HostBytes, JsonFile, KvBytes, Model, Seed, Threads, given
 from kvservice.cli.output import complain, human_bytes, progress_bar, show_table, write_json
 from kvservice.config.worker import WorkerConfig
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 REDIS_BYTES = 2 << 30
 TENANT = "local"
+WORKER = "w"
 TOLERANCE = 0.05
 
 
@@ -35,7 +36,7 @@ def churn(
         Path | None,
         typer.Option("--redis-server", metavar="FILE", exists=True, help="The kv Redis; unset: the one that is found."),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the documents' random tokens.")] = 7,
+    seed: Seed = 7,
     model: Model = DEFAULT_MODEL,
     kv_bytes: KvBytes = None,
     host_bytes: HostBytes = None,
@@ -49,13 +50,7 @@ def churn(
     check_writable("--json", json_file)
     from kvservice.bench.churn import ChurnLoad
 
-    defaults = WorkerConfig()
-    config = WorkerConfig(
-        model=model,
-        kv_bytes=kv_bytes or defaults.kv_bytes,
-        host_bytes=host_bytes or defaults.host_bytes,
-        threads=threads,
-    )
+    config = WorkerConfig(model=model, **given(kv_bytes=kv_bytes, host_bytes=host_bytes, threads=threads))
     with progress_bar() as bar:
         task = bar.add_task("sessions", total=sessions)
 
@@ -84,38 +79,19 @@ async def _measure(
     """What it came to, and the allocator of the kv Redis."""
     from kvservice.bench.churn import measure_churn
     from kvservice.cli import compose
-    from kvservice.client import Client
-    from kvservice.config.gateway import GatewayConfig
-    from kvservice.gateway.server import Gateway
-    from kvservice.store import open_state_store
     from kvservice.store.blobs import RedisBlobs
-    from kvservice.store.embedded import EmbeddedRedis, RedisRole
     from kvservice.tier.base import open_tier
 
-    async with AsyncExitStack() as stack:
-        state = stack.enter_context(EmbeddedRedis(RedisRole.STATE))
-        kv = stack.enter_context(EmbeddedRedis(RedisRole.KV, maxmemory_bytes=REDIS_BYTES, server=redis_server))
-        store = await open_state_store(state.url)
-        stack.push_async_callback(store.aclose)
-        worker = await compose.worker(config.model_copy(update={"redis_url": SecretStr(kv.url)}), store, stack)
+    async with bench_service(REDIS_BYTES, redis_server) as service, AsyncExitStack() as stack:
+        told = config.model_copy(update={"redis_url": SecretStr(service.kv_url), "worker_id": WORKER})
+        worker = await compose.worker(told, service.store, stack)
         await worker.start()
-        gateway = Gateway(GatewayConfig(secret=SecretBytes(secrets.token_bytes(32)), port=0), store)
-        stack.push_async_callback(gateway.stop)
-        client = await stack.enter_async_context(Client(await gateway.start()))
-        while not gateway.fleet.views():
-            await gateway.fleet.changed_since(gateway.fleet.version)
-        blobs, tier = RedisBlobs(kv.url), open_tier(kv.url)
+        await service.found(WORKER)
+        blobs, tier = RedisBlobs(service.kv_url), open_tier(service.kv_url)
         stack.push_async_callback(blobs.aclose)
         stack.push_async_callback(tier.aclose)
         await blobs.check()
-        result = await measure_churn(
-            client,
-            blobs,
-            tier,
-            load,
-            tenant=TENANT,
-            on_wave=on_wave,
-        )
+        result = await measure_churn(service.client, blobs, tier, load, tenant=TENANT, on_wave=on_wave)
         return result, blobs.allocator.value
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import SecretBytes, SecretStr
+from pydantic import SecretStr
 
+from kvservice.cli.bench_service import bench_service
 from kvservice.cli.bench_soak import check_writable
-from kvservice.cli.options import DEFAULT_MODEL, HostBytes, JsonFile, KvBytes, Model, Recipe, Threads
+from kvservice.cli.options import DEFAULT_MODEL, HostBytes, JsonFile, KvBytes, Model, Recipe, Seed, Threads, given
 from kvservice.cli.output import hint, progress_bar, show_table, write_json
 from kvservice.cli.processes import WorkerProcesses
 from kvservice.config.recipes import DEFAULT_RECIPE
@@ -32,7 +32,7 @@ def resume(
     codecs: Annotated[str, typer.Option("--codecs", metavar="NAME,NAME", help="How KV is stored.")] = "raw,values8",
     recipe: Recipe = DEFAULT_RECIPE,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Sessions, each to a process of its own.")] = 3,
-    seed: Annotated[int, typer.Option("--seed", help="Of the documents' random tokens.")] = 7,
+    seed: Seed = 7,
     model: Model = DEFAULT_MODEL,
     kv_bytes: KvBytes = None,
     host_bytes: HostBytes = None,
@@ -48,12 +48,9 @@ def resume(
     if unknown := [name for name in names if name not in KV_CODECS]:
         raise ConfigError(f"--codecs {','.join(unknown)}: choose from {', '.join(KV_CODECS)}")
     check_writable("--json", json_file)
-    defaults = WorkerConfig()
     settings: dict[str, Any] = {
         "model": model,
-        "kv_bytes": kv_bytes or defaults.kv_bytes,
-        "host_bytes": host_bytes or defaults.host_bytes,
-        "threads": threads,
+        **given(kv_bytes=kv_bytes, host_bytes=host_bytes, threads=threads),
     }
     rows: list[ResumeRow] = []
     with progress_bar() as bar:
@@ -69,39 +66,24 @@ def resume(
 
 async def _measure(settings: dict[str, Any], recipe: str, tokens: int, rounds: int, seed: int) -> list[ResumeRow]:
     from kvservice.bench.resume import measure_resume
-    from kvservice.client import Client
-    from kvservice.config.gateway import GatewayConfig
-    from kvservice.gateway.server import Gateway
-    from kvservice.store import open_state_store
-    from kvservice.store.embedded import EmbeddedRedis, RedisRole
 
-    async with AsyncExitStack() as stack:
-        state = stack.enter_context(EmbeddedRedis(RedisRole.STATE))
-        kv = stack.enter_context(EmbeddedRedis(RedisRole.KV, maxmemory_bytes=REDIS_BYTES))
-        store = await open_state_store(state.url)
-        stack.push_async_callback(store.aclose)
-        config = GatewayConfig(secret=SecretBytes(secrets.token_bytes(32)), port=0, discovery_interval_s=0.1)
-        gateway = Gateway(config, store)
-        stack.push_async_callback(gateway.stop)
-        address = await gateway.start()
-        client = await stack.enter_async_context(Client(address))
+    async with bench_service(REDIS_BYTES) as service:
 
         @asynccontextmanager
         async def start_worker(name: str) -> AsyncIterator[None]:
-            worker = WorkerConfig(**settings, worker_id=name, redis_url=SecretStr(kv.url), drain_grace_s=1.0)
-            told = {**worker.model_dump(mode="json"), "redis_url": kv.url}
-            processes = WorkerProcesses([{"worker": told, "state_url": state.url, "log_level": "WARNING"}], 1.0)
+            worker = WorkerConfig(**settings, worker_id=name, redis_url=SecretStr(service.kv_url), drain_grace_s=1.0)
+            told = {**worker.model_dump(mode="json"), "redis_url": service.kv_url}
+            processes = WorkerProcesses([{"worker": told, "state_url": service.state_url, "log_level": "WARNING"}], 1.0)
             try:
                 await processes.start()
                 async with asyncio.timeout(START_TIMEOUT_S):
-                    while name not in {view.worker_id for view in gateway.fleet.views()}:
-                        await gateway.fleet.changed_since(gateway.fleet.version)
+                    await service.found(name)
                 yield
             finally:
                 await processes.stop()
 
         return await measure_resume(
-            client,
+            service.client,
             start_worker,
             codec=settings["kv_codec"],
             recipe=recipe,

@@ -50,6 +50,11 @@ def parse_names(text: str) -> list[str]:
     return [word.strip() for word in text.split(",")]
 
 
+def given(**settings: int | None) -> dict[str, int]:
+    """The settings that were given; for the others the configuration's own defaults hold."""
+    return {name: value for name, value in settings.items() if value is not None}
+
+
 def check_recipe(name: str | None) -> str | None:
     """Refuses a name that is no recipe."""
     if name is not None and name not in RECIPES:
@@ -91,6 +96,7 @@ HostBytes = Annotated[
     typer.Option("--host-bytes", parser=parse_bytes, metavar="SIZE", help="Host memory for distant KV, such as 4GiB."),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Unset: the cores.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of the documents' random tokens.")]
 Map = Annotated[
     Path | None,
     typer.Option(

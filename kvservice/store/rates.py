@@ -11,18 +11,16 @@ after, when their number is known, so a bucket may owe: then nothing begins unti
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import Enum
-from typing import Any, Protocol
+from typing import Protocol
 from urllib.parse import quote
 
-from kvservice.tier.redis import FAULTS, connect, redacted, unavailable
+from kvservice.store.round_trips import TIMEOUT_S, Command, RoundTrips
 from kvservice.types import TenantId
 
-TIMEOUT_S = 5.0
 MAX_CONNECTIONS = 8
 MINUTE_S = 60.0
 KEPT_S = 60.0
@@ -52,8 +50,6 @@ redis.call('ZADD', KEYS[1], ARGV[3], ARGV[1])
 redis.call('PEXPIREAT', KEYS[1], math.ceil(tonumber(ARGV[3]) * 1000))
 return 1
 """
-
-Command = tuple[Any, ...]
 
 
 class Meter(Enum):
@@ -199,14 +195,12 @@ class RedisRateStore:
     """
 
     def __init__(self, url: str, *, clock: Callable[[], float] = time.time, timeout_s: float = TIMEOUT_S) -> None:
-        self._redis = connect(url, timeout_s=timeout_s, max_connections=MAX_CONNECTIONS)
-        self._where = redacted(url)
+        self._redis = RoundTrips(url, max_connections=MAX_CONNECTIONS, timeout_s=timeout_s)
         self._clock = clock
-        self._timeout_s = timeout_s
 
     async def quota(self, tenant: TenantId) -> Quota:
         """See `RateStore.quota`."""
-        (found,) = await self._run([("HGETALL", _key(tenant, "limits"))])
+        (found,) = await self._redis.run(("HGETALL", _key(tenant, "limits")))
         return _unpacked(found)
 
     async def set_quota(self, tenant: TenantId, quota: Quota) -> None:
@@ -217,17 +211,17 @@ class RedisRateStore:
             commands += [("HSET", key, *limits), ("SADD", TENANTS, tenant)]
         else:
             commands.append(("SREM", TENANTS, tenant))
-        await self._run(commands)
+        await self._redis.run(*commands)
 
     async def tenants(self) -> list[TenantId]:
         """See `RateStore.tenants`."""
-        (names,) = await self._run([("SMEMBERS", TENANTS)])
+        (names,) = await self._redis.run(("SMEMBERS", TENANTS))
         return sorted(TenantId(name.decode()) for name in names)
 
     async def draw(self, tenant: TenantId, meter: Meter, per_minute: float, *, needed: float, drawn: float) -> float:
         """See `RateStore.draw`."""
         arguments = (per_minute, self._clock(), needed, drawn, KEPT_S)
-        (wait_s,) = await self._run([("EVAL", DRAW, 1, _key(tenant, meter.value), *map(repr, arguments))])
+        (wait_s,) = await self._redis.run(("EVAL", DRAW, 1, _key(tenant, meter.value), *map(repr, arguments)))
         return float(wait_s)
 
     async def charge(self, tenant: TenantId, meter: Meter, per_minute: float, drawn: float) -> None:
@@ -239,27 +233,16 @@ class RedisRateStore:
         """See `RateStore.begin_call`."""
         now = self._clock()
         arguments = (call_id, repr(now), repr(now + ttl_s), most)
-        (begun,) = await self._run([("EVAL", BEGIN_CALL, 1, _key(tenant, "calls"), *arguments)])
+        (begun,) = await self._redis.run(("EVAL", BEGIN_CALL, 1, _key(tenant, "calls"), *arguments))
         return bool(begun)
 
     async def end_call(self, tenant: TenantId, call_id: str) -> None:
         """See `RateStore.end_call`."""
-        await self._run([("ZREM", _key(tenant, "calls"), call_id)])
+        await self._redis.run(("ZREM", _key(tenant, "calls"), call_id))
 
     async def aclose(self) -> None:
         """See `RateStore.aclose`."""
         await self._redis.aclose()
-
-    async def _run(self, commands: Sequence[Command]) -> list[Any]:
-        """The answers to `commands`, sent in one round trip."""
-        try:
-            async with asyncio.timeout(self._timeout_s), self._redis.pipeline(transaction=False) as pipeline:
-                for command in commands:
-                    pipeline.execute_command(*command)
-                answers: list[Any] = await pipeline.execute()
-        except FAULTS as error:
-            raise unavailable(error, self._where, prefix="state_") from error
-        return answers
 
 
 def _key(tenant: TenantId, what: str) -> str:

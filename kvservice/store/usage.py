@@ -10,19 +10,17 @@ answer, and the repeat that follows, make one record together.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol
+from typing import Protocol
 from urllib.parse import quote
 
 from kvservice.errors import InternalError, InvalidRequest
-from kvservice.tier.redis import FAULTS, connect, redacted, unavailable
+from kvservice.store.round_trips import TIMEOUT_S, RoundTrips
 from kvservice.types import TenantId, Usage
 
-TIMEOUT_S = 5.0
 MAX_CONNECTIONS = 4
 SEEN_S = 86_400.0
 """A record's id is remembered for so long: many times longer than an answer is kept for a repeat."""
@@ -40,8 +38,6 @@ if not redis.call('SET', KEYS[2], '1', 'NX', 'PX', ARGV[1]) then return 0 end
 redis.call('XADD', KEYS[1], 'MINID', '~', ARGV[2], '*', unpack(ARGV, 3))
 return 1
 """
-
-Command = tuple[Any, ...]
 
 
 class UsageKind(Enum):
@@ -150,34 +146,26 @@ class RedisUsageLog:
     """
 
     def __init__(self, url: str, *, clock: Callable[[], float] = time.time, timeout_s: float = TIMEOUT_S) -> None:
-        self._redis = connect(url, timeout_s=timeout_s, max_connections=MAX_CONNECTIONS)
-        self._where = redacted(url)
+        self._redis = RoundTrips(url, max_connections=MAX_CONNECTIONS, timeout_s=timeout_s)
         self._clock = clock
-        self._timeout_s = timeout_s
 
     async def append(self, record: UsageRecord) -> bool:
         """See `UsageLog.append`."""
         seen = f"kvs:{{usage}}:seen:{_name(record)}"
         oldest = f"{max(0, round((self._clock() - KEPT_S) * 1000))}"
         arguments = (round(SEEN_S * 1000), oldest, *_packed(record))
-        return bool(await self._run(("EVAL", APPEND, 2, RECORDS, seen, *arguments)))
+        (written,) = await self._redis.run(("EVAL", APPEND, 2, RECORDS, seen, *arguments))
+        return bool(written)
 
     async def read(self, after: str, limit: int) -> tuple[list[UsageRecord], str]:
         """See `UsageLog.read`."""
-        found = await self._run(("XRANGE", RECORDS, f"({_checked(after)}", "+", "COUNT", limit))
+        (found,) = await self._redis.run(("XRANGE", RECORDS, f"({_checked(after)}", "+", "COUNT", limit))
         entries = [(name.decode(), _fields(values)) for name, values in found]
         return [_unpacked(values) for _, values in entries], entries[-1][0] if entries else after or START
 
     async def aclose(self) -> None:
         """See `UsageLog.aclose`."""
         await self._redis.aclose()
-
-    async def _run(self, command: Command) -> Any:  # noqa: ANN401 - whatever the command answers
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                return await self._redis.execute_command(*command)  # type: ignore[no-untyped-call]
-        except FAULTS as error:
-            raise unavailable(error, self._where, prefix="state_") from error
 
 
 def _name(record: UsageRecord) -> str:
