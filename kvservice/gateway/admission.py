@@ -19,6 +19,7 @@ from kvservice.errors import (
     hopeless,
 )
 from kvservice.gateway.fleet import Fleet
+from kvservice.gateway.leaving import Leaving
 from kvservice.gateway.line import Line, Ticket
 from kvservice.gateway.placement import Estimate, PlacementRequest, WorkerView, estimate, has_room, ranked
 from kvservice.gateway.worker_link import RETRY_AFTER_S, WorkerCall
@@ -82,7 +83,8 @@ class Admission:
         turn = shares.join(submit.tenant_tag, expected.seconds, weight, priority=submit.priority)
         used_s = 0.0
         try:
-            call = await self._admit(_Asker(request, submit, deadline, expected), turn, candidates)
+            asker = _Asker(request, submit, deadline, expected, Leaving(request, submit))
+            call = await self._admit(asker, turn, candidates)
             shares.serve(turn)
             used_s = expected.seconds
         finally:
@@ -153,15 +155,13 @@ class Admission:
             The call; None when all refuse for now. And whether they do because its tenant has all that it may have.
         """
         request, submit = asker.request, asker.submit
-        if asker.deadline is not None:
-            submit.deadline_s = asker.deadline - time.monotonic()
-            if submit.deadline_s <= 0.0:
-                raise _too_late()
         if not candidates:
             raise _nowhere(request, self._fleet.views())
         refusals: list[KVServiceError] = []
         for worker in candidates[:MAX_ASKED]:
             try:
+                await asker.leaving.prepare(self._fleet, worker, asker.left_s(time.monotonic()))
+                asker.tell_time()
                 return await self._fleet.submit(worker.worker_id, submit), False
             except (Overloaded, Unavailable, BudgetTooSmall) as error:
                 # Unavailable: it drains, or was lost since it was ranked.
@@ -180,6 +180,14 @@ class _Asker:
     submit: worker_pb2.Submit
     deadline: float | None
     expected: Estimate
+    leaving: Leaving
+
+    def tell_time(self) -> None:
+        """Fills in how long the call has left, if it has a deadline. Raises DeadlineExceeded if that has passed."""
+        if self.deadline is not None:
+            self.submit.deadline_s = self.deadline - time.monotonic()
+            if self.submit.deadline_s <= 0.0:
+                raise _too_late()
 
     def left_s(self, now: float) -> float:
         """How long it may wait until its deadline can't be met any more."""

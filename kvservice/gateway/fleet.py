@@ -157,9 +157,11 @@ class Fleet:
         """See `WorkerLink.fork`."""
         return await self._link(worker_id).fork(request)
 
-    async def hand_over(self, worker_id: WorkerId, session_id: SessionId) -> bool:
+    async def hand_over(
+        self, worker_id: WorkerId, session_id: SessionId, timeout_s: float, *, keeps_kv: bool = False
+    ) -> bool:
         """See `WorkerLink.hand_over`."""
-        return await self._link(worker_id).hand_over(session_id)
+        return await self._link(worker_id).hand_over(session_id, timeout_s, keeps_kv=keeps_kv)
 
     async def take_on(self, worker_id: WorkerId, tenant: TenantId, tenant_tag: bytes, session_id: SessionId) -> bool:
         """See `WorkerLink.take_on`."""

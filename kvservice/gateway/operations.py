@@ -20,11 +20,12 @@ from kvservice.errors import FailedPrecondition, InvalidRequest, KVServiceError,
 from kvservice.gateway import convert
 from kvservice.gateway.auth import Caller
 from kvservice.gateway.fleet import Fleet
+from kvservice.gateway.leaving import hand_over
 from kvservice.gateway.placement import PlacementRequest, WorkerView, place
 from kvservice.gateway.repeats import Repeats, digest
 from kvservice.gateway.runs import Run, Runs
 from kvservice.gateway.sessions import Activity, Sessions, was_carried_out
-from kvservice.gateway.worker_link import RETRY_AFTER_S
+from kvservice.gateway.worker_link import RETRY_AFTER_S, UNARY_TIMEOUT_S
 from kvservice.internal.v1 import worker_pb2
 from kvservice.store.base import SessionRecord
 from kvservice.types import SessionId
@@ -229,13 +230,8 @@ class Operations:
     async def _hand_over(self, record: SessionRecord) -> None:
         """Has the worker that holds a session publish what is left, and let it go."""
         for view in self._fleet.views():
-            if not _is_at(record, view):
-                continue
-            try:
-                await self._fleet.hand_over(view.worker_id, record.session_id)
-            except KVServiceError as error:
-                # It can't publish any more once the session has been acquired elsewhere.
-                logger.warning("not_handed_over", extra={"worker_id": view.worker_id, "why": error.message})
+            if _is_at(record, view):
+                await hand_over(self._fleet, view.worker_id, record.session_id, UNARY_TIMEOUT_S, keeps_kv=False)
 
     def _end(self, record: SessionRecord) -> float:
         return self._sessions.now() + record.ttl_s

@@ -292,11 +292,14 @@ class WorkerLink:
         except grpc.aio.AioRpcError as error:
             raise _rpc_error(error, self.worker_id) from None
 
-    async def hand_over(self, session_id: SessionId) -> bool:
-        """The worker publishes what is left of a session and lets it go. Whether a manifest has all of it."""
-        request = worker_pb2.HandOverRequest(session_id=session_id)
+    async def hand_over(self, session_id: SessionId, timeout_s: float, *, keeps_kv: bool = False) -> bool:
+        """The worker publishes what is left of a session and lets it go; whether a manifest has all of it.
+
+        With `keeps_kv` what it has in memory stays there while nobody needs the room.
+        """
+        request = worker_pb2.HandOverRequest(session_id=session_id, keeps_kv=keeps_kv)
         try:
-            response = await self._connected().HandOver(request, timeout=UNARY_TIMEOUT_S)
+            response = await self._connected().HandOver(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             raise _rpc_error(error, self.worker_id) from None
         return response.is_stored

@@ -174,8 +174,16 @@ class Publisher:
         """See `PublisherStats`."""
         return PublisherStats(len(self._sessions), self._published, self._fenced, dict(self._failures))
 
-    async def begin(self, call: EngineCall, tenant: TenantId, shape: ModelShape) -> Manifest | None:
+    async def begin(
+        self, call: EngineCall, tenant: TenantId, shape: ModelShape, *, was_elsewhere: bool = False
+    ) -> Manifest | None:
         """Prepares for what a call will write. Ends within a bounded time.
+
+        Args:
+            call: the call.
+            tenant: whose it is.
+            shape: of the model.
+            was_elsewhere: another worker may have had the session since this one.
 
         Returns:
             What is published of the session, if there is something and that is known.
@@ -187,7 +195,7 @@ class Publisher:
             return None
         try:
             async with asyncio.timeout(BEGIN_TIMEOUT_S):
-                session = await self._owned(call, tenant)
+                session = await self._owned(call, tenant, was_elsewhere=was_elsewhere)
                 await self._reserve(session, call, shape)
         except LimitExceeded:
             raise
@@ -320,10 +328,12 @@ class Publisher:
             await asyncio.wait(self._tasks, timeout=timeout_s)
         await end_tasks(list(self._tasks))
 
-    async def _owned(self, call: EngineCall, tenant: TenantId) -> _Session:
+    async def _owned(self, call: EngineCall, tenant: TenantId, *, was_elsewhere: bool) -> _Session:
         session = self._sessions.get(call.session_id)
         if session is not None and session.tenant_tag == call.tenant_tag:
-            return session
+            if not was_elsewhere or await self._own_again(session):
+                return session
+            return await self._own(tenant, call.tenant_tag, call.session_id)
         if session is not None:
             # The service's secret has changed: what is written from now on has other keys.
             await self.release(call.session_id)
@@ -344,6 +354,21 @@ class Publisher:
         self._frames.watch(session.tenant_tag, session.session_id)
         self._sessions[session.session_id] = session
         return session
+
+    async def _own_again(self, session: _Session) -> bool:
+        """Acquires a session that another worker may have acquired since. False if that one has published: then it is
+        dropped, as what is known of it here is old."""
+        async with session.lock:
+            if self._sessions.get(session.session_id) is not session:
+                return False
+            position = await self._ledger.acquire_session(
+                session.tenant, session.session_id, self._worker_id, self._ttl_s
+            )
+            if position.version == session.position.version:
+                session.position = position
+                return True
+            self._drop(session)
+            return False
 
     async def _forget_old(self, manifest: Manifest) -> None:
         """Deletes what was written of a session under another secret of the service: nobody will read it again."""

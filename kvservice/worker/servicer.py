@@ -210,9 +210,13 @@ class Servicer(WorkerServiceServicer):
         try:
             is_stored = False
             if self._stored is not None:
-                is_stored = await self._stored.publisher.publish(session_id)
-                await self._stored.publisher.release(session_id)
-            await asyncio.wrap_future(self._engine.drop(session_id))
+                publisher = self._stored.publisher
+                is_stored = await publisher.publish(session_id)
+                # What couldn't be published is still worth something if the session comes back here.
+                if not (request.keeps_kv and publisher.is_behind(session_id)):
+                    await publisher.release(session_id)
+            if not request.keeps_kv:
+                await asyncio.wrap_future(self._engine.drop(session_id))
         except KVServiceError as error:
             await _abort(context, error)
         return worker_pb2.HandOverResponse(is_stored=is_stored)
@@ -320,7 +324,9 @@ class Servicer(WorkerServiceServicer):
             manifest: Manifest | None = None
             if self._stored is not None:
                 shape = self._identity().model.shape
-                manifest = await self._stored.publisher.begin(call, TenantId(submit.tenant), shape)
+                manifest = await self._stored.publisher.begin(
+                    call, TenantId(submit.tenant), shape, was_elsewhere=submit.was_elsewhere
+                )
         except KVServiceError as error:
             self._engine.refuse(stream, call_id, error)
             return

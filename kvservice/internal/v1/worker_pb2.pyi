@@ -116,6 +116,7 @@ class Submit(_message.Message):
     WEIGHT_FIELD_NUMBER: _builtins.int
     TENANT_DEVICE_BYTES_FIELD_NUMBER: _builtins.int
     TENANT_HOST_BYTES_FIELD_NUMBER: _builtins.int
+    WAS_ELSEWHERE_FIELD_NUMBER: _builtins.int
     call_id: _builtins.str
     session_id: _builtins.str
     tenant_tag: _builtins.bytes
@@ -136,6 +137,8 @@ class Submit(_message.Message):
     tenant_device_bytes: _builtins.int
     """The most bytes that its sessions may hold on this worker; unset: no limit."""
     tenant_host_bytes: _builtins.int
+    was_elsewhere: _builtins.bool
+    """Another worker may have had the session since this one: what this one knows of its manifest may be old."""
     @_builtins.property
     def base_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """All tokens of the session before this call. KV that the worker doesn't hold is computed again."""
@@ -163,10 +166,11 @@ class Submit(_message.Message):
         weight: _builtins.float = ...,
         tenant_device_bytes: _builtins.int | None = ...,
         tenant_host_bytes: _builtins.int | None = ...,
+        was_elsewhere: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_tenant_device_bytes", b"_tenant_device_bytes", "_tenant_host_bytes", b"_tenant_host_bytes", "append", b"append", "generate", b"generate", "tenant_device_bytes", b"tenant_device_bytes", "tenant_host_bytes", b"tenant_host_bytes", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tenant_device_bytes", b"_tenant_device_bytes", "_tenant_host_bytes", b"_tenant_host_bytes", "append", b"append", "base_token_ids", b"base_token_ids", "call_id", b"call_id", "deadline_s", b"deadline_s", "generate", b"generate", "on_miss", b"on_miss", "priority", b"priority", "recipe", b"recipe", "retain", b"retain", "session_id", b"session_id", "tenant", b"tenant", "tenant_device_bytes", b"tenant_device_bytes", "tenant_host_bytes", b"tenant_host_bytes", "tenant_tag", b"tenant_tag", "traceparent", b"traceparent", "weight", b"weight", "work", b"work"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tenant_device_bytes", b"_tenant_device_bytes", "_tenant_host_bytes", b"_tenant_host_bytes", "append", b"append", "base_token_ids", b"base_token_ids", "call_id", b"call_id", "deadline_s", b"deadline_s", "generate", b"generate", "on_miss", b"on_miss", "priority", b"priority", "recipe", b"recipe", "retain", b"retain", "session_id", b"session_id", "tenant", b"tenant", "tenant_device_bytes", b"tenant_device_bytes", "tenant_host_bytes", b"tenant_host_bytes", "tenant_tag", b"tenant_tag", "traceparent", b"traceparent", "was_elsewhere", b"was_elsewhere", "weight", b"weight", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__tenant_device_bytes: _TypeAlias = _typing.Literal["tenant_device_bytes"]  # noqa: Y015
     _WhichOneofArgType__tenant_device_bytes: _TypeAlias = _typing.Literal["_tenant_device_bytes", b"_tenant_device_bytes"]  # noqa: Y015
@@ -860,15 +864,19 @@ class HandOverRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
+    KEEPS_KV_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
+    keeps_kv: _builtins.bool
+    """Its KV stays in memory, as long as nobody needs the room: another worker may refuse the call yet."""
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
+        keeps_kv: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keeps_kv", b"keeps_kv", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -114,7 +114,7 @@ class WorkerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def HandOver(self, request, context):
-        """Publishes what is left of a session, and lets it go.
+        """Publishes what is left of a session, and lets it go. One that can't be published stays, with keeps_kv.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -42,7 +42,7 @@ class WorkerServiceStub:
     Fork: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ForkRequest, _worker_pb2.ForkResponse]
     """Makes a session's KV known under one more name: what is held here, and what is stored."""
     HandOver: _grpc.UnaryUnaryMultiCallable[_worker_pb2.HandOverRequest, _worker_pb2.HandOverResponse]
-    """Publishes what is left of a session, and lets it go."""
+    """Publishes what is left of a session, and lets it go. One that can't be published stays, with keeps_kv."""
     TakeOn: _grpc.UnaryUnaryMultiCallable[_worker_pb2.TakeOnRequest, _worker_pb2.TakeOnResponse]
     """Acquires a session: whoever had it before can't publish it any more."""
     Verify: _grpc.UnaryUnaryMultiCallable[_worker_pb2.VerifyRequest, _worker_pb2.VerifyResponse]
@@ -62,7 +62,7 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     Fork: _aio.UnaryUnaryMultiCallable[_worker_pb2.ForkRequest, _worker_pb2.ForkResponse]  # type: ignore[assignment]
     """Makes a session's KV known under one more name: what is held here, and what is stored."""
     HandOver: _aio.UnaryUnaryMultiCallable[_worker_pb2.HandOverRequest, _worker_pb2.HandOverResponse]  # type: ignore[assignment]
-    """Publishes what is left of a session, and lets it go."""
+    """Publishes what is left of a session, and lets it go. One that can't be published stays, with keeps_kv."""
     TakeOn: _aio.UnaryUnaryMultiCallable[_worker_pb2.TakeOnRequest, _worker_pb2.TakeOnResponse]  # type: ignore[assignment]
     """Acquires a session: whoever had it before can't publish it any more."""
     Verify: _aio.UnaryUnaryMultiCallable[_worker_pb2.VerifyRequest, _worker_pb2.VerifyResponse]  # type: ignore[assignment]
@@ -115,7 +115,7 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_pb2.HandOverRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.HandOverResponse, _abc.Awaitable[_worker_pb2.HandOverResponse]]:
-        """Publishes what is left of a session, and lets it go."""
+        """Publishes what is left of a session, and lets it go. One that can't be published stays, with keeps_kv."""
 
     @_abc_1.abstractmethod
     def TakeOn(

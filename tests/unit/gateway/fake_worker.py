@@ -90,6 +90,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.tokenized: list[worker_pb2.TokenizeRequest] = []
         self.drains: list[worker_pb2.DrainRequest] = []
         self.forks: list[worker_pb2.ForkRequest] = []
+        self.hand_overs: list[worker_pb2.HandOverRequest] = []
+        self.lets_go = asyncio.Event()
+        """A worker that hands nothing over until it is set again."""
+        self.lets_go.set()
         self.running: dict[str, Running] = {}
         self.news = asyncio.Event()
         self._server: grpc.aio.Server | None = None
@@ -173,6 +177,14 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
     async def Fork(self, request: worker_pb2.ForkRequest, context: grpc.aio.ServicerContext) -> worker_pb2.ForkResponse:
         self.forks.append(request)
         return worker_pb2.ForkResponse(is_held=not request.stored_only, is_stored=True)
+
+    async def HandOver(
+        self, request: worker_pb2.HandOverRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.HandOverResponse:
+        self.hand_overs.append(request)
+        self.news.set()
+        await self.lets_go.wait()
+        return worker_pb2.HandOverResponse(is_stored=True)
 
     # Its inside
 

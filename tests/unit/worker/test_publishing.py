@@ -83,7 +83,9 @@ class Worker:
         self.publisher = Publisher(WorkerId(name), store, self.journal, self.blobs, TTL_S, clock)
         self.calls = 0
 
-    async def call(self, base: int, new: int, session_id: SessionId = S, **changes: object) -> CallId:
+    async def call(
+        self, base: int, new: int, session_id: SessionId = S, *, was_elsewhere: bool = False, **changes: object
+    ) -> CallId:
         self.calls += 1
         call = EngineCall(
             CallId(str(self.calls)),
@@ -93,7 +95,7 @@ class Worker:
             document_tokens=(0,) * new,
             tenant_tag=TAG,
         )
-        await self.publisher.begin(replace(call, **changes), ANN, self.shape)
+        await self.publisher.begin(replace(call, **changes), ANN, self.shape, was_elsewhere=was_elsewhere)
         return call.call_id
 
     @property
@@ -375,6 +377,32 @@ async def test_who_hands_a_session_over_publishes_it_and_who_takes_it_on_fences_
     assert giver.publisher.stats().fenced == 1
     # And it may own the session again.
     assert await giver.publisher.acquire(ANN, TAG, S)
+
+
+async def test_session_that_was_elsewhere_is_known_as_it_was_left_there(start, store):
+    first, second = await start("a"), await start("b")
+    await first.turn(0, 500, range(3))
+    await second.turn(500, 100, range(3, 4))
+    call_id = await first.call(600, 100, was_elsewhere=True)
+    assert stops(await first.publisher.known(S)) == [80, 144, 208, 272]
+    first.write(range(4, 5))
+    await first.end(call_id, 100)
+    assert stops(await store.ledger.get_manifest(ANN, S)) == [80, 144, 208, 272, 336]
+    assert first.publisher.stats().fenced == 0
+
+
+async def test_session_that_another_worker_only_asked_for_is_published_with_all_that_is_known_of_it(start, store):
+    first, second = await start("a"), await start("b")
+    await first.turn(0, 500, range(3))
+    # A turn that could not be published; and a worker that acquires the session, and then refuses the call.
+    await first.call(500, 100)
+    first.write(range(3, 4))
+    assert await second.publisher.acquire(ANN, TAG, S)
+    call_id = await first.call(600, 100, was_elsewhere=True)
+    first.write(range(4, 5))
+    await first.end(call_id, 100)
+    assert stops(await store.ledger.get_manifest(ANN, S)) == [80, 144, 208, 272, 336]
+    assert first.publisher.stats().fenced == 0
 
 
 async def test_window_is_published_with_its_turn_and_the_one_before_goes(worker, store, kv):
