@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 BEGIN_TIMEOUT_S = 1.0
 """A call waits no longer for the state store; it goes on unpublished."""
 AWAY_S = 5.0
-"""After a fault of the state store, calls don't ask it for so long."""
+"""After a fault of the state store, calls don't ask it for so long, unless it alone knows how to go on with theirs."""
 WRITTEN_TIMEOUT_S = 60.0
 """How long a publication waits for its frames to be written; later ones are for the next."""
 RESERVED_S = 900.0
@@ -191,8 +191,11 @@ class Publisher:
         Raises:
             LimitExceeded: it would be more than the tenant may have stored.
         """
-        if not (tenant and call.retain and call.tenant_tag) or self._clock() < self._away_until:
+        if not (tenant and call.retain and call.tenant_tag):
             return None
+        known = None if was_elsewhere else self._known(call)
+        if self._clock() < self._away_until and (known is not None or not call.base_tokens):
+            return self._begin_unasked(call, known)
         try:
             async with asyncio.timeout(BEGIN_TIMEOUT_S):
                 session = await self._owned(call, tenant, was_elsewhere=was_elsewhere)
@@ -202,7 +205,7 @@ class Publisher:
         except (KVServiceError, TimeoutError) as error:
             self._away_until = self._clock() + AWAY_S
             self._note_failure("begin", call.session_id, error)
-            return None
+            return self._begin_unasked(call, known)
         self._turns[call.call_id] = _Turn(session, call)
         return session.manifest
 
@@ -328,13 +331,24 @@ class Publisher:
             await asyncio.wait(self._tasks, timeout=timeout_s)
         await end_tasks(list(self._tasks))
 
-    async def _owned(self, call: EngineCall, tenant: TenantId, *, was_elsewhere: bool) -> _Session:
+    def _known(self, call: EngineCall) -> _Session | None:
         session = self._sessions.get(call.session_id)
-        if session is not None and session.tenant_tag == call.tenant_tag:
+        return session if session is not None and session.tenant_tag == call.tenant_tag else None
+
+    def _begin_unasked(self, call: EngineCall, known: _Session | None) -> Manifest | None:
+        """While the state store is away: by what is known here of the session, to be published once it is back."""
+        if known is None:
+            return None
+        self._turns[call.call_id] = _Turn(known, call)
+        return known.manifest
+
+    async def _owned(self, call: EngineCall, tenant: TenantId, *, was_elsewhere: bool) -> _Session:
+        session = self._known(call)
+        if session is not None:
             if not was_elsewhere or await self._own_again(session):
                 return session
             return await self._own(tenant, call.tenant_tag, call.session_id)
-        if session is not None:
+        if call.session_id in self._sessions:
             # The service's secret has changed: what is written from now on has other keys.
             await self.release(call.session_id)
         return await self._own(tenant, call.tenant_tag, call.session_id)

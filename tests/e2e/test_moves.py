@@ -11,7 +11,7 @@ import pytest
 from redis import Redis
 
 from kvservice.cli import compose
-from kvservice.client import Client
+from kvservice.client import Client, RetryPolicy
 from kvservice.config.gateway import GatewayConfig
 from kvservice.config.worker import WorkerConfig
 from kvservice.errors import FailedPrecondition, InvalidRequest, LimitExceeded, NotFound
@@ -89,7 +89,7 @@ class Service:
 
 
 @asynccontextmanager
-async def serving(model, state_url, kv_url, names=("a", "b"), secret="0" * 32, **settings):
+async def serving(model, state_url, kv_url, names=("a", "b"), secret="0" * 32, retry=None, **settings):
     async with AsyncExitStack() as stack:
         store = RedisStateStore(state_url)
         stack.push_async_callback(store.aclose)
@@ -112,7 +112,7 @@ async def serving(model, state_url, kv_url, names=("a", "b"), secret="0" * 32, *
         async with asyncio.timeout(PATIENCE_S):
             while len(gateway.fleet.views()) < len(names):
                 await asyncio.sleep(0.02)
-        client = await stack.enter_async_context(Client(address))
+        client = await stack.enter_async_context(Client(address, retry=retry or RetryPolicy()))
         yield Service(client, address, workers)
 
 

@@ -320,6 +320,20 @@ async def test_state_store_that_is_away_costs_no_call_and_the_next_turn_catches_
     assert stops(manifest) == [80, 144, 208, 272, 336, 400]
 
 
+async def test_turn_while_the_state_store_is_away_is_known_and_published_once_it_is_back(worker, store, state):
+    await worker.turn(0, 500, range(3))
+    state.config_set("maxmemory", 1)
+    try:
+        await worker.turn(500, 100, range(3, 4))
+        known = await worker.publisher.known(S)
+    finally:
+        state.config_set("maxmemory", 0)
+    assert (known.num_tokens, stops(known)) == (600, [80, 144, 208, 272])
+    assert await worker.publisher.publish(S)
+    manifest = await store.ledger.get_manifest(ANN, S)
+    assert (manifest.num_tokens, stops(manifest)) == (600, [80, 144, 208, 272])
+
+
 async def test_frames_of_the_next_turn_are_not_lost_when_the_last_is_published_late(worker, store):
     first = await worker.call(0, 500)
     worker.write(range(3))
