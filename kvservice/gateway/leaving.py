@@ -2,8 +2,8 @@
 
     holder ── publishes what is left, lets go ──► manifest ──► another worker acquires, and brings the session back
 
-Without it the last turn may be in the holder's memory alone: then it would be computed again, as if its tokens had seen
-everything. That is what becomes of it still, and is counted, where the holder doesn't answer in time.
+Without it the last turn may be in the holder's memory alone: then it would be computed again. That is what becomes of
+it still, and is counted, where the holder doesn't answer in time.
 """
 
 from __future__ import annotations

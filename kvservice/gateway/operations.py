@@ -64,6 +64,7 @@ class Operations:
                     record,
                     token_ids=record.token_ids[: request.to_tokens],
                     document_tokens=min(record.document_tokens, request.to_tokens),
+                    reached=record.reached.until(request.to_tokens),
                     expires_at=self._end(record),
                     last_request=request.request_id,
                 )
@@ -109,6 +110,7 @@ class Operations:
                 ttl_s=ttl_s,
                 token_ids=document.token_ids[:num_tokens],
                 document_id=document.session_id,
+                reached=document.reached.until(num_tokens),
             )
             return sessions_pb2.CreateResponse(session=self._sessions.show(await self._begin(wanted, document)))
 

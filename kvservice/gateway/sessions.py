@@ -25,7 +25,7 @@ from kvservice.gateway.locks import hold_session
 from kvservice.gateway.quotas import Quotas
 from kvservice.gateway.repeats import Repeats, digest
 from kvservice.gateway.runs import Run, Runs
-from kvservice.internal.convert import ON_MISS_CODES
+from kvservice.internal.convert import ON_MISS_CODES, reached_from_proto, reached_to_proto
 from kvservice.internal.v1 import worker_pb2
 from kvservice.store.base import SessionRecord, StateStore
 from kvservice.types import SessionId, TenantId
@@ -182,6 +182,7 @@ class Sessions:
             base_token_ids=record.token_ids,
             retain=True,
             on_miss=ON_MISS_CODES[record.on_miss],
+            reached=reached_to_proto(record.reached) if record.reached.num_computed else None,
         )
 
     async def find(self, caller: Caller, session_id: str) -> SessionRecord:
@@ -237,6 +238,7 @@ class Sessions:
             expires_at=self._clock() + record.ttl_s,
             last_error="",
             last_request=request_id,
+            reached=reached_from_proto(outcome.done.reached),
         )
         return await self.write(record, wanted)
 

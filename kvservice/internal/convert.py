@@ -19,6 +19,7 @@ from kvservice.types import (
     ModelShape,
     OnMiss,
     PromptFormat,
+    Reached,
     SamplingParams,
     TextRole,
     Usage,
@@ -288,3 +289,15 @@ def stats_to_proto(stats: WorkerStats) -> admin_pb2.WorkerStats:
             failures=stats.tier.failures,
         ),
     )
+
+
+def reached_to_proto(reached: Reached) -> worker_pb2.Reached:
+    """How a session's tokens were computed."""
+    bounds = (bound for span in reached.selected for bound in span)
+    return worker_pb2.Reached(num_computed=reached.num_computed, selected=bounds)
+
+
+def reached_from_proto(message: worker_pb2.Reached) -> Reached:
+    """The inverse of `reached_to_proto`; of an unset one, that nothing is known."""
+    bounds = message.selected
+    return Reached(message.num_computed, tuple(zip(bounds[::2], bounds[1::2], strict=True)))

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from kvservice.errors import Conflict, InvalidRequest, NotFound
 from kvservice.store.ledger import KvLedger
-from kvservice.types import OnMiss, PromptFormat, SessionId, TenantId, WorkerId
+from kvservice.types import NOTHING_REACHED, OnMiss, PromptFormat, Reached, SessionId, TenantId, WorkerId
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,7 @@ class SessionRecord:
         document_id: the session whose document it began with; empty: none.
         last_request: id of the request that changed the session last, if it had one. It is written with what the
             request changed, so it is never carried out twice, even if its answer was lost.
+        reached: how the KV of its tokens was computed; that of no tokens: it isn't known.
     """
 
     session_id: SessionId
@@ -51,6 +52,7 @@ class SessionRecord:
     document_tokens: int = 0
     document_id: str = ""
     last_request: str = ""
+    reached: Reached = NOTHING_REACHED
 
 
 @dataclass(frozen=True, slots=True)

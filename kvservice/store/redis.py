@@ -43,7 +43,7 @@ from kvservice.store.ledger import DEFAULT_QUOTA_BYTES
 from kvservice.store.redis_ledger import RedisLedger
 from kvservice.store.servers import ServerFacts, problems_of_state
 from kvservice.tier.redis import FAULTS, connect, redacted, unavailable
-from kvservice.types import OnMiss, PromptFormat, SessionId, TenantId, WorkerId
+from kvservice.types import OnMiss, PromptFormat, Reached, SessionId, TenantId, WorkerId
 
 logger = logging.getLogger(__name__)
 
@@ -559,7 +559,17 @@ def _packed(record: SessionRecord) -> list[str | bytes | int | float]:
         *("document_tokens", record.document_tokens),
         *("document_id", record.document_id),
         *("last_request", record.last_request),
+        *("reached", _spans(record.reached)),
     ]
+
+
+def _spans(reached: Reached) -> str:
+    return " ".join(map(str, (reached.num_computed, *(bound for span in reached.selected for bound in span))))
+
+
+def _reached(text: bytes) -> Reached:
+    num_computed, *bounds = map(int, text.split())
+    return Reached(num_computed, tuple(zip(bounds[::2], bounds[1::2], strict=True)))
 
 
 def _unpacked(session_id: SessionId, fields: Mapping[bytes, bytes]) -> SessionRecord:
@@ -594,6 +604,7 @@ def _unpacked(session_id: SessionId, fields: Mapping[bytes, bytes]) -> SessionRe
             document_id=fields.get(b"document_id", b"").decode(),
             # Records of releases that didn't keep it have none.
             last_request=fields.get(b"last_request", b"").decode(),
+            reached=_reached(fields.get(b"reached", b"0")),
         )
     except (KeyError, ValueError) as error:
         raise InternalError(

@@ -8,6 +8,7 @@ from kvservice.internal import convert
 from kvservice.internal.fair import DEFAULT_WEIGHT
 from kvservice.internal.v1 import worker_pb2
 from kvservice.store.verify import TenantFindings
+from kvservice.tier.restore import nothing
 from kvservice.types import (
     CallId,
     EngineCall,
@@ -69,6 +70,8 @@ def engine_call(submit: worker_pb2.Submit, call_id: CallId, info: ModelInfo, now
         tenant_tag=submit.tenant_tag,
         priority=submit.priority,
         deadline=now + submit.deadline_s if submit.deadline_s > 0 else None,
+        # Nothing is on its way yet; what is computed again is computed as it was.
+        restored=nothing(convert.reached_from_proto(submit.reached)) if submit.HasField("reached") else None,
         terms=TenantTerms(
             weight=submit.weight or DEFAULT_WEIGHT,
             device_bytes=submit.tenant_device_bytes if submit.HasField("tenant_device_bytes") else None,
@@ -199,4 +202,5 @@ def _done(event: FinishedEvent) -> worker_pb2.Done:
         decode_ms=event.decode_ms,
         device_byte_s=event.device_byte_s,
         host_byte_s=event.host_byte_s,
+        reached=convert.reached_to_proto(event.reached),
     )

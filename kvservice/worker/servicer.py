@@ -208,14 +208,9 @@ class Servicer(WorkerServiceServicer):
         """See worker.proto."""
         session_id = SessionId(request.session_id)
         try:
-            is_stored = False
-            if self._stored is not None:
-                publisher = self._stored.publisher
-                is_stored = await publisher.publish(session_id)
-                # What couldn't be published is still worth something if the session comes back here.
-                if not (request.keeps_kv and publisher.is_behind(session_id)):
-                    await publisher.release(session_id)
-            if not request.keeps_kv:
+            keeps = request.keeps_kv
+            is_stored = self._stored is not None and await self._stored.hand_over(session_id, keeps_kv=keeps)
+            if not keeps:
                 await asyncio.wrap_future(self._engine.drop(session_id))
         except KVServiceError as error:
             await _abort(context, error)
@@ -361,17 +356,21 @@ class Servicer(WorkerServiceServicer):
         assert self._stored is not None
         resumer = self._stored.resumer
         assert resumer is not None
+        restored = probe.call.restored
         try:
             # A call that must not compute anything again is refused or taken on, so all must have come by then.
             bring = resumer.restore if probe.call.on_miss is OnMiss.FAIL else resumer.begin
             # As of now: the turn before may have been published only just, or not yet.
             manifest = await self._stored.publisher.known(probe.call.session_id)
-            with TRACING.within(probe.span):
-                restored = await bring(probe.call, manifest, num_missing) if manifest is not None else None
+            if manifest is not None:
+                if restored is not None:
+                    # The record is of these tokens; the manifest may be of a turn before, or of one taken back.
+                    manifest = replace(manifest, reached=restored.reached)
+                with TRACING.within(probe.span):
+                    restored = await bring(probe.call, manifest, num_missing)
         except Exception:
             # Without what is stored the call is right all the same.
             logger.exception("resume_failed", extra={"session_id": probe.call.session_id})
-            restored = None
         del self._probes[call_id]
         self._engine.submit(probe.stream, replace(probe.call, restored=restored))
 

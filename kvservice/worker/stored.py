@@ -102,6 +102,16 @@ class StoredKv:
             self.resumer.note_finished(end)
         self.publisher.ended(call_id, len(end.appended_tokens), end.reached)
 
+    async def hand_over(self, session_id: SessionId, *, keeps_kv: bool) -> bool:
+        """Publishes what is left of a session, and lets it go; whether a manifest has all of it.
+
+        With `keeps_kv` it may come back here soon: then what couldn't be published stays known.
+        """
+        is_stored = await self.publisher.publish(session_id)
+        if not (keeps_kv and self.publisher.is_behind(session_id)):
+            await self.publisher.release(session_id)
+        return is_stored
+
     async def fork(
         self,
         tenant: TenantId,

@@ -14,7 +14,7 @@ from kvservice.errors import Conflict, InvalidRequest, NotFound
 from kvservice.store.base import Begun, InProgress, Replay, SessionRecord, StateStore, WorkerRecord
 from kvservice.store.memory import MemoryStateStore
 from kvservice.store.redis import RedisStateStore
-from kvservice.types import OnMiss, PromptFormat, SessionId, TenantId, WorkerId
+from kvservice.types import OnMiss, PromptFormat, Reached, SessionId, TenantId, WorkerId
 
 ANN, BOB = TenantId("ann"), TenantId("bob")
 TTL_S = 100.0
@@ -62,6 +62,7 @@ def record(session_id: str, clock: Clock, tenant: TenantId = ANN, **changes: obj
         worker_id="w",
         worker_epoch=3,
         last_error="it was late: ümläut",
+        reached=Reached(4, ((1, 2), (3, 4))),
     )
     return replace(made, **changes)
 

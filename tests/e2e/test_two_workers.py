@@ -112,6 +112,24 @@ async def test_a_turn_that_no_manifest_names_yet_goes_with_its_session(
         assert (await service.resumed()).restored_tokens > 0
 
 
+async def test_a_turn_that_is_lost_with_its_worker_is_computed_again_as_it_was(
+    model, documents, state_url, kv_url, monkeypatch
+):
+    async with serving(model, state_url, kv_url, names=("alone",)) as service:
+        session = await service.loaded(documents[0])
+        expected = [Turn.of(await service.ask(session, question)) for question in QUESTIONS]
+    # No manifest says anything.
+    monkeypatch.setattr(publishing.Publisher, "_start", lambda _, work: work.close())
+    async with serving(model, state_url, kv_url) as service:
+        session = await service.loaded(documents[0])
+        assert Turn.of(await service.ask(session, QUESTIONS[0])) == expected[0]
+        (holder,) = await holders(service, [session])
+        await service.workers[holder].stop()
+        answer = await service.ask(session, QUESTIONS[1])
+        assert Turn.of(answer) == expected[1]
+        assert answer.finished.usage.recomputed_tokens > 0
+
+
 async def test_eight_sessions_answer_as_alone_while_placement_sends_them_from_worker_to_worker(
     model, documents, state_url, kv_url, leave
 ):

@@ -117,6 +117,7 @@ class Submit(_message.Message):
     TENANT_DEVICE_BYTES_FIELD_NUMBER: _builtins.int
     TENANT_HOST_BYTES_FIELD_NUMBER: _builtins.int
     WAS_ELSEWHERE_FIELD_NUMBER: _builtins.int
+    REACHED_FIELD_NUMBER: _builtins.int
     call_id: _builtins.str
     session_id: _builtins.str
     tenant_tag: _builtins.bytes
@@ -147,6 +148,10 @@ class Submit(_message.Message):
     def append(self) -> Global___AppendWork: ...
     @_builtins.property
     def generate(self) -> Global___GenerateWork: ...
+    @_builtins.property
+    def reached(self) -> Global___Reached:
+        """How the KV of base_token_ids was computed, by the session's record; unset: that isn't known."""
+
     def __init__(
         self,
         *,
@@ -167,10 +172,11 @@ class Submit(_message.Message):
         tenant_device_bytes: _builtins.int | None = ...,
         tenant_host_bytes: _builtins.int | None = ...,
         was_elsewhere: _builtins.bool = ...,
+        reached: Global___Reached | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_tenant_device_bytes", b"_tenant_device_bytes", "_tenant_host_bytes", b"_tenant_host_bytes", "append", b"append", "generate", b"generate", "tenant_device_bytes", b"tenant_device_bytes", "tenant_host_bytes", b"tenant_host_bytes", "work", b"work"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tenant_device_bytes", b"_tenant_device_bytes", "_tenant_host_bytes", b"_tenant_host_bytes", "append", b"append", "generate", b"generate", "reached", b"reached", "tenant_device_bytes", b"tenant_device_bytes", "tenant_host_bytes", b"tenant_host_bytes", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tenant_device_bytes", b"_tenant_device_bytes", "_tenant_host_bytes", b"_tenant_host_bytes", "append", b"append", "base_token_ids", b"base_token_ids", "call_id", b"call_id", "deadline_s", b"deadline_s", "generate", b"generate", "on_miss", b"on_miss", "priority", b"priority", "recipe", b"recipe", "retain", b"retain", "session_id", b"session_id", "tenant", b"tenant", "tenant_device_bytes", b"tenant_device_bytes", "tenant_host_bytes", b"tenant_host_bytes", "tenant_tag", b"tenant_tag", "traceparent", b"traceparent", "was_elsewhere", b"was_elsewhere", "weight", b"weight", "work", b"work"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tenant_device_bytes", b"_tenant_device_bytes", "_tenant_host_bytes", b"_tenant_host_bytes", "append", b"append", "base_token_ids", b"base_token_ids", "call_id", b"call_id", "deadline_s", b"deadline_s", "generate", b"generate", "on_miss", b"on_miss", "priority", b"priority", "reached", b"reached", "recipe", b"recipe", "retain", b"retain", "session_id", b"session_id", "tenant", b"tenant", "tenant_device_bytes", b"tenant_device_bytes", "tenant_host_bytes", b"tenant_host_bytes", "tenant_tag", b"tenant_tag", "traceparent", b"traceparent", "was_elsewhere", b"was_elsewhere", "weight", b"weight", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__tenant_device_bytes: _TypeAlias = _typing.Literal["tenant_device_bytes"]  # noqa: Y015
     _WhichOneofArgType__tenant_device_bytes: _TypeAlias = _typing.Literal["_tenant_device_bytes", b"_tenant_device_bytes"]  # noqa: Y015
@@ -186,6 +192,34 @@ class Submit(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_work) -> _WhichOneofReturnType_work | None: ...
 
 Global___Submit: _TypeAlias = Submit  # noqa: Y015
+
+@_typing.final
+class Reached(_message.Message):
+    """What it takes to compute a session's KV again bit for bit."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_COMPUTED_FIELD_NUMBER: _builtins.int
+    SELECTED_FIELD_NUMBER: _builtins.int
+    num_computed: _builtins.int
+    """Leading tokens that have KV."""
+    @_builtins.property
+    def selected(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """First and one past the last of each span of them that attended to a selection."""
+
+    def __init__(
+        self,
+        *,
+        num_computed: _builtins.int = ...,
+        selected: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_computed", b"num_computed", "selected", b"selected"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Reached: _TypeAlias = Reached  # noqa: Y015
 
 @_typing.final
 class AppendWork(_message.Message):
@@ -593,6 +627,7 @@ class Done(_message.Message):
     DECODE_MS_FIELD_NUMBER: _builtins.int
     DEVICE_BYTE_S_FIELD_NUMBER: _builtins.int
     HOST_BYTE_S_FIELD_NUMBER: _builtins.int
+    REACHED_FIELD_NUMBER: _builtins.int
     prefill_ms: _builtins.float
     decode_ms: _builtins.float
     device_byte_s: _builtins.float
@@ -610,6 +645,10 @@ class Done(_message.Message):
     def appended_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """What the session holds now, after its base_token_ids. Empty when the call was rolled back."""
 
+    @_builtins.property
+    def reached(self) -> Global___Reached:
+        """How what the session holds now was computed."""
+
     def __init__(
         self,
         *,
@@ -621,10 +660,11 @@ class Done(_message.Message):
         decode_ms: _builtins.float = ...,
         device_byte_s: _builtins.float = ...,
         host_byte_s: _builtins.float = ...,
+        reached: Global___Reached | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["kv", b"kv", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kv", b"kv", "reached", b"reached", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["appended_token_ids", b"appended_token_ids", "decode_ms", b"decode_ms", "device_byte_s", b"device_byte_s", "finish_reasons", b"finish_reasons", "host_byte_s", b"host_byte_s", "kv", b"kv", "prefill_ms", b"prefill_ms", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["appended_token_ids", b"appended_token_ids", "decode_ms", b"decode_ms", "device_byte_s", b"device_byte_s", "finish_reasons", b"finish_reasons", "host_byte_s", b"host_byte_s", "kv", b"kv", "prefill_ms", b"prefill_ms", "reached", b"reached", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -83,6 +83,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.done_byte_s = (0.0, 0.0)
         """On the device and in host memory: of each call that ends well, and of what is released."""
         self.released_byte_s = (0.0, 0.0)
+        self.selects_from: int | None = None
+        """The first token of each session that is computed with a selection."""
         self.go = asyncio.Event()
         self.submits: list[worker_pb2.Submit] = []
         self.cancels: list[str] = []
@@ -289,6 +291,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             prefill_ms=1.5,
             decode_ms=2.5,
         )
+        if submit.retain and self.selects_from is not None:
+            held = len(submit.base_token_ids) + len(appended)
+            done.reached.num_computed = held
+            done.reached.selected.extend((self.selects_from, held))
         done.usage.cached_tokens = len(submit.base_token_ids)
         done.usage.prompt_tokens = len(given)
         done.usage.completion_tokens = len(produced)

@@ -97,3 +97,17 @@ async def test_no_more_time_is_spent_on_a_holder_than_the_call_has() -> None:
         with pytest.raises(DeadlineExceeded):
             await client.append(session, "more", timeout_s=0.3)
         assert not other.submits
+
+
+async def test_whoever_goes_on_is_told_how_the_tokens_were_computed() -> None:
+    async with running() as service:
+        client, worker = await service.client(), service.worker
+        worker.selects_from = 4
+        session = (await client.create_session()).session_id
+        await client.append(session, "ten tokens")
+        await client.append(session, "more")
+        await client.truncate_session(session, 6)
+        await client.append(session, "again")
+        told = [submit.reached for submit in worker.submits]
+        assert not worker.submits[0].HasField("reached")
+        assert [(each.num_computed, list(each.selected)) for each in told[1:]] == [(10, [4, 10]), (6, [4, 6])]
