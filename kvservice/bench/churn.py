@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ QUESTION_TOKENS = 12
 NEW_TOKENS = 4
 LEAST_TOKEN, TOKEN_RANGE = 100, 200
 """Random ids that any model has."""
+
+CLEARING_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,7 @@ class ChurnResult:
         sessions: created, forks included.
         before: before the first.
         peaks: of each wave, when all its sessions were there.
-        after: when all were closed.
+        after: when all were closed, and workers had time to delete.
         worst_error: largest share by which the ledger was off what the server said that frames take.
     """
 
@@ -110,7 +113,8 @@ async def measure_churn(
         done += len(made)
         on_wave(done)
     worst = max(abs(peak.charged_bytes - peak.frame_bytes) / max(1, peak.frame_bytes) for peak in peaks)
-    return ChurnResult(done, before, tuple(peaks), await look(client, blobs, tier, tenant), worst)
+    after = await _look_until_nothing(client, blobs, tier, tenant)
+    return ChurnResult(done, before, tuple(peaks), after, worst)
 
 
 async def look(client: Client, blobs: RedisBlobs, tier: TierBackend, tenant: str) -> Stored:
@@ -120,6 +124,14 @@ async def look(client: Client, blobs: RedisBlobs, tier: TierBackend, tenant: str
     frame_bytes, index_bytes = await blobs.memory(keys)
     used_bytes = (await tier.usage()).memory_bytes
     return Stored(len(report.session_ids), len(keys), frame_bytes, index_bytes, used_bytes, report.stored_bytes)
+
+
+async def _look_until_nothing(client: Client, blobs: RedisBlobs, tier: TierBackend, tenant: str) -> Stored:
+    """What is stored when nothing is left, or at the end of CLEARING_S: workers delete after they have answered."""
+    until = time.monotonic() + CLEARING_S
+    while not (after := await look(client, blobs, tier, tenant)).is_nothing and time.monotonic() < until:
+        await asyncio.sleep(0.2)
+    return after
 
 
 async def _use(client: Client, document: Sequence[int], questions: Sequence[Sequence[int]]) -> tuple[str, str]:
