@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +19,7 @@ NEW_TOKENS = 4
 LEAST_TOKEN, TOKEN_RANGE = 100, 200
 """Random ids that any model has."""
 
-CLEARING_S = 30.0
+CLEARING_LOOKS, CLEARING_PAUSE_S = 100, 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +126,12 @@ async def look(client: Client, blobs: RedisBlobs, tier: TierBackend, tenant: str
 
 
 async def _look_until_nothing(client: Client, blobs: RedisBlobs, tier: TierBackend, tenant: str) -> Stored:
-    """What is stored when nothing is left, or at the end of CLEARING_S: workers delete after they have answered."""
-    until = time.monotonic() + CLEARING_S
-    while not (after := await look(client, blobs, tier, tenant)).is_nothing and time.monotonic() < until:
-        await asyncio.sleep(0.2)
+    """What is stored when nothing is left, or at the last of some looks: workers delete after they have answered."""
+    for _ in range(CLEARING_LOOKS):
+        after = await look(client, blobs, tier, tenant)
+        if after.is_nothing:
+            break
+        await asyncio.sleep(CLEARING_PAUSE_S)
     return after
 
 
