@@ -32,6 +32,7 @@ from kvservice.client.retry import Attempts, RetryPolicy
 from kvservice.client.sampling import Sampling, sampling_to_proto
 from kvservice.errors import DeadlineExceeded, InternalError
 from kvservice.internal.convert import ON_MISS_CODES, PROMPT_FORMAT_CODES, chat_messages_to_proto, model_from_proto
+from kvservice.internal.seen import SeenDigest
 from kvservice.internal.tls import PemFiles, channel_credentials
 from kvservice.telemetry.tracing import TRACEPARENT, current_traceparent
 from kvservice.types import ChatMessage, ModelInfo, OnMiss, PromptFormat
@@ -76,7 +77,7 @@ class Client:
 
     | status | made again |
     |---|---|
-    | UNAVAILABLE | yes; a stream that was cut goes on after its last event |
+    | UNAVAILABLE | yes; a stream that was cut goes on after its last event, or fails if its answer is another one now |
     | RESOURCE_EXHAUSTED | yes when the service says that it may pass (no room now), no for a limit |
     | ABORTED | reason `request_in_flight` yes; `session_busy` only after this very call was cut; others no |
     | all others | no |
@@ -248,12 +249,14 @@ class Client:
         )
         attempts = Attempts(self._retry)
         deadline = _Deadline(timeout_s)
+        seen = SeenDigest()
         while True:
             call = self._sessions.Generate(request, timeout=deadline.left_s(), metadata=self._metadata)
             try:
                 async for response in call:
                     # Whatever comes next, this one isn't wanted again.
                     request.last_sequence = response.event.sequence
+                    seen.add(response.event.tokens.token_ids)
                     event = convert.event(response.event)
                     if event is not None:
                         yield event
@@ -262,6 +265,7 @@ class Client:
                 failure = error_from_rpc(error, self._address)
             finally:
                 call.cancel()
+            request.seen_digest = seen.value()
             await attempts.pause(failure)
 
     async def ask(

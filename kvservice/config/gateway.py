@@ -65,6 +65,12 @@ class GatewayConfig(BaseModel):
     usage_period_s: float = Field(
         60.0, gt=0, description="Seconds between two records of what tenants have stored; the same for every gateway."
     )
+    refresh_tokens_per_s: float = Field(
+        0.0,
+        ge=0,
+        description="Tokens a second that this gateway has computed again of sessions whose stored KV no worker can "
+        "read any more, after a change of model or layout; 0: they are at their next call.",
+    )
     lock_ttl_s: float = Field(
         8.0, gt=0, description="A session is free again this many seconds after the gateway that changed it was lost."
     )

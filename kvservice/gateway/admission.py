@@ -49,6 +49,8 @@ class Admission:
         self._lines: dict[str, Line] = {}
         self._shares: defaultdict[str, FairShares] = defaultdict(FairShares)
         """By model: workers of one don't serve another."""
+        self.failed_over = 0
+        """Calls that were given to another worker, since theirs was lost before its first token."""
 
     @property
     def waiting(self) -> int:

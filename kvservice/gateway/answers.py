@@ -6,7 +6,7 @@ import secrets
 from dataclasses import dataclass, replace
 
 from kvservice.config.gateway import GatewayConfig
-from kvservice.errors import FailedPrecondition, InvalidRequest
+from kvservice.errors import FailedPrecondition, InvalidRequest, Unavailable
 from kvservice.gateway import convert
 from kvservice.gateway.admission import Admission
 from kvservice.gateway.auth import Caller
@@ -20,6 +20,7 @@ from kvservice.gateway.runs import Run, Runs
 from kvservice.gateway.sessions import Activity, Sessions, refuse_lost_answer
 from kvservice.internal.convert import sampling_to_proto
 from kvservice.internal.prefixes import lengths_by_name
+from kvservice.internal.seen import SeenDigest
 from kvservice.internal.v1 import worker_pb2
 from kvservice.store.base import SessionRecord
 from kvservice.types import ModelInfo, PromptFormat, RecipeSpec, SamplingParams, TextRole
@@ -29,17 +30,27 @@ from kvservice.v1 import common_pb2, inference_pb2, sessions_pb2
 class EventLog:
     """The events of one answer, numbered from 1. Those up to `after` the caller has already.
 
-    `account` is told of what has been computed, so that an answer that is cut short is paid too.
+    `account` is told of what has been computed, so that an answer that is cut short is paid too. `seen` is the digest
+    of what the caller has (`internal.seen`); empty: it isn't compared.
     """
 
-    def __init__(self, run: Run[common_pb2.GenerateEvent], after: int) -> None:
+    def __init__(self, run: Run[common_pb2.GenerateEvent], after: int, seen: bytes = b"") -> None:
         self.events: list[common_pb2.GenerateEvent] = []
         self.account: Account | None = None
         self._run = run
         self._after = after
+        self._seen = seen
+        self._digest = SeenDigest()
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether the caller has been sent any."""
+        return len(self.events) > 1
 
     def started(self, session_id: str, worker: WorkerView, plan: Plan) -> None:
-        """The first event."""
+        """The first event; the caller hears of one worker, the first that took the call."""
+        if self.events:
+            return
         if self.account is not None:
             self.account.read_tokens += len(plan.document) + len(plan.prompt)
         started = common_pb2.Started(
@@ -48,11 +59,30 @@ class EventLog:
         self._add(common_pb2.GenerateEvent(started=started))
 
     def relay(self, event: worker_pb2.CallEvent) -> None:
-        """Passes tokens on. Progress of the prefill is no event of an answer."""
+        """Passes tokens on. Progress of the prefill is no event of an answer.
+
+        Raises:
+            FailedPrecondition: the answer has begun otherwise than what the caller has of it.
+        """
         if event.WhichOneof("event") == "tokens":
             if self.account is not None:
                 self.account.answered_tokens += len(event.tokens.token_ids)
             self._add(common_pb2.GenerateEvent(tokens=event.tokens))
+
+    def check_seen(self) -> None:
+        """Refuses to go on from an answer that isn't the one the caller has the beginning of.
+
+        It is computed again, and a machine that computes other calls beside it may round otherwise.
+
+        Raises:
+            FailedPrecondition: it isn't.
+        """
+        if len(self.events) < self._after or (self._after and self._seen and self._digest.value() != self._seen):
+            raise FailedPrecondition(
+                f"the call failed, and its answer is another one now than the {self._after} events that were sent of "
+                "it: ask again with last_sequence 0",
+                reason="not_resumable",
+            )
 
     def finished(self, finished: common_pb2.Finished) -> None:
         """The last event; it is held back until `flush`."""
@@ -67,11 +97,22 @@ class EventLog:
         self.events = [common_pb2.GenerateEvent.FromString(message) for message in kept]
         for event in self.events[:-1]:
             self._send(event)
+        self.check_seen()
 
     def check_document(self, num_tokens: int) -> None:
         """See `Account.check_document`."""
         if self.account is not None:
             self.account.check_document(num_tokens)
+
+    def cut(self, error: Unavailable) -> Unavailable:
+        """The error of a stream that ends after some tokens: it says where the stream stands."""
+        stands_at = str(len(self.events))
+        return Unavailable(
+            f"{error.message}; {stands_at} events were sent: make the call again with last_sequence {stands_at}",
+            reason=error.reason,
+            retry_after_s=error.retry_after_s,
+            metadata={**error.metadata, "last_sequence": stands_at},
+        )
 
     def _add(self, event: common_pb2.GenerateEvent) -> None:
         event.sequence = len(self.events) + 1
@@ -79,8 +120,12 @@ class EventLog:
         self._send(event)
 
     def _send(self, event: common_pb2.GenerateEvent) -> None:
-        if event.sequence > self._after:
-            self._run.emit(event)
+        if event.sequence <= self._after:
+            self._digest.add(event.tokens.token_ids)
+            return
+        if event.sequence == self._after + 1:
+            self.check_seen()
+        self._run.emit(event)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +194,11 @@ class Answers:
         same_whatever_was_seen = sessions_pb2.SessionServiceGenerateRequest()
         same_whatever_was_seen.CopyFrom(request)
         same_whatever_was_seen.ClearField("last_sequence")
+        same_whatever_was_seen.ClearField("seen_digest")
         request_digest = digest("generate", same_whatever_was_seen)
 
         async def body(run: Run[common_pb2.GenerateEvent]) -> None:
-            log = EventLog(run, request.last_sequence)
+            log = EventLog(run, request.last_sequence, request.seen_digest)
             async with self._repeats.claim(caller.tenant, request_id, request_digest) as claim:
                 if claim.kept is not None:
                     log.replay(claim.kept)
@@ -165,7 +211,10 @@ class Answers:
                 else:
                     async with self._quotas.call(caller.tenant, request_id, request.session_id) as account:
                         log.account = account
-                        finished = await self._ask(run, caller, request, sampling, log, watch, account=account)
+                        try:
+                            finished = await self._ask(run, caller, request, sampling, log, watch, account=account)
+                        except Unavailable as error:
+                            raise (log.cut(error) if request_id and log.has_tokens else error) from None
                         account.finished(finished.usage, finished.timings)
                     claim.keep(log.events)
             # Only now is the session free for the next call.
@@ -208,6 +257,7 @@ class Answers:
                 order = _order(submit, Plan(model, recipe, before, prompt, sampling), log, record, deadline)
                 outcome = await carry_out(self._admission, order, watch)
                 account.carried_out(outcome)
+                log.check_seen()
             record = await self._sessions.commit(record, outcome, request.request_id)
             finished = _finished(outcome, watch, len(record.token_ids), record.durable_tokens)
             log.finished(finished)

@@ -193,7 +193,8 @@ class Appends:
             run.emit(sessions_pb2.AppendResponse(progress=progress))
 
         def on_event(event: worker_pb2.CallEvent) -> None:
-            if event.WhichOneof("event") == "progress":
+            # A second worker, where the first was lost, begins anew: callers are told once it is further.
+            if event.WhichOneof("event") == "progress" and event.progress.done_tokens > activity.done_tokens:
                 show(event.progress.done_tokens, event.progress.total_tokens)
 
         show(0, len(token_ids))

@@ -1,8 +1,13 @@
-"""Carries one call out on a worker: admission, its events, cancellation. Knows nothing of sessions' records."""
+"""Carries one call out on a worker: admission, its events, cancellation; on another one if it is lost before a token.
+
+Knows nothing of sessions' records.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +20,10 @@ from kvservice.internal.v1 import worker_pb2
 from kvservice.types import ModelInfo
 from kvservice.v1 import common_pb2
 
+logger = logging.getLogger(__name__)
+
+MAX_FAILOVERS = 2
+"""Workers that one call may lose, and still be given to another: a call that ends its workers mustn't end them all."""
 CANCEL_TIMEOUT_S = 10.0
 """A worker frees a cancelled call between two steps; the session stays locked no longer than this for it."""
 
@@ -29,6 +38,11 @@ class Stopwatch:
         """Seconds of `time.monotonic`."""
         self._queue_ms = 0.0
         self._ttft_ms = 0.0
+
+    @property
+    def has_token(self) -> bool:
+        """Whether one has come."""
+        return self._ttft_ms > 0.0
 
     def admitted(self) -> None:
         """A worker has taken the call."""
@@ -59,7 +73,9 @@ class Order:
     request: PlacementRequest
     submit: worker_pb2.Submit
     on_admitted: Callable[[WorkerView], None]
+    """Called again for each further worker, where one is lost before its first token."""
     on_event: Callable[[worker_pb2.CallEvent], None]
+    """May raise what the call is to fail with."""
     deadline: float | None
     """When the worker gives the call up, in seconds of `time.monotonic`; None: when it is told to."""
 
@@ -80,13 +96,32 @@ class Outcome:
 async def carry_out(admission: Admission, order: Order, watch: Stopwatch) -> Outcome:
     """Has `order` carried out by a worker. Call it inside `Run.cancellable()`.
 
+    A worker that is lost, or drains, before its first token is followed by another one: that one brings the session
+    back from what is stored, or computes it from its tokens.
+
     Raises:
         asyncio.CancelledError: the caller was cancelled; the worker has freed what the call held.
         KVServiceError: no worker took it, or the one that did failed or was lost.
     """
-    call = await admission.admit(order.request, order.submit, order.deadline)
-    watch.admitted()
-    order.on_admitted(call.worker)
+    failovers = 0
+    while True:
+        call = await admission.admit(order.request, order.submit, order.deadline)
+        watch.admitted()
+        order.on_admitted(call.worker)
+        try:
+            return await _attend(call, order, watch)
+        except Unavailable as error:
+            if watch.has_token or failovers == MAX_FAILOVERS:
+                raise
+            logger.warning("call_failed_over", extra={"worker_id": call.worker.worker_id, "why": error.message})
+        failovers += 1
+        admission.failed_over += 1
+        # What the lost worker may yet say of the call is nobody's.
+        order.submit.call_id = secrets.token_hex(16)
+
+
+async def _attend(call: WorkerCall, order: Order, watch: Stopwatch) -> Outcome:
+    """Follows an admitted call to its end."""
     try:
         done = await _relay(call, order, watch)
     except asyncio.CancelledError:
@@ -115,7 +150,13 @@ async def _relay(call: WorkerCall, order: Order, watch: Stopwatch) -> worker_pb2
             return event.done
         if kind == "tokens":
             watch.token()
-        order.on_event(event)
+        try:
+            order.on_event(event)
+        except KVServiceError:
+            # Nobody wants the rest of it.
+            call.cancel()
+            await _last_words(call)
+            raise
     raise AssertionError("events end with done")
 
 

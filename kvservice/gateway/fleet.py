@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -100,13 +100,13 @@ class Fleet:
         self, model: str, text: str, role: TextRole, prompt_format: PromptFormat, *, first: bool
     ) -> list[int]:
         """Token ids of `text`, by the worker of `model` that has the least to do."""
-        return await self._tokenizer(model).tokenize(text, role, prompt_format, first=first)
+        return await self._ask_any(model, lambda link: link.tokenize(text, role, prompt_format, first=first))
 
     async def tokenize_chat(
         self, model: str, messages: Sequence[common_pb2.ChatMessage], *, first: bool
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Token ids of all messages but the last, and of the last, by the least busy worker of `model`."""
-        return await self._tokenizer(model).tokenize_chat(messages, first=first)
+        return await self._ask_any(model, lambda link: link.tokenize_chat(messages, first=first))
 
     async def release(self, session_id: SessionId, tenant_tag: bytes, *, purge: bool) -> Freed:
         """Drops a session's KV on every worker.
@@ -189,11 +189,22 @@ class Fleet:
                 self._connecting[record.worker_id] = task
                 task.add_done_callback(partial(self._connected, record.worker_id))
 
-    def _tokenizer(self, model: str) -> WorkerLink:
+    async def _ask_any(self, model: str, question: Callable[[WorkerLink], Awaitable[T]]) -> T:
+        """What any worker of a model can answer: by the least busy one, or by another if that is lost meanwhile."""
         self.model(model)
+        lost: Unavailable | None = None
         views = [view for view in self.views() if view.model.name == model]
-        least_busy = min(views, key=lambda view: (view.headroom.running_calls, view.worker_id))
-        return self._link(least_busy.worker_id)
+        for view in sorted(views, key=lambda view: (view.headroom.running_calls, view.worker_id)):
+            link = self._links.get(view.worker_id)
+            if link is None or link.closed:
+                continue
+            try:
+                return await question(link)
+            except Unavailable as error:
+                lost = error
+        raise lost or Unavailable(
+            f"no worker with model {model!r} is connected; try again", reason="no_worker", retry_after_s=RETRY_AFTER_S
+        )
 
     def _link(self, worker_id: WorkerId) -> WorkerLink:
         link = self._links.get(worker_id)

@@ -26,6 +26,7 @@ from kvservice.gateway.metering import Metering
 from kvservice.gateway.operations import Operations
 from kvservice.gateway.quotas import Quotas
 from kvservice.gateway.reception import Reception
+from kvservice.gateway.refresh import Refresher, refresh_forever
 from kvservice.gateway.repeats import Repeats
 from kvservice.gateway.runs import Runs
 from kvservice.gateway.servicer_admin import AdminServicer
@@ -54,6 +55,8 @@ SERVICE_NAMES = tuple(
         (admin_pb2, "AdminService"),
     )
 )
+REFRESH_INTERVAL_S = 10.0
+"""Between two rounds of sessions that are computed again."""
 STOP_GRACE_S = 5.0
 """What is left when the gateway stops are answers on their way; streams have been ended by the drain."""
 
@@ -102,6 +105,12 @@ class Gateway:
         self._answers = Answers(
             config, self._sessions, self._fleet, self._admission, self._runs, repeats, quotas=self._quotas
         )
+        self.refresher: Refresher | None = None
+        if config.refresh_tokens_per_s:
+            rate = config.refresh_tokens_per_s
+            self.refresher = Refresher(
+                store, self._sessions, self._fleet, self._admission, tokens_per_s=rate, lock_ttl_s=config.lock_ttl_s
+            )
         tokens = WebTokens(config.jwt) if config.jwt is not None else None
         self._reception = Reception(Authenticator(keys, tokens, clock), self._quotas, self.metrics)
         self._web = WebFront(
@@ -148,6 +157,8 @@ class Gateway:
             draining=self._runs.draining,
             failed_sweeps=self.failed_sweeps,
             failed_looks=self._fleet.failed_looks,
+            failed_over_calls=self._admission.failed_over,
+            refreshed_tokens=self.refresher.done.tokens if self.refresher is not None else 0,
         )
 
     async def stats(self) -> admin_pb2.GetStatsResponse:
@@ -179,6 +190,8 @@ class Gateway:
             logger.info("http_started", extra={"address": self.http_address})
         self._fleet.start()
         self._tasks = [asyncio.create_task(each) for each in (self._report_health(), self._sweep(), self._meter())]
+        if self.refresher is not None:
+            self._tasks.append(asyncio.create_task(refresh_forever(self.refresher, REFRESH_INTERVAL_S)))
         logger.info("gateway_started", extra={"address": address, "tls": self._credentials is not None})
         if self._credentials is None and not _is_loopback(self._config.host):
             logger.warning("listening_without_tls", extra={"address": address})

@@ -69,6 +69,18 @@ WAITING_CALLS = MetricSpec("kvservice_waiting_calls", Kind.GAUGE, "", "Of these,
 CONNECTED_WORKERS = MetricSpec("kvservice_connected_workers", Kind.GAUGE, "", "Workers this gateway is connected to.")
 DRAINING = MetricSpec("kvservice_draining", Kind.GAUGE, "", "1 while this gateway drains.")
 FAILED_SWEEPS = MetricSpec("kvservice_failed_sweeps", Kind.COUNTER, "", "Sweeps for expired sessions that failed.")
+FAILED_OVER_CALLS = MetricSpec(
+    "kvservice_failed_over_calls",
+    Kind.COUNTER,
+    "",
+    "Calls given to another worker, theirs being lost before its first token.",
+)
+REFRESHED_TOKENS = MetricSpec(
+    "kvservice_refreshed_tokens",
+    Kind.COUNTER,
+    "",
+    "Tokens computed again beside calls, their stored KV being of no use any more.",
+)
 FAILED_LOOKS = MetricSpec("kvservice_failed_looks", Kind.COUNTER, "", "Looks at the workers' leases that failed.")
 
 # Read from workers.
@@ -207,6 +219,8 @@ class GatewayLevels:
     draining: bool
     failed_sweeps: int
     failed_looks: int
+    failed_over_calls: int = 0
+    refreshed_tokens: int = 0
 
 
 class GatewayCollector(Collector):
@@ -228,6 +242,8 @@ class GatewayCollector(Collector):
         yield _family(DRAINING, {(): levels.draining})
         yield _family(FAILED_SWEEPS, {(): levels.failed_sweeps})
         yield _family(FAILED_LOOKS, {(): levels.failed_looks})
+        yield _family(FAILED_OVER_CALLS, {(): levels.failed_over_calls})
+        yield _family(REFRESHED_TOKENS, {(): levels.refreshed_tokens})
 
 
 class WorkerCollector(Collector):

@@ -440,6 +440,7 @@ class SessionServiceGenerateRequest(_message.Message):
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     MESSAGES_FIELD_NUMBER: _builtins.int
+    SEEN_DIGEST_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     request_id: _builtins.str
     expected_num_tokens: _builtins.int
@@ -454,6 +455,10 @@ class SessionServiceGenerateRequest(_message.Message):
     priority: _builtins.int
     """-100 to 100. Of a tenant's calls those of a higher priority go first, and may take the memory of its running calls of
     a lower one for a while. Other tenants' calls are as they would be without it.
+    """
+    seen_digest: _builtins.bytes
+    """With last_sequence: what the caller has of the answer, as BLAKE2b of 16 bytes over the token ids of the events up to
+    there, each of 4 bytes, the lowest first. If the answer begins otherwise now, the call fails; empty: nobody looks.
     """
     @_builtins.property
     def sampling(self) -> _common_pb2.SamplingParams: ...
@@ -481,10 +486,11 @@ class SessionServiceGenerateRequest(_message.Message):
         prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         priority: _builtins.int = ...,
         messages: _abc.Iterable[_common_pb2.ChatMessage] | None = ...,
+        seen_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_num_tokens", b"_expected_num_tokens", "expected_num_tokens", b"expected_num_tokens", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_num_tokens", b"_expected_num_tokens", "expected_num_tokens", b"expected_num_tokens", "keep_partial", b"keep_partial", "last_sequence", b"last_sequence", "messages", b"messages", "priority", b"priority", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "recipe", b"recipe", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_num_tokens", b"_expected_num_tokens", "expected_num_tokens", b"expected_num_tokens", "keep_partial", b"keep_partial", "last_sequence", b"last_sequence", "messages", b"messages", "priority", b"priority", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "recipe", b"recipe", "request_id", b"request_id", "sampling", b"sampling", "seen_digest", b"seen_digest", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_num_tokens: _TypeAlias = _typing.Literal["expected_num_tokens"]  # noqa: Y015
     _WhichOneofArgType__expected_num_tokens: _TypeAlias = _typing.Literal["_expected_num_tokens", b"_expected_num_tokens"]  # noqa: Y015

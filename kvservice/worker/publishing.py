@@ -242,6 +242,9 @@ class Publisher:
         if session is None:
             return None
         async with session.lock:
+            if (stored := session.manifest) is not None and self._frames.fingerprint not in (b"", stored.fingerprint):
+                # Of another model, or of another layout. Whoever reads can't use it, and counts that.
+                return stored
             try:
                 await self._gather(session)
             except (KVServiceError, TimeoutError) as error:

@@ -594,28 +594,6 @@ async def test_half_an_upload_is_no_document(service: Service) -> None:
 # Workers
 
 
-async def test_a_lost_worker_fails_its_calls_and_the_session_goes_on_at_another() -> None:
-    workers = [FakeWorker("w1"), FakeWorker("w2")]
-    async with running(workers) as service:
-        client = await service.client()
-        session = await client.create_session()
-        await client.append(session.session_id, "document")
-        holder = next(worker for worker in workers if worker.submits)
-        other = next(worker for worker in workers if worker is not holder)
-        holder.pause_after = 1
-        answer = asyncio.create_task(client.ask(session.session_id, "q"))
-        await holder.wait_for("submits", 2)
-        await holder.kill()
-        with pytest.raises(Unavailable, match=f"worker {holder.worker_id} was lost") as caught:
-            await answer
-        assert caught.value.retry_after_s is not None
-        await service.store.unregister_worker(holder.worker_id, holder.epoch)
-        assert (await client.get(session.session_id)).num_tokens == 8
-        again = await client.ask(session.session_id, "q", max_new_tokens=2)
-        assert again.started.worker_id == other.worker_id
-        assert bytes(other.submits[-1].base_token_ids) == b"document"
-
-
 async def test_the_worker_that_holds_a_session_is_asked_first() -> None:
     roomy, roomier = Headroom(*[1 << 28] * 6), ROOMY
     workers = [FakeWorker("w1", headroom=roomy), FakeWorker("w2", headroom=roomier)]
