@@ -13,7 +13,7 @@ STOP_MARGIN_S = 15.0
 
 
 class Autoscaling(BaseModel):
-    """Between which numbers of workers, and by what load, Ray Serve adds workers."""
+    """Between which numbers of workers, and by what load, workers are added and taken away."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -26,7 +26,13 @@ class Autoscaling(BaseModel):
         description="bytes of running calls over capacity, of device or host, that workers are added at",
     )
     queue_s: float = Field(2.0, gt=0, description="seconds of prefill in a worker's queue that workers are added at")
+    miss_s: float = Field(
+        0.2, gt=0, description="seconds of each second spent on computing KV again that workers are added at"
+    )
     delay_s: float = Field(20.0, ge=0, description="how long the load must last")
+    down_delay_s: float = Field(
+        300.0, ge=0, description="how long one worker fewer must have sufficed before one is taken away"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -46,7 +52,7 @@ class RayDeployment(BaseModel):
         description="settings of each of its workers; its `worker_id` is not used",
     )
     replicas: int = Field(1, ge=1, le=1024, description="workers, unless they are scaled by load")
-    autoscaling: Autoscaling | None = Field(None, description="let Ray Serve add workers by load; unset: it doesn't")
+    autoscaling: Autoscaling | None = Field(None, description="scale workers by load; unset: their number stays")
     num_cpus: float = Field(1.0, ge=0, description="CPUs that Ray sets aside for a worker; a fraction is allowed")
     num_gpus: float = Field(0.0, ge=0, description="GPUs that Ray sets aside for a worker; a fraction is allowed")
     resources: dict[str, float] = Field(

@@ -55,14 +55,18 @@ class HostedWorker:
         """Raises Unavailable unless the worker's engine advances within `timeout_s`."""
         await self._ask(lambda: self._worker.check(timeout_s))
 
+    def begin_drain(self) -> None:
+        """Has the worker take no new calls, hand its sessions over and stop. Returns at once; `drain` waits for it."""
+        if self._started.done() and self._started.exception() is None and not self._ended.is_set():
+            asyncio.run_coroutine_threadsafe(self._worker.drain(), self._loop)
+
     def drain(self, timeout_s: float) -> None:
         """Lets running calls end within the worker's grace, and stops it. Blocks. May be called again.
 
         Args:
             timeout_s: how long to wait for the end; the worker's own grace should be shorter.
         """
-        if self._started.done() and self._started.exception() is None and not self._ended.is_set():
-            asyncio.run_coroutine_threadsafe(self._worker.drain(), self._loop)
+        self.begin_drain()
         self._ended.wait(timeout_s)
 
     async def _ask(self, question: Callable[[], Coroutine[Any, Any, T]]) -> T:

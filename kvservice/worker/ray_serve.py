@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
@@ -25,7 +26,7 @@ from kvservice.config.ray import RayConfig, RayDeployment
 from kvservice.config.worker import WorkerConfig
 from kvservice.errors import ConfigError, Unavailable
 from kvservice.worker.hosting import HostedWorker
-from kvservice.worker.scaling import Goals, report, workers_wanted
+from kvservice.worker.scaling import RETIRING, Descent, Goals, MissMeter, report, target
 from kvservice.worker.server import WorkerServer
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,12 @@ OpenWorker = Callable[[WorkerConfig], AbstractAsyncContextManager[WorkerServer]]
 DEPLOYMENT = "Worker"
 APPLICATION_PREFIX = "kvservice-"
 
+ASK_TIMEOUT_S = 10.0
+"""How long a replica may take to tell its load."""
+PUSH_INTERVAL_VARIABLE = "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S"
+PUSH_INTERVAL_S = 10.0
+"""Ray Serve's own default: how often replicas' loads reach the policy."""
+
 
 class WorkerReplica:
     """What a replica runs. Ray Serve calls its methods; nobody else does."""
@@ -44,21 +51,43 @@ class WorkerReplica:
         """Starts the worker; returns once it serves and is registered."""
         self._deployment = RayDeployment.model_validate(settings)
         replica = serve.get_replica_context().replica_id.unique_id
-        worker = self._deployment.worker.model_copy(update={"worker_id": f"{self._deployment.name}-{replica}"})
+        self._worker_id = f"{self._deployment.name}-{replica}"
+        worker = self._deployment.worker.model_copy(update={"worker_id": self._worker_id})
+        self._misses = MissMeter(time.monotonic)
+        self._retired_at: float | None = None
         self._worker = HostedWorker(partial(open_worker, worker))
         self.address = self._worker.start()
 
     async def check_health(self) -> None:
         """Raises unless the engine's loop advances; Ray Serve then starts the replica again."""
-        await self._worker.check(self._deployment.health_check_timeout_s)
+        # One that is retiring has to live until the policy has heard of it, though its worker may have stopped.
+        interval_s = float(os.environ.get(PUSH_INTERVAL_VARIABLE, PUSH_INTERVAL_S))
+        if self._retired_at is None or time.monotonic() - self._retired_at > 2 * interval_s + 1.0:
+            await self._worker.check(self._deployment.health_check_timeout_s)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """See `scaling.report`."""
-        return report(await self._worker.stats())
+        if self._retired_at is not None:
+            return {RETIRING: 1.0}
+        stats = await self._worker.stats()
+        return report(stats, self._misses.look(stats))
 
     async def stats(self) -> dict[str, float]:
-        """A control call: the same, for operators and tests."""
-        return await self.record_autoscaling_stats()
+        """A control call: the load, for operators and tests."""
+        return report(await self._worker.stats())
+
+    async def tell(self) -> tuple[str, dict[str, float]]:
+        """A control call: the worker's id and its load."""
+        return self._worker_id, {RETIRING: 1.0} if self._retired_at is not None else await self.stats()
+
+    async def retire(self, worker_id: str) -> bool:
+        """A control call to all replicas: the one of that worker drains, hands its sessions over, and is given up."""
+        if worker_id != self._worker_id:
+            return False
+        if self._retired_at is None:
+            self._retired_at = time.monotonic()
+            self._worker.begin_drain()
+        return True
 
     def __del__(self) -> None:
         """Drains. Ray Serve calls it when a replica is to stop, and kills the replica if it takes too long."""
@@ -68,18 +97,24 @@ class WorkerReplica:
 
 
 class MemoryPolicy:
-    """Ray Serve's autoscaling policy: adds workers by bytes and queues; `scaling` has the arithmetic."""
+    """Ray Serve's autoscaling policy: adds workers by load, and forgets those that were retired.
 
-    def __init__(self, occupancy: float, queue_s: float) -> None:
-        self._goals = Goals(occupancy, queue_s)
+    `scaling` has the arithmetic.
+    """
+
+    def __init__(self, occupancy: float, queue_s: float, miss_s: float) -> None:
+        self._goals = Goals(occupancy, queue_s, miss_s)
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        """The number of replicas that Ray Serve should aim at, and no state."""
-        by_replica: dict[object, dict[str, float]] = {}
+        """The number of replicas that Ray Serve should aim at, and the names of those that are being retired."""
+        by_replica: dict[str, dict[str, float]] = {}
         for name, values in (context.aggregated_metrics or {}).items():
             for replica, value in values.items():
-                by_replica.setdefault(replica, {})[name] = value
-        return workers_wanted(list(by_replica.values()), context.target_num_replicas, self._goals), {}
+                by_replica.setdefault(replica.unique_id, {})[name] = value
+        running = [replica.unique_id for replica in context.running_replicas]
+        before = (context.policy_state or {}).get(RETIRING, [])
+        wanted, retiring = target(by_replica, running, context.target_num_replicas, before, self._goals)
+        return wanted, {RETIRING: retiring}
 
 
 def application(
@@ -116,12 +151,14 @@ def deployment_options(deployment: RayDeployment) -> dict[str, Any]:
         return options
     policy = AutoscalingPolicy(
         policy_function=f"{MemoryPolicy.__module__}:{MemoryPolicy.__name__}",
-        policy_kwargs={"occupancy": scaling.occupancy, "queue_s": scaling.queue_s},
+        policy_kwargs={"occupancy": scaling.occupancy, "queue_s": scaling.queue_s, "miss_s": scaling.miss_s},
     )
     options["autoscaling_config"] = AutoscalingConfig(
         min_replicas=scaling.min_replicas,
         max_replicas=scaling.max_replicas,
         upscale_delay_s=scaling.delay_s,
+        # The target follows a worker that has gone already.
+        downscale_delay_s=0.0,
         policy=policy,
     ).model_dump(exclude_unset=True)
     return options
@@ -164,6 +201,18 @@ class RayFleet:
         self._open_worker = open_worker
         self._deployed: list[str] = []
         self._connected = False
+        self._owns_cluster = False
+        self._descents = {
+            each.name: Descent(
+                Goals(each.autoscaling.occupancy, each.autoscaling.queue_s, each.autoscaling.miss_s),
+                each.autoscaling.min_replicas,
+                each.autoscaling.down_delay_s,
+                time.monotonic,
+            )
+            for each in deployments
+            if each.autoscaling is not None
+        }
+        self.failed_looks = 0
 
     def start(self, environment: Mapping[str, str]) -> None:
         """Starts or joins the cluster, and deploys; returns when every application runs.
@@ -175,21 +224,8 @@ class RayFleet:
             ConfigError: the cluster that was named can't be joined.
             Unavailable: a worker didn't start; its log, in Ray's folder of logs, says why.
         """
-        joins = self._config.address is not None
-        try:
-            ray.init(
-                self._config.address,
-                num_cpus=None if joins else max(os.cpu_count() or 1, self._cpus()),
-                include_dashboard=None if joins else self._config.external_scaler_enabled,
-                logging_level=logging.WARNING,
-                log_to_driver=False,
-                configure_logging=False,
-            )
-        except ConnectionError as error:
-            raise ConfigError(
-                f"ray.address={self._config.address!r}: no cluster there can be joined: {error}"
-            ) from None
-        self._connected = True
+        self._owns_cluster = self._config.address is None
+        self._connect(self._config.address)
         serve.start(proxy_location="Disabled")
         for deployment in self._deployments:
             name = application_name(deployment)
@@ -204,6 +240,28 @@ class RayFleet:
             except RuntimeError as error:
                 raise Unavailable(f"the workers of {deployment.name!r} didn't start: {error}") from None
 
+    def join(self) -> None:
+        """Joins a cluster on which the workers are deployed already; `stop` leaves them there.
+
+        Raises:
+            ConfigError: it can't be joined.
+        """
+        self._connect(self._config.address or "auto")
+
+    def look(self) -> None:
+        """Takes a worker away where one fewer has carried the load for long enough. Call it every few seconds."""
+        for name, descent in self._descents.items():
+            try:
+                handle = serve.get_app_handle(APPLICATION_PREFIX + name)
+                reports = dict(handle.broadcast("tell").results(timeout_s=ASK_TIMEOUT_S))
+                if (worker_id := descent.look(reports)) is not None:
+                    logger.info("worker_retires", extra={"worker_id": worker_id, "workers": len(reports)})
+                    handle.broadcast("retire", worker_id).results(timeout_s=ASK_TIMEOUT_S)
+            except Exception:
+                # A replica may have died just now; the next look finds out.
+                self.failed_looks += 1
+                logger.exception("look_at_load_failed", extra={"failed_looks": self.failed_looks})
+
     def stop(self) -> None:
         """Takes down what was deployed, which drains it; and the cluster, if it was started here."""
         if not self._connected:
@@ -211,9 +269,24 @@ class RayFleet:
         self._connected = False
         for name in self._deployed:
             serve.delete(name)
-        if self._config.address is None:
+        if self._owns_cluster:
             serve.shutdown()
         ray.shutdown()
+
+    def _connect(self, address: str | None) -> None:
+        joins = address is not None
+        try:
+            ray.init(
+                address,
+                num_cpus=None if joins else max(os.cpu_count() or 1, self._cpus()),
+                include_dashboard=None if joins else self._config.external_scaler_enabled,
+                logging_level=logging.WARNING,
+                log_to_driver=False,
+                configure_logging=False,
+            )
+        except ConnectionError as error:
+            raise ConfigError(f"ray.address={address!r}: no cluster there can be joined: {error}") from None
+        self._connected = True
 
     def _cpus(self) -> int:
         """What the workers ask for: a machine is not refused for having fewer."""
