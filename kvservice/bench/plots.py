@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kvservice.bench.context import ContextRow
 from kvservice.bench.fleet_sim import PolicyRow
+from kvservice.bench.replicas import Sample as FleetSample
 from kvservice.bench.soak import MemoryTerms, Sample
 from kvservice.compression.layer_groups import LayerGroups, Similarity
 from kvservice.errors import ConfigError
@@ -299,6 +300,31 @@ def plot_churn(
         axes.set_ylim(bottom=0)
         _beside(axes)
     figure.axes[-1].set_xlabel("minutes")
+    _save(figure, path)
+
+
+def plot_fleet(path: Path, samples: Sequence[FleetSample], title: str) -> None:
+    """Workers, admitted calls and held sessions, device and host bytes of a service over time.
+
+    Raises:
+        ConfigError: the file can't be written.
+    """
+    figure = Figure(figsize=(10, 8), layout="constrained")
+    workers, sessions, device, host = figure.subplots(4, 1, sharex=True)
+    figure.suptitle(title, fontsize=12)
+    seconds = [sample.at_s for sample in samples]
+    workers.step(seconds, [sample.workers for sample in samples], where="post", color=LINES[0])
+    workers.set_ylabel("workers")
+    sessions.plot(seconds, [sample.running_calls for sample in samples], color=LINES[1], label="admitted calls")
+    sessions.plot(seconds, [sample.resident_sessions for sample in samples], color=LINES[2], label="held sessions")
+    _beside(sessions)
+    device.plot(seconds, [sample.device_bytes / MIB for sample in samples], color=LINES[0])
+    device.set_ylabel("device MiB")
+    host.plot(seconds, [sample.host_bytes / MIB for sample in samples], color=LINES[3])
+    host.set(ylabel="host MiB", xlabel="seconds")
+    for axes in (workers, sessions, device, host):
+        axes.set_ylim(bottom=0)
+        axes.grid(visible=True, alpha=0.3)
     _save(figure, path)
 
 

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvservice.cli.bench_admitted import admitted
 from kvservice.cli.bench_churn import churn
 from kvservice.cli.bench_context import context
 from kvservice.cli.bench_fairness import fairness
+from kvservice.cli.bench_gateway import gateway
 from kvservice.cli.bench_interference import interference
 from kvservice.cli.bench_kernels import kernels
 from kvservice.cli.bench_placement import placement
+from kvservice.cli.bench_replicas import kills, scale
 from kvservice.cli.bench_resume import resume
 from kvservice.cli.bench_roofline import roofline
 from kvservice.cli.bench_soak import soak
@@ -198,6 +201,7 @@ def sessions(
         Path | None,
         typer.Option("--text", metavar="FILE", help="Prose to cut documents from. Unset: the demo's document."),
     ] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Through a worker in a Ray Serve replica.")] = False,
     model: Model = DEFAULT_MODEL,
     threads: Threads = None,
     json_file: JsonFile = None,
@@ -234,6 +238,8 @@ def sessions(
             arguments += [flag, str(value)]
     if threads is not None:
         arguments += ["--threads", str(threads)]
+    if ray:
+        arguments.append("--ray")
     result, origin = asyncio.run(_run_sessions(load, arguments))
     _show_turns(load, budget["kv_bytes"], result)
     hint(f"Model {model}: {origin}.")
@@ -249,6 +255,7 @@ def sessions(
                 "model": model,
                 "origin": origin,
                 "threads": threads,
+                "ray": ray,
                 "host_link_bytes_per_s": host_link,
                 **shared,
             },
@@ -342,3 +349,7 @@ app.command("resume")(resume)
 app.command("churn")(churn)
 app.command("placement")(placement)
 app.command("fairness")(fairness)
+app.command("gateway")(gateway)
+app.command("admitted")(admitted)
+app.command("kills")(kills)
+app.command("scale")(scale)
