@@ -59,7 +59,25 @@ class Limits(BaseModel):
         256, "RESOURCE_EXHAUSTED", "Calls that wait for room on a worker; a further one is refused at once.", ge=0
     )
     upload_idle_s: float = _limit(
-        60.0, "DEADLINE_EXCEEDED", "Time between two messages of an Append that is being uploaded.", gt=0
+        60.0,
+        "DEADLINE_EXCEEDED",
+        "Time between two messages of an Append that is being uploaded, and for the one message of another call.",
+        gt=0,
+    )
+    header_s: float = _limit(
+        15.0,
+        "-",
+        "Time for a connection's handshakes, and for the headers of an HTTP request; then it is closed (HTTP: 408).",
+        gt=0,
+    )
+    connections: int = _limit(
+        1000, "-", "Connections to each port of the public API; a further one is closed (HTTP: 503).", ge=1
+    )
+    connections_per_address: int = _limit(
+        500, "-", "Connections of one address to the HTTP port; a further one is answered by 503.", ge=1
+    )
+    streams_per_connection: int = _limit(
+        512, "-", "Calls at a time on one gRPC connection; further ones wait in the client.", ge=1
     )
 
 

@@ -5,7 +5,8 @@ Knows no RPC by its meaning.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status  # type: ignore[import-untyped]
 
-from kvservice.errors import QUOTA_KEY, KVServiceError
+from kvservice.errors import QUOTA_KEY, DeadlineExceeded, InvalidRequest, KVServiceError
 from kvservice.gateway.auth import OPEN_METHODS
 from kvservice.gateway.reception import Reception, Visit
 
@@ -76,15 +77,21 @@ def error_status(error: KVServiceError) -> grpc.Status:
     return result
 
 
-def _visit(method: str, context: Context, request: object) -> Visit:
-    return Visit(method, tuple(context.invocation_metadata() or ()), context.peer(), request)
+def _visit(method: str, context: Context) -> Visit:
+    return Visit(method, tuple(context.invocation_metadata() or ()), context.peer(), None)
 
 
 class ServiceInterceptor(grpc.aio.ServerInterceptor):
-    """Has the reception let each RPC in, and turns each error into a status."""
+    """Has the reception let each RPC in, and turns each error into a status.
 
-    def __init__(self, reception: Reception) -> None:
+    Args:
+        reception: lets callers in.
+        message_s: within which the one message of an RPC must come. A servicer that takes a stream sees to that itself.
+    """
+
+    def __init__(self, reception: Reception, *, message_s: float) -> None:
         self._reception = reception
+        self._message_s = message_s
 
     async def intercept_service(
         self,
@@ -99,21 +106,25 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
         return self._wrap(handler, method)  # type: ignore[arg-type] # see _Handler
 
     def _wrap(self, handler: _Handler, method: str) -> grpc.RpcMethodHandler[Any, Any]:
+        is_streamed = handler.request_streaming
         behaviour: Any
 
-        async def unary(request: Any, context: Context) -> Message:  # noqa: ANN401
-            with self._reception.watched(_visit(method, context, request)) as visit:
+        # All are taken as streams: of one message grpc would wait for ever.
+        async def unary(requests: AsyncIterator[Any], context: Context) -> Message:
+            with self._reception.watched(_visit(method, context)) as visit:
                 try:
+                    visit.request = requests if is_streamed else await self._only(requests)
                     await self._reception.admit(visit)
-                    response: Message = await behaviour(request, context)
+                    response: Message = await behaviour(visit.request, context)
                 except Exception as error:  # noqa: BLE001 - logged, or the caller's to know
                     await context.abort_with_status(error_status(visit.failed(error)))
             return response
 
-        async def stream(request: Any, context: Context) -> None:  # noqa: ANN401
-            with self._reception.watched(_visit(method, context, request)) as visit:
+        async def stream(requests: AsyncIterator[Any], context: Context) -> None:
+            with self._reception.watched(_visit(method, context)) as visit:
                 # Errors of `write` are the transport's: grpc itself deals with them.
-                async with aclosing(self._responses(behaviour, visit, context)) as responses:
+                responses = self._responses(behaviour, visit, context, requests, is_streamed=is_streamed)
+                async with aclosing(responses):
                     async for response in responses:
                         if isinstance(response, KVServiceError):
                             await context.abort_with_status(error_status(response))
@@ -124,30 +135,38 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
             "response_serializer": handler.response_serializer,
         }
         if handler.response_streaming:
-            behaviour = handler.stream_stream if handler.request_streaming else handler.unary_stream
-            make = (
-                grpc.stream_stream_rpc_method_handler
-                if handler.request_streaming
-                else grpc.unary_stream_rpc_method_handler
-            )
-            return make(stream, **serializers)  # type: ignore[arg-type] # an asyncio behaviour
-        behaviour = handler.stream_unary if handler.request_streaming else handler.unary_unary
-        make_unary = (
-            grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
-        )
-        return make_unary(unary, **serializers)  # type: ignore[arg-type] # an asyncio behaviour
+            behaviour = handler.stream_stream if is_streamed else handler.unary_stream
+            return grpc.stream_stream_rpc_method_handler(stream, **serializers)  # type: ignore[arg-type] # an asyncio behaviour
+        behaviour = handler.stream_unary if is_streamed else handler.unary_unary
+        return grpc.stream_unary_rpc_method_handler(unary, **serializers)  # type: ignore[arg-type] # an asyncio behaviour
 
     async def _responses(
         self,
         behaviour: Callable[[Any, Context], AsyncGenerator[Message]],
         visit: Visit,
         context: Context,
+        requests: AsyncIterator[Any],
+        *,
+        is_streamed: bool,
     ) -> AsyncGenerator[Message | KVServiceError]:
         """The responses of a streaming RPC; an error comes as the last one."""
         try:
+            visit.request = requests if is_streamed else await self._only(requests)
             await self._reception.admit(visit)
             async with aclosing(behaviour(visit.request, context)) as responses:
                 async for response in responses:
                     yield response
         except Exception as error:  # noqa: BLE001 - logged, or the caller's to know
             yield visit.failed(error)
+
+    async def _only(self, requests: AsyncIterator[Any]) -> Any:  # noqa: ANN401
+        """The one message of an RPC."""
+        try:
+            async with asyncio.timeout(self._message_s):
+                return await anext(requests)
+        except StopAsyncIteration:
+            raise InvalidRequest("the call ended before its message") from None
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"the call's message didn't come within {self._message_s:g} s: send it with the call"
+            ) from None

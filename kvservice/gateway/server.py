@@ -229,19 +229,24 @@ class Gateway:
         await self._runs.drain(grace_s)
 
     def _public_server(self) -> grpc.aio.Server:
+        limits = self._config.limits
         options = [
             # A second gateway on the same port must be an error, not a silent share of the calls.
             ("grpc.so_reuseport", 0),
-            ("grpc.max_receive_message_length", self._config.limits.message_bytes),
+            ("grpc.max_receive_message_length", limits.message_bytes),
             ("grpc.max_send_message_length", -1),
             ("grpc.keepalive_time_ms", 30_000),
             ("grpc.keepalive_timeout_ms", 10_000),
             # Clients may ping as often as every 10 s, also between calls.
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ("grpc.keepalive_permit_without_calls", 1),
+            # Whoever connects and says nothing, and whoever connects too often.
+            ("grpc.server_handshake_timeout_ms", round(limits.header_s * 1000)),
+            ("grpc.max_allowed_incoming_connections", limits.connections),
+            ("grpc.max_concurrent_streams", limits.streams_per_connection),
         ]
-        server = grpc.aio.server(interceptors=[ServiceInterceptor(self._reception)], options=options)
-        limits = self._config.limits
+        interceptor = ServiceInterceptor(self._reception, message_s=limits.upload_idle_s)
+        server = grpc.aio.server(interceptors=[interceptor], options=options)
         sessions_pb2_grpc.add_SessionServiceServicer_to_server(
             SessionServicer(self._sessions, self._operations, self._appends, self._answers, limits), server
         )

@@ -21,6 +21,7 @@ from redis.crc import key_slot
 from redis.exceptions import AskError, ClusterDownError, MovedError, TryAgainError
 
 from kvservice.errors import ConfigError
+from kvservice.tier.answers import GARBLED, GarbledAnswerError, answers_to
 from kvservice.tier.base import SOURCES, TIERS, OpenSocket
 from kvservice.tier.redis import CLUSTERS, FAULTS, SYNC, TIMEOUT_S, RedisTier, connect, redacted, unavailable
 
@@ -48,16 +49,22 @@ class SlotMap:
 
         Raises:
             ClusterDownError: nobody has any slot.
+            GarbledAnswerError: it is no such answer.
         """
-        if not answer:
+        if answer == []:
             raise ClusterDownError("CLUSTERDOWN its slots are nobody's")
         owners = [""] * NUM_SLOTS
-        for start, stop, primary, *_replicas in answer:
-            host, port = primary[0], int(primary[1])
-            name = host.decode() if isinstance(host, bytes) else host
-            # A server that doesn't know its own name leaves it out.
-            place = f"{name or asked.rpartition(':')[0]}:{port}"
-            owners[start : stop + 1] = [place] * (stop + 1 - start)
+        try:
+            for start, stop, primary, *_replicas in answer:
+                if not 0 <= start <= stop < NUM_SLOTS:
+                    raise ValueError(f"slots {start} to {stop}")
+                host, port = primary[0], int(primary[1])
+                name = host.decode() if isinstance(host, bytes) else host
+                # A server that doesn't know its own name leaves it out.
+                place = f"{name or asked.rpartition(':')[0]}:{port}"
+                owners[start : stop + 1] = [place] * (stop + 1 - start)
+        except GARBLED as error:
+            raise GarbledAnswerError(f"no map of slots: {error!r}"[:200]) from error
         return cls(tuple(sorted(set(owners) - {""})), tuple(owners))
 
     def place_of(self, key: bytes) -> str:
@@ -171,15 +178,11 @@ class ClusterServers:
         if place not in self._clients:
             self._clients[place] = self._connect(place)
         try:
-            async with self._clients[place].pipeline(transaction=False) as pipeline:
-                for command in commands:
-                    pipeline.execute_command(*command)
-                answers: list[Any] = await pipeline.execute(raise_on_error=False)
+            return await answers_to(self._clients[place], commands)
         except FAULTS:
             # Another server may have taken its place.
             self._map = None
             raise
-        return answers
 
     async def _slots(self) -> SlotMap:
         async with self._asking:
@@ -266,7 +269,7 @@ class ClusterValues:
             try:
                 connection.send_command(*ASK_SLOTS)  # type: ignore[no-untyped-call]
                 return SlotMap.of(connection.read_response(), place)
-            except FAULTS as error:
+            except (*FAULTS, *GARBLED) as error:
                 fault = error
             finally:
                 connection.disconnect()  # type: ignore[no-untyped-call]

@@ -42,6 +42,7 @@ from kvservice.gateway.runs import Run
 from kvservice.gateway.servicer_sessions import only_message
 from kvservice.gateway.sessions import Sessions
 from kvservice.gateway.web.answers import Heading, Json, StreamedAnswer, WholeAnswer
+from kvservice.gateway.web.door import Door
 from kvservice.gateway.web.errors import BODY_TOO_LARGE, NO_SUCH_METHOD, UPLOAD_TOO_SLOW, WRONG_CONTENT_TYPE
 from kvservice.gateway.web.reply import Reply, error_response
 from kvservice.gateway.web.requests import Body, BodyT, ChatBody, CompletionBody, parse
@@ -95,6 +96,8 @@ class WebFront:
         self._default_model = default_model
         self._is_open = is_open
         self._runner: web.AppRunner | None = None
+        self._door: Door | None = None
+        self._listener: asyncio.Server | None = None
 
     async def start(self, host: str, port: int, context: ssl.SSLContext | None) -> str:
         """Listens; gives the address. `context` None: without TLS.
@@ -102,7 +105,9 @@ class WebFront:
         Raises:
             ConfigError: the port is in use.
         """
-        app = web.Application(client_max_size=self._limits.http_body_bytes, middlewares=[_in_our_words])
+        app = web.Application(
+            client_max_size=self._limits.http_body_bytes, middlewares=[self._through_the_door, _in_our_words]
+        )
         app.router.add_post("/v1/chat/completions", self._handler(self._chat))
         app.router.add_post("/v1/completions", self._handler(self._complete))
         app.router.add_get("/v1/models", self._handler(self._list_models))
@@ -118,23 +123,49 @@ class WebFront:
             shutdown_timeout=STOP_GRACE_S,
         )
         await self._runner.setup()
+        assert self._runner.server is not None
+        limits = self._limits
+        self._door = Door(
+            self._runner.server,
+            header_s=limits.header_s,
+            connections=limits.connections,
+            connections_per_address=limits.connections_per_address,
+        )
         try:
-            await web.TCPSite(self._runner, host, port, ssl_context=context).start()
+            self._listener = await asyncio.get_running_loop().create_server(
+                self._door, host, port, ssl=context, ssl_handshake_timeout=limits.header_s if context else None
+            )
         except OSError as error:
             raise ConfigError(
                 f"http_port={port}: can't listen on {host}:{port}: {error.strerror}; choose another http_port, or 0",
                 field="http_port",
             ) from None
         bracketed = f"[{host}]" if ":" in host else host
-        return f"{bracketed}:{self._runner.addresses[0][1]}"
+        return f"{bracketed}:{self._listener.sockets[0].getsockname()[1]}"
 
     async def stop(self) -> None:
         """Closes the port and every connection. Does nothing if it wasn't started."""
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
 
     # Around every request
+
+    @web.middleware
+    async def _through_the_door(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        """Tells the door which connections are being answered."""
+        door, transport = self._door, request.transport
+        assert door is not None
+        door.begun(transport)
+        try:
+            return await handler(request)
+        finally:
+            door.ended(transport)
 
     def _handler(self, serve: Serve) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def handle(request: web.Request) -> web.StreamResponse:

@@ -26,6 +26,8 @@ def all_errors(base: type[KVServiceError] = KVServiceError) -> list[type[KVServi
     return [base, *(each for child in base.__subclasses__() for each in all_errors(child))]
 
 
+MESSAGE_S = 0.5
+
 # These end a start, or stay inside: no caller sees them.
 NOT_ON_THE_WIRE = {errors.KVServiceError, errors.ConfigError, errors.ModelError, errors.CorruptFrame}
 
@@ -49,7 +51,8 @@ async def raising():
     metrics = GatewayMetrics()
     metering = Metering(MemoryUsageLog(), lambda: 0.0)
     quotas = Quotas(MemoryRateStore(), QuotaConfig(), metrics, metering)
-    server = grpc.aio.server(interceptors=[ServiceInterceptor(Reception(Authenticator(None), quotas, metrics))])
+    reception = Reception(Authenticator(None), quotas, metrics)
+    server = grpc.aio.server(interceptors=[ServiceInterceptor(reception, message_s=MESSAGE_S)])
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -164,3 +167,19 @@ def test_tags_of_tenants_differ_and_depend_on_the_secret() -> None:
     # The first two bytes say which secret a tag was made with.
     assert {tag[:2] for tag in tags} == {secret_key_id(secret), secret_key_id(other)}
     assert secret_key_id(secret) != secret_key_id(other)
+
+
+@pytest.mark.parametrize("method", ["ListModels", "Generate"])
+async def test_call_whose_message_never_comes_is_ended(raising, method) -> None:
+    _, _, channel = raising
+    # As a hostile client would: the headers of a call, and nothing behind them.
+    open_call = channel.stream_stream(f"/kvservice.v1.InferenceService/{method}")()
+    assert await open_call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert "didn't come within" in await open_call.details()
+
+
+async def test_call_that_ends_before_its_message_is_refused(raising) -> None:
+    _, _, channel = raising
+    call = channel.stream_stream("/kvservice.v1.InferenceService/ListModels")()
+    await call.done_writing()
+    assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT

@@ -439,3 +439,60 @@ def test_an_answer_may_be_sent_back_as_it_came() -> None:
     turn = {"role": "assistant", "content": "so", "refusal": None, "tool_calls": None, "annotations": []}
     body = parse(ChatBody, json.dumps({"model": "m", "messages": [*QUESTION, turn, *QUESTION]}).encode())
     assert [message.role for message in body.messages] == ["user", "assistant", "user"]
+
+
+async def lines_of(web: Web, *pieces: bytes) -> bytes:
+    """What a raw connection is told after it has sent these, until it is closed."""
+    host, _, port = web.url.removeprefix("http://").rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    for piece in pieces:
+        writer.write(piece)
+    try:
+        async with asyncio.timeout(10):
+            return await reader.read()
+    finally:
+        writer.close()
+
+
+@pytest.mark.parametrize("pieces", [(), (b"GET /v1/mod",), (b"GET /v1/models HTTP/1.1\r\nHost: a\r\n", b"X-A: b\r\n")])
+async def test_headers_that_do_not_come_close_the_connection(pieces):
+    async with serving(limits=Limits(header_s=0.2)) as web:
+        assert (await lines_of(web, *pieces)).startswith(b"HTTP/1.1 408 ")
+        async with (await web.http()).get("/v1/models") as reply:
+            assert reply.status == 200
+
+
+async def test_headers_of_a_second_request_have_their_time_too():
+    async with serving(limits=Limits(header_s=0.2)) as web, asyncio.timeout(10):
+        host, _, port = web.url.removeprefix("http://").rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+        writer.write(b"GET /v1/mod")
+        assert b"HTTP/1.1 408 " in await reader.read()
+        writer.close()
+
+
+async def test_call_may_take_longer_than_its_headers():
+    async with serving(limits=Limits(header_s=0.1)) as web:
+        client = await web.openai()
+        stream = await client.chat.completions.create(model="", messages=QUESTION, stream=True, extra_body=SEED)
+        late = asyncio.get_running_loop().time() + 0.3
+        await eventually(lambda: asyncio.get_running_loop().time() > late)
+        assert [chunk async for chunk in stream]
+
+
+async def test_connection_beyond_the_limit_is_told_so_and_leaves_room_for_those_that_are_there():
+    async with serving(limits=Limits(connections=2, connections_per_address=2)) as web:
+        host, _, port = web.url.removeprefix("http://").rpartition(":")
+        idle = [await asyncio.open_connection(host, int(port)) for _ in range(2)]
+        assert (await lines_of(web)).startswith(b"HTTP/1.1 503 ")
+        for _, writer in idle:
+            writer.close()
+            await writer.wait_closed()
+
+        async def answers() -> bool:
+            async with (await web.http()).get("/v1/models") as reply:
+                return reply.status == 200
+
+        await eventually(answers)
