@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from rich.progress import TaskID
 
-from kvservice.cli.options import JsonFile, parse_names
+from kvservice.cli.options import JsonFile, api_key, client_tls, parse_names
 from kvservice.cli.output import complain, hint, human_bytes, progress_bar, show_table, write_json
 
 if TYPE_CHECKING:
@@ -28,8 +28,14 @@ FAILED = 1
 def drill(
     reduced: Annotated[bool, typer.Option("--reduced", help="The short form: about two minutes.")] = False,
     part: Annotated[
-        str, typer.Option("--part", metavar="NAME,NAME", help="tier, state, process: where faults strike.")
-    ] = "tier,state,process",
+        str,
+        typer.Option(
+            "--part",
+            metavar="NAME,NAME",
+            help="tier, state, machine, input, process, network: where faults strike. The last one needs a network "
+            "namespace of its own: `unshare --net --map-root-user`.",
+        ),
+    ] = "tier,state,machine,input,process",
     only: Annotated[
         str | None, typer.Option("--only", metavar="NAME,NAME", help="Faults whose names have one of these in them.")
     ] = None,
@@ -40,12 +46,28 @@ def drill(
     recipe: Annotated[str, typer.Option("--recipe", help="Of the sessions: one that stores KV.")] = "recall",
     seed: Annotated[int, typer.Option("--seed", help="Of all that is random.")] = 7,
     json_file: JsonFile = None,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", metavar="HOST:PORT", help="Drill the service that runs there, from outside."),
+    ] = None,
+    kv_url: Annotated[str | None, typer.Option("--kv-url", metavar="URL", help="With --address: its kv Redis.")] = None,
+    state_url: Annotated[
+        str | None, typer.Option("--state-url", metavar="URL", help="Its state Redis; unset: that is left alone.")
+    ] = None,
+    tenant: Annotated[str, typer.Option("--tenant", help="With --address: whose key it is.")] = "local",
+    may_lose_kv: Annotated[
+        bool, typer.Option("--may-lose-kv", help="With --address: all stored KV may be deleted, every tenant's.")
+    ] = False,
 ) -> None:
     """Break things on purpose and say what happened to answers, speed, coverage and data. Exits 1 if any isn't right.
 
     Starts a deployment of its own: two redis-servers behind proxies, two gateways, two workers. Every answer under a
-    fault is compared with the fault-free one, bit for bit.
+    fault is compared with the fault-free one, bit for bit. With --address it is a service that runs: nothing of it is
+    lost, and answers are compared by their tokens.
     """
+    if address is not None:
+        _drill_attached(address, kv_url, state_url, tenant, recipe, seed, json_file, may_lose_kv=may_lose_kv)
+        return
     from kvservice.drill.deployment import DrillConfig
     from kvservice.drill.run import plan, run_drill
     from kvservice.models.tiny import write_tiny_checkpoint
@@ -59,13 +81,51 @@ def drill(
 
         def note(found: FaultReport) -> None:
             bar.advance(task)
-            if not found.passed:
-                complain(f"{found.name}: {'; '.join(found.findings)}")
+            _note(found)
 
         reports = _run(run_drill(config, recipe, wanted, note))
+    settings = {"model": model, "recipe": recipe, "seed": seed, "reduced": reduced, "faults": list(wanted.names)}
+    _conclude(reports, settings, json_file)
+
+
+def _drill_attached(
+    address: str,
+    kv_url: str | None,
+    state_url: str | None,
+    tenant: str,
+    recipe: str,
+    seed: int,
+    json_file: Path | None,
+    *,
+    may_lose_kv: bool,
+) -> None:
+    from kvservice.client import Client
+    from kvservice.drill.attached import AttachedConfig, run_attached
+
+    if kv_url is None:
+        raise typer.BadParameter("--address needs --kv-url: the Redis that stores the service's KV")
+    config = AttachedConfig(kv_url, state_url, tenant, may_lose_kv, seed)
+
+    async def run() -> list[FaultReport]:
+        async with Client(address, api_key(), tls=client_tls()) as client:
+            return await run_attached(config, client, recipe, _note)
+
+    settings = {"address": address, "tenant": tenant, "recipe": recipe, "seed": seed, "may_lose_kv": may_lose_kv}
+    _conclude(_run(run()), settings, json_file)
+
+
+def _note(found: FaultReport) -> None:
+    """Says of a fault how it went, as it is through."""
+    if found.passed:
+        back = "" if found.recovered_s is None else f", back after {found.recovered_s:.1f} s"
+        hint(f"{found.name}: passed{back}")
+    else:
+        complain(f"{found.name}: {'; '.join(found.findings)}")
+
+
+def _conclude(reports: list[FaultReport], settings: dict[str, object], json_file: Path | None) -> None:
     _show(reports)
     if json_file is not None:
-        settings = {"model": model, "recipe": recipe, "seed": seed, "reduced": reduced, "faults": list(wanted.names)}
         write_json(json_file, settings, {"faults": [_result(found) for found in reports]})
     failed = [found for found in reports if not found.passed]
     hint(f"{len(reports) - len(failed)} of {len(reports)} passed")

@@ -165,7 +165,7 @@ async def _start_gateway(config: ServiceConfig, stack: contextlib.AsyncExitStack
     keys = ApiKeyFile(config.api_keys) if config.api_keys is not None else None
     store = await _open_store(config, stack)
     state_url = config.state_url.get_secret_value() if config.state_url is not None else None
-    rates, usage = await open_rate_store(state_url), await open_usage_log(state_url)
+    rates, usage = await open_rate_store(state_url, store.clock), await open_usage_log(state_url, store.clock)
     stack.push_async_callback(rates.aclose)
     stack.push_async_callback(usage.aclose)
     gateway = Gateway(config.gateway, store, keys, rates=rates, usage=usage)

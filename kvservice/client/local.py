@@ -27,14 +27,21 @@ class LocalService:
     """`kvservice serve` with `arguments`, on a free port unless one is named; the address once it is ready.
 
     Use as `async with LocalService(["--recipe", "recall"]) as service:`. With another `command` it is that one, which
-    must say when it is ready: `gateway` or `worker`. What was stopped or killed may be started again.
+    must say when it is ready: `gateway` or `worker`. What was stopped or killed may be started again. With another
+    `module`, whose arguments come first, that one runs it.
     """
 
     def __init__(
-        self, arguments: Sequence[str] = (), *, command: str = "serve", port: int = 0, start_timeout_s: float = 300.0
+        self,
+        arguments: Sequence[str] = (),
+        *,
+        command: str = "serve",
+        port: int = 0,
+        start_timeout_s: float = 300.0,
+        module: Sequence[str] = ("kvservice",),
     ) -> None:
         self.address = ""
-        self._command = [sys.executable, "-m", "kvservice", command, *arguments, "--port", str(port)]
+        self._command = [sys.executable, "-m", *module, command, *arguments, "--port", str(port)]
         self._start_timeout_s = start_timeout_s
         self._process: asyncio.subprocess.Process | None = None
         self._readers: list[asyncio.Task[None]] = []
@@ -45,6 +52,11 @@ class LocalService:
     def pid(self) -> int:
         """The process's id; 0 before it was started."""
         return self._process.pid if self._process is not None else 0
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started and hasn't ended."""
+        return self._process is not None and self._process.returncode is None
 
     @property
     def last_lines(self) -> list[str]:

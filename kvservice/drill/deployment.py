@@ -9,6 +9,8 @@ Every process has a link of its own to each server, so that one may be cut off w
 from __future__ import annotations
 
 import asyncio
+import enum
+import hashlib
 import json
 import os
 import secrets
@@ -19,14 +21,28 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from kvservice.client import Client, LocalService, ServiceStats
+from kvservice.client import Client, LocalService, RetryPolicy, ServiceStats
+from kvservice.drill.cluster import DrillCluster
 from kvservice.drill.proxy import LinkFault, Proxy
 from kvservice.drill.servers import KV_SETTINGS, STATE_SETTINGS, DrillSentinel, DrillServer, free_port
+from kvservice.drill.skewed import write_skew
 from kvservice.errors import KVServiceError, Unavailable
+from kvservice.types import Role
 
 TENANT = "local"
+"""Whose sessions are looked at; its key is an operator's."""
+CROWD_TENANT = "crowd"
+"""Another one, without rights."""
 READY_TIMEOUT_S = 120.0
 POLL_S = 0.05
+
+
+class KvKind(enum.Enum):
+    """What the kv role is."""
+
+    ONE = "one server, behind proxies"
+    SENTINEL = "a server with a replica, and a sentinel which workers ask for it; no proxies"
+    CLUSTER = "three servers of a cluster; no proxies"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +56,7 @@ class DrillConfig:
         gateways: their names; the client calls the first.
         workers: their names.
         seed: of all that is random.
-        with_sentinel: the kv server has a replica, and workers ask a sentinel for it, by no proxy.
+        kv: what the kv role is.
     """
 
     model: str
@@ -49,7 +65,7 @@ class DrillConfig:
     gateways: tuple[str, ...] = ("gateway-1", "gateway-2")
     workers: tuple[str, ...] = ("a", "b")
     seed: int = 7
-    with_sentinel: bool = False
+    kv: KvKind = KvKind.ONE
 
 
 @dataclass(slots=True)
@@ -69,9 +85,13 @@ class Deployment:
     state: DrillServer = field(init=False)
     replica: DrillServer | None = field(init=False, default=None)
     sentinel: DrillSentinel | None = field(init=False, default=None)
+    cluster: DrillCluster | None = field(init=False, default=None)
     links: dict[str, Links] = field(init=False, default_factory=dict)
     processes: dict[str, LocalService] = field(init=False, default_factory=dict)
     clients: dict[str, Client] = field(init=False, default_factory=dict)
+    http_ports: dict[str, int] = field(init=False, default_factory=dict)
+    keys: dict[str, str] = field(init=False, default_factory=dict)
+    """Of the API, by tenant."""
     _stack: AsyncExitStack = field(init=False, default_factory=AsyncExitStack)
 
     async def __aenter__(self) -> Self:
@@ -92,6 +112,16 @@ class Deployment:
         """Of the first gateway."""
         return self.clients[self.config.gateways[0]]
 
+    @property
+    def workers(self) -> tuple[str, ...]:
+        """Their names."""
+        return self.config.workers
+
+    @property
+    def seed(self) -> int:
+        """Of all that is random."""
+        return self.config.seed
+
     def kv_links(self) -> Iterator[Proxy]:
         """Of all workers."""
         return (links.kv for links in self.links.values() if links.kv is not None)
@@ -108,7 +138,22 @@ class Deployment:
 
     def new_client(self) -> Client:
         """One more client of the first gateway; the caller closes it."""
-        return Client(self.processes[self.config.gateways[0]].address)
+        return self.client_of(self.config.gateways[0], TENANT)
+
+    def client_of(self, name: str, tenant: str, retry: RetryPolicy | None = None) -> Client:
+        """A client of a gateway; the caller closes it."""
+        return Client(self.processes[name].address, self.keys[tenant], retry=retry)
+
+    def port(self, name: str) -> int:
+        """Where a process listens for calls."""
+        return int(self.processes[name].address.rpartition(":")[2])
+
+    async def revive(self) -> list[str]:
+        """Starts processes that have ended by themselves; gives their names."""
+        ended = [name for name, process in self.processes.items() if not process.is_running]
+        for name in ended:
+            await self.processes[name].start()
+        return ended
 
     async def until_whole(self, timeout_s: float = READY_TIMEOUT_S) -> ServiceStats:
         """Waits until the gateway knows all workers, and these are in touch with the kv server.
@@ -136,17 +181,7 @@ class Deployment:
     async def _start(self) -> None:
         folder = self.config.folder
         folder.mkdir(mode=0o700, exist_ok=True)
-        self.kv = DrillServer("kv", folder / "kv", KV_SETTINGS)
-        self.state = DrillServer("state", folder / "state", STATE_SETTINGS)
-        servers = [self.kv, self.state]
-        if self.config.with_sentinel:
-            follows = (*KV_SETTINGS, f"replicaof 127.0.0.1 {self.kv.port}")
-            self.replica = DrillServer("kv-replica", folder / "replica", follows, password=self.kv.password)
-            self.sentinel = DrillSentinel(folder / "sentinel", self.kv)
-            servers += [self.replica, self.sentinel]
-        for server in servers:
-            self._stack.callback(server.kill)
-            await server.start()
+        await self._start_servers(folder)
         gateways, workers = self.config.gateways, self.config.workers
         for index, name in enumerate((*gateways, *workers)):
             links = Links(Proxy("127.0.0.1", self.state.port, seed=self.config.seed + index))
@@ -158,24 +193,72 @@ class Deployment:
                 self._stack.push_async_callback(links.kv.aclose)
             self.links[name] = links
         secret = secrets.token_hex(32)
+        self.keys = {tenant: secrets.token_urlsafe(24) for tenant in (TENANT, CROWD_TENANT)}
+        self.http_ports = {name: free_port() for name in gateways}
+        self._write("keys.json", {"keys": [_key(key, tenant) for tenant, key in self.keys.items()]})
         for name in gateways:
             # A port of its own: one that was killed must come back where its callers look for it.
             file = self._gateway_file(name, secret)
-            self.processes[name] = LocalService(["--config", str(file)], command="gateway", port=free_port())
+            self.processes[name] = self._process("gateway", name, file, free_port())
         for name in workers:
-            self.processes[name] = LocalService(["--config", str(self._worker_file(name))], command="worker")
+            self.processes[name] = self._process("worker", name, self._worker_file(name), 0)
         for process in self.processes.values():
             self._stack.push_async_callback(process.kill)
         await asyncio.gather(*(process.start() for process in self.processes.values()))
         for name in gateways:
-            self.clients[name] = await self._stack.enter_async_context(Client(self.processes[name].address))
+            self.clients[name] = await self._stack.enter_async_context(self.client_of(name, TENANT))
         await self.until_whole()
+
+    async def _start_servers(self, folder: Path) -> None:
+        self.state = DrillServer("state", folder / "state", STATE_SETTINGS)
+        servers = [self.state]
+        if self.config.kv is KvKind.CLUSTER:
+            self.cluster = DrillCluster(folder)
+            self.kv = self.cluster.servers[0]
+            servers += self.cluster.servers
+        else:
+            self.kv = DrillServer("kv", folder / "kv", KV_SETTINGS)
+            servers.append(self.kv)
+        if self.config.kv is KvKind.SENTINEL:
+            follows = (*KV_SETTINGS, f"replicaof 127.0.0.1 {self.kv.port}")
+            self.replica = DrillServer("kv-replica", folder / "replica", follows, password=self.kv.password)
+            self.sentinel = DrillSentinel(folder / "sentinel", self.kv)
+            servers += [self.replica, self.sentinel]
+        for server in servers:
+            self._stack.callback(server.kill)
+            await server.start()
+        if self.cluster is not None:
+            await self.cluster.join()
+
+    def _process(self, command: str, name: str, settings: Path, port: int) -> LocalService:
+        self.skew(name, 0.0)
+        module = ("kvservice.drill.skewed", str(self._skew_file(name)))
+        return LocalService(["--config", str(settings)], command=command, port=port, module=module)
+
+    def skew(self, name: str, ahead_s: float) -> None:
+        """The wall clock of a process is so much ahead from now on."""
+        write_skew(self._skew_file(name), ahead_s)
+
+    def _skew_file(self, name: str) -> Path:
+        return self.config.folder / f"{name}.clock"
+
+    def _kv_url(self, link: Proxy) -> str:
+        if self.cluster is not None:
+            return self.cluster.url()
+        return self.sentinel.sentinel_url() if self.sentinel is not None else self.kv.url(link.port)
 
     def _gateway_file(self, name: str, secret: str) -> Path:
         # Sessions may be left to expire within the drill.
         limits = {"min_ttl_s": 1.0}
-        gateway = {"secret": secret, "discovery_interval_s": 0.2, "sweep_interval_s": 2.0, "limits": limits}
-        return self._settings_file(name, {"gateway": gateway})
+        gateway = {
+            "secret": secret,
+            "discovery_interval_s": 0.2,
+            "sweep_interval_s": 2.0,
+            "http_port": self.http_ports[name],
+            "limits": limits,
+        }
+        keys = str((self.config.folder / "keys.json").absolute())
+        return self._settings_file(name, {"gateway": gateway, "api_keys": keys})
 
     def _worker_file(self, name: str) -> Path:
         link = self.links[name].kv
@@ -190,14 +273,22 @@ class Deployment:
             "threads": 1,
             "drain_grace_s": 1.0,
             "kv_ttl_s": 60.0,
-            "redis_url": self.sentinel.sentinel_url() if self.sentinel is not None else self.kv.url(link.port),
+            "redis_url": self._kv_url(link),
         }
         return self._settings_file(name, {"worker": worker})
 
     def _settings_file(self, name: str, settings: dict[str, object]) -> Path:
-        """A file for the owner's eyes only: it has the servers' passwords."""
-        path = self.config.folder / f"{name}.json"
         own = {"state_url": self.state.url(self.links[name].state.port), "log_level": "WARNING"}
+        return self._write(f"{name}.json", settings | own)
+
+    def _write(self, name: str, content: dict[str, object]) -> Path:
+        """A file for the owner's eyes only: it has passwords or keys in it."""
+        path = self.config.folder / name
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            json.dump(settings | own, file)
+            json.dump(content, file)
         return path
+
+
+def _key(key: str, tenant: str) -> dict[str, str]:
+    role = Role.OPERATOR if tenant == TENANT else Role.TENANT
+    return {"sha256": hashlib.sha256(key.encode()).hexdigest(), "tenant": tenant, "role": role.value}

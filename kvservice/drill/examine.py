@@ -16,10 +16,11 @@ import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from kvservice.client import Answer, Client
-from kvservice.drill.deployment import TENANT, Deployment
-from kvservice.drill.faults import Fault
+from kvservice.client import Answer, Client, ServiceStats
+from kvservice.drill.calls import CALL_S, FIRST, put
+from kvservice.drill.deployment import TENANT
 from kvservice.drill.outcomes import MAX_RECOVERY_S, DataReport, FaultReport, Outcome, Probe, judge
 from kvservice.errors import KVServiceError
 
@@ -27,11 +28,7 @@ logger = logging.getLogger(__name__)
 
 DOCUMENT_TOKENS = 1300
 """More than the window of any recipe: most of it is in the tier."""
-FIRST = "first question? "
 QUESTION = "and what then? "
-NEW_TOKENS = 10
-CALL_S = 30.0
-"""Deadline of a call under a fault."""
 GRACE_S = 5.0
 """What a call may take beyond its deadline before it counts as hung."""
 RECOVERY_S = 60.0
@@ -57,6 +54,60 @@ class Expected:
         """As it was given without a fault."""
         return cls(answer.token_ids, answer.logprobs)
 
+    def fits(self, answer: Answer) -> bool:
+        """Whether an answer is this one; without log-probabilities, the same tokens."""
+        return self.token_ids == answer.token_ids and self.logprobs in ((), answer.logprobs)
+
+
+class Described(Protocol):
+    """What is said of a fault."""
+
+    @property
+    def name(self) -> str:
+        """Unique."""
+
+    @property
+    def part(self) -> str:
+        """What it strikes."""
+
+    @property
+    def expects(self) -> frozenset[str]:
+        """Reasons of misses of which one at least must be counted; empty: none need be."""
+
+    @property
+    def may_fail(self) -> bool:
+        """Calls may be refused while it lasts."""
+
+    @property
+    def most_times(self) -> float:
+        """So many times as long as usual may a call take; 0: however long."""
+
+
+class Examined(Protocol):
+    """A service that faults befall."""
+
+    @property
+    def client(self) -> Client:
+        """With an operator's key."""
+
+    @property
+    def workers(self) -> tuple[str, ...]:
+        """Those that must be there."""
+
+    @property
+    def seed(self) -> int:
+        """Of all that is random."""
+
+    async def until_whole(self, timeout_s: float) -> ServiceStats:
+        """Waits until all workers are there, and in touch with the kv server.
+
+        Raises:
+            Unavailable: that takes longer.
+        """
+
+    async def revive(self) -> list[str]:
+        """Starts processes that have ended by themselves; gives their names."""
+
 
 @dataclass(slots=True)
 class Prepared:
@@ -80,26 +131,38 @@ class Examiner:
     Args:
         deployment: whole.
         recipe: of the sessions.
+        tenant: of the sessions.
+        is_alone: nobody else uses the service, and its workers are deterministic. Otherwise tokens are compared, and
+            not their log-probabilities, and what else the tenant has is left out of account.
     """
 
-    def __init__(self, deployment: Deployment, recipe: str) -> None:
+    def __init__(self, deployment: Examined, recipe: str, *, tenant: str = TENANT, is_alone: bool = True) -> None:
         self._deployment = deployment
         self._recipe = recipe
-        self._rng = random.Random(deployment.config.seed)
+        self._tenant = tenant
+        self._is_alone = is_alone
+        self._others = (0, 0)
+        """Frames and bytes that are not the drill's."""
+        self._rng = random.Random(deployment.seed)
+        self.cold_session = ""
+        """The session whose KV must come from the tier, once there is one."""
         self._usual: dict[str, float] = {}
         self.max_recovery_s = MAX_RECOVERY_S
         """Ten seconds; more on a machine that is slow or busy."""
 
-    async def examine(self, fault: Fault) -> FaultReport:
-        """One fault, from a whole deployment to a whole deployment."""
+    async def examine(
+        self, fault: Described, inject: Callable[[], Awaitable[None]], heal: Callable[[], Awaitable[None]]
+    ) -> FaultReport:
+        """One fault, from a whole deployment to a whole deployment. `inject` brings it about, `heal` ends it."""
         prepared = await self.prepare()
         before = await self.misses()
-        await fault.inject(self._deployment)
+        await inject()
         try:
             probes = await self._probes(prepared)
             under_fault = await self._misses_or_none()
         finally:
-            await fault.heal(self._deployment)
+            await heal()
+        ended = await self._deployment.revive()
         recovered_s = await self.recovered(prepared)
         misses = (under_fault or await self.misses()) - before
         data = await self.data(prepared)
@@ -111,7 +174,9 @@ class Examiner:
             expects=fault.expects,
             may_fail=fault.may_fail,
             max_recovery_s=self.max_recovery_s,
+            most_times=fault.most_times,
         )
+        findings += tuple(f"{name} ended under it" for name in ended)
         return FaultReport(fault.name, fault.part, probes, dict(misses), recovered_s, data, findings)
 
     async def without_fault(self) -> FaultReport:
@@ -131,14 +196,18 @@ class Examiner:
     async def prepare(self) -> Prepared:
         """Sessions of their own for one fault, and the answers that are right."""
         client = self._deployment.client
+        if not self._is_alone:
+            there = await client.verify(self._tenant)
+            self._others = (there.own_frames, there.stored_bytes + there.reserved_bytes)
         new_document = self._document()
         rehearsal = await self._loaded(client, new_document)
-        new_answer = Expected.of(await self.put(client, rehearsal, FIRST))
+        new_answer = self._expected(await put(client, rehearsal, FIRST))
         await client.close_session(rehearsal, purge=True)
         warm, warm_answer = await self._with_answer(client)
         cold, cold_answer = await self._with_answer(client)
         # Nobody else has its document: on the other worker all of it must come from the tier.
         await client.move_session(cold, self.other((await client.get(cold)).worker_id))
+        self.cold_session = cold
         prepared = Prepared(cold, cold_answer, warm, warm_answer, new_document, new_answer)
         for session in (cold, warm):
             prepared.sessions[session] = (await client.get(session)).durable_tokens
@@ -146,19 +215,7 @@ class Examiner:
 
     async def ask(self, client: Client, session: str, expected: Expected, question: str = QUESTION) -> Judged:
         """One question, and what became of it."""
-        return await judged(lambda: self.put(client, session, question), expected)
-
-    async def put(self, client: Client, session: str, question: str, request_id: str | None = None) -> Answer:
-        """A question, greedily answered."""
-        return await client.ask(
-            session,
-            question,
-            max_new_tokens=NEW_TOKENS,
-            logprobs=2,
-            ignore_eos=True,
-            timeout_s=CALL_S,
-            request_id=request_id,
-        )
+        return await judged(lambda: put(client, session, question), expected)
 
     async def recovered(self, prepared: Prepared) -> float | None:
         """Seconds until a new document was read, answered, stored, moved, brought back and answered alike, or None."""
@@ -183,17 +240,17 @@ class Examiner:
                 short += (await client.get(session)).num_tokens < durable
             except KVServiceError:
                 short += 1
-        found = await client.verify(TENANT)
+        found = await client.verify(self._tenant)
         for session in prepared.sessions:
             await client.close_session(session, purge=True)
-        left = await client.verify(TENANT)
+        left = await client.verify(self._tenant)
         return DataReport(
             short_sessions=short,
             checked_frames=found.checked_frames,
             missing_frames=found.missing_frames,
             corrupt_frames=found.corrupt_frames,
-            left_frames=left.own_frames,
-            left_bytes=left.stored_bytes + left.reserved_bytes,
+            left_frames=max(0, left.own_frames - self._others[0]),
+            left_bytes=max(0, left.stored_bytes + left.reserved_bytes - self._others[1]),
         )
 
     async def misses(self) -> Counter[str]:
@@ -206,7 +263,7 @@ class Examiner:
 
     def other(self, worker_id: str) -> str:
         """A worker that is another one."""
-        return next(name for name in self._deployment.config.workers if name != worker_id)
+        return next(name for name in self._deployment.workers if name != worker_id)
 
     async def _probes(self, prepared: Prepared) -> tuple[Probe, ...]:
         client = self._deployment.client
@@ -246,12 +303,15 @@ class Examiner:
     async def _with_answer(self, client: Client) -> tuple[str, Expected]:
         """A session with a document of its own and one question behind it, stored; and the answer to `QUESTION`."""
         session = await self._loaded(client, self._document())
-        await self.put(client, session, FIRST)
+        await put(client, session, FIRST)
         await self._stored(client, session)
         fork = (await client.fork_session(session)).session_id
-        answer = Expected.of(await self.put(client, fork, QUESTION))
+        answer = self._expected(await put(client, fork, QUESTION))
         await client.close_session(fork, purge=True)
         return session, answer
+
+    def _expected(self, answer: Answer) -> Expected:
+        return Expected.of(answer) if self._is_alone else Expected(answer.token_ids, ())
 
     async def _loaded(self, client: Client, document: str) -> str:
         async with asyncio.timeout(CALL_S):
@@ -263,7 +323,7 @@ class Examiner:
         """Waits until a manifest names the session's frames."""
         async with asyncio.timeout(STORED_S):
             while True:
-                if (await client.verify(TENANT, session)).checked_frames:
+                if (await client.verify(self._tenant, session)).checked_frames:
                     return
                 await asyncio.sleep(POLL_S)
 
@@ -287,7 +347,7 @@ async def judged(call: Callable[[], Awaitable[Answer]], expected: Expected) -> J
     except KVServiceError as error:
         return Outcome.ERROR, 0, _words(error)
     recomputed = answer.finished.usage.recomputed_tokens
-    is_same = Expected.of(answer) == expected
+    is_same = expected.fits(answer)
     if recomputed:
         return (Outcome.RECOMPUTED if is_same else Outcome.FLAGGED), recomputed, ""
     return (Outcome.SAME if is_same else Outcome.WRONG), 0, ""

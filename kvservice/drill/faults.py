@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from kvservice.drill.deployment import Deployment
+from kvservice.drill.deployment import Deployment, KvKind
 from kvservice.drill.proxy import NO_FAULT, LinkFault
 from kvservice.drill.servers import DrillServer
 
@@ -33,7 +33,8 @@ class Fault:
         expects: reasons of misses of which one at least must be counted; empty: none need be.
         may_fail: calls may be refused while it lasts, clearly.
         reduced: part of the short form.
-        with_sentinel: of a deployment whose kv server has a replica and a sentinel.
+        kv: what the kv role must be.
+        most_times: so many times as long as without it a call may take under it; 0: however long.
     """
 
     name: str
@@ -43,7 +44,8 @@ class Fault:
     expects: frozenset[str] = frozenset()
     may_fail: bool = False
     reduced: bool = False
-    with_sentinel: bool = False
+    kv: KvKind = KvKind.ONE
+    most_times: float = 0.0
 
 
 def _kv_link(fault: LinkFault) -> Act:
@@ -189,7 +191,7 @@ FAULTS: tuple[Fault, ...] = (
         _fail_over,
         _start_kv,
         frozenset({"absent"}),
-        with_sentinel=True,
+        kv=KvKind.SENTINEL,
     ),
     _of_state_link("state: latency and jitter", LinkFault(latency_s=0.02, jitter_s=0.03)),
     _of_state_link("state: resets", LinkFault(reset_after_bytes=500)),

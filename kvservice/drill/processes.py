@@ -14,8 +14,10 @@ from collections.abc import Awaitable
 from dataclasses import dataclass
 
 from kvservice.client import Client
-from kvservice.drill.deployment import Deployment
-from kvservice.drill.examine import CALL_S, FIRST, GRACE_S, QUESTION, Examiner, Expected, Prepared
+from kvservice.drill.caller import CallerProcess
+from kvservice.drill.calls import EXTRA, FIRST, Call, carry_out, put
+from kvservice.drill.deployment import TENANT, Deployment
+from kvservice.drill.examine import GRACE_S, QUESTION, Examiner, Expected, Prepared
 from kvservice.drill.outcomes import FaultReport, Outcome, Probe, judge
 from kvservice.errors import KVServiceError, NotFound, Unavailable
 
@@ -23,10 +25,11 @@ PROCESS = "process"
 FROZEN_S = 16.0
 """Longer than a worker's lease, a session's lock and a keepalive: it is given up by all others before it is back."""
 START_TRIES = 3
+CONNECTING_S = 0.02
+"""About what a client takes until its call is on its way."""
 REPEAT_PAUSE_S = 0.2
 REPEAT_S = 45.0
 """A call that was cut short is carried out, by repeating it, within this time."""
-EXTRA = "and the story goes on: " * 12
 
 
 class Victim(enum.Enum):
@@ -44,16 +47,6 @@ class Blow(enum.Enum):
 
     KILL = "killed"
     FREEZE = "frozen"
-
-
-class Call(enum.Enum):
-    """What is under way."""
-
-    APPEND = "Append"
-    GENERATE = "Generate"
-    FORK = "Fork"
-    MOVE = "Move"
-    CLOSE = "Close"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +71,7 @@ PROCESS_FAULTS = tuple(
         (Victim.GATEWAY, Blow.KILL),
         (Victim.GATEWAY, Blow.FREEZE),
         (Victim.CLIENT, Blow.KILL),
+        (Victim.CLIENT, Blow.FREEZE),
     )
     for call in Call
 )
@@ -130,16 +124,20 @@ class ProcessExaminer:
         victim = await self._victim(fault, scene)
         request_id = f"{fault.name.replace(' ', '-')}-{self._rng.randrange(1 << 30)}"
         before = await self._examiner.misses()
-        caller = self._deployment.new_client()
-        call = asyncio.create_task(self._carry_out(caller, fault.call, scene, request_id, prepared))
-        await asyncio.sleep(self._rng.uniform(0.0, self._usual.get(fault.call, 0.2)))
-        healing = await self._strike(fault, victim, caller)
-        if fault.victim is not Victim.WORKER:
-            # Its answer isn't awaited: who is left takes the request on.
-            call.cancel()
-        probe = await self._settled(fault, scene, request_id, prepared, call)
-        await healing
-        await caller.aclose()
+        after_s = self._rng.uniform(0.0, self._usual.get(fault.call, 0.2))
+        if fault.victim is Victim.CLIENT:
+            probe = await self._client_struck(fault, scene, request_id, prepared, after_s)
+        else:
+            call = asyncio.create_task(
+                self._carry_out(self._deployment.client, fault.call, scene, request_id, prepared)
+            )
+            await asyncio.sleep(after_s)
+            healing = await self._strike(fault, victim)
+            if fault.victim is Victim.GATEWAY:
+                # Its answer isn't awaited: who is left takes the request on.
+                call.cancel()
+            probe = await self._settled(fault, scene, request_id, prepared, call)
+            await healing
         recovered_s = await self._examiner.recovered(prepared)
         aftermath = await self._aftermath(fault.call, scene)
         misses = await self._examiner.misses() - before
@@ -150,35 +148,26 @@ class ProcessExaminer:
 
     async def _scene(self, prepared: Prepared, call: Call) -> _Scene:
         """The session that the call is made on is the warm one; another fork shows what must come of it."""
-        client, examiner = self._deployment.client, self._examiner
+        client = self._deployment.client
         session = prepared.warm
         reference = (await client.fork_session(session)).session_id
         match call:
             case Call.APPEND:
                 await client.append(reference, EXTRA)
             case Call.GENERATE:
-                await examiner.put(client, reference, FIRST)
+                await put(client, reference, FIRST)
         num_tokens = (await client.get(reference)).num_tokens
-        after = Expected.of(await examiner.put(client, reference, QUESTION))
+        after = Expected.of(await put(client, reference, QUESTION))
         await client.close_session(reference, purge=True)
         return _Scene(session, num_tokens, after)
 
     async def _carry_out(self, client: Client, call: Call, scene: _Scene, request_id: str, prepared: Prepared) -> None:
         """The call, once; all that it makes is noted, so that it is closed in the end."""
-        session = scene.session
-        match call:
-            case Call.APPEND:
-                await client.append(session, EXTRA, request_id=request_id, timeout_s=CALL_S)
-            case Call.GENERATE:
-                await self._examiner.put(client, session, FIRST, request_id)
-            case Call.FORK:
-                fork = await client.fork_session(session, request_id=request_id)
-                prepared.sessions[fork.session_id] = fork.durable_tokens
-            case Call.MOVE:
-                await client.move_session(session, request_id=request_id)
-            case Call.CLOSE:
-                await client.close_session(session, purge=True, request_id=request_id)
-                prepared.sessions.pop(session, None)
+        made = await carry_out(client, call, scene.session, request_id)
+        if made is not None:
+            prepared.sessions[made.session] = made.durable_tokens
+        if call is Call.CLOSE:
+            prepared.sessions.pop(scene.session, None)
 
     async def _victim(self, fault: ProcessFault, scene: _Scene) -> str:
         match fault.victim:
@@ -189,11 +178,29 @@ class ProcessExaminer:
             case Victim.CLIENT:
                 return ""
 
-    async def _strike(self, fault: ProcessFault, victim: str, caller: Client) -> Awaitable[None]:
+    async def _client_struck(
+        self, fault: ProcessFault, scene: _Scene, request_id: str, prepared: Prepared, after_s: float
+    ) -> Probe:
+        """A client in a process of its own calls, and is struck; another repeats its request elsewhere."""
+        gateway = self._deployment.config.gateways[0]
+        address, key = self._deployment.processes[gateway].address, self._deployment.keys[TENANT]
+        caller = CallerProcess(address, key, fault.call, scene.session, request_id)
+        await caller.start()
+        try:
+            caller.call()
+            await asyncio.sleep(CONNECTING_S + after_s)
+            caller.send_signal(signal.SIGKILL if fault.blow is Blow.KILL else signal.SIGSTOP)
+            probe = await self._settled(fault, scene, request_id, prepared, None)
+            if fault.blow is Blow.FREEZE:
+                caller.send_signal(signal.SIGCONT)
+                # It goes on where it was: its late word must change nothing.
+                await caller.ended()
+        finally:
+            await caller.end()
+        return probe
+
+    async def _strike(self, fault: ProcessFault, victim: str) -> Awaitable[None]:
         """Strikes; what is given back heals, in its time."""
-        if fault.victim is Victim.CLIENT:
-            await caller.aclose()
-            return asyncio.create_task(asyncio.sleep(0))
         process = self._deployment.processes[victim]
         if fault.blow is Blow.KILL:
             await process.kill()
@@ -218,7 +225,7 @@ class ProcessExaminer:
         return asyncio.create_task(thaw())
 
     async def _settled(
-        self, fault: ProcessFault, scene: _Scene, request_id: str, prepared: Prepared, call: asyncio.Task[None]
+        self, fault: ProcessFault, scene: _Scene, request_id: str, prepared: Prepared, call: asyncio.Task[None] | None
     ) -> Probe:
         """The call is carried out, by itself or by being repeated at a gateway that wasn't struck."""
         loop = asyncio.get_running_loop()
@@ -227,7 +234,8 @@ class ProcessExaminer:
         try:
             async with asyncio.timeout(REPEAT_S + GRACE_S):
                 try:
-                    await call
+                    if call is not None:
+                        await call
                 except (KVServiceError, asyncio.CancelledError) as error:
                     errors.append(type(error).__name__)
                 while not await self._repeated(fault.call, scene, request_id, prepared, errors):

@@ -10,9 +10,19 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 
-from kvservice.drill.deployment import Deployment, DrillConfig
+from kvservice.drill.deployment import Deployment, DrillConfig, KvKind
 from kvservice.drill.examine import Examiner
 from kvservice.drill.faults import FAULTS, STATE, TIER, Fault
+from kvservice.drill.faults_of_callers import INPUT, caller_faults
+from kvservice.drill.faults_of_clusters import CLUSTER_FAULTS
+from kvservice.drill.faults_of_machines import (
+    MACHINE,
+    MACHINE_FAULTS,
+    NETWORK,
+    NETWORK_FAULTS,
+    has_own_network,
+    open_own_network,
+)
 from kvservice.drill.outcomes import FaultReport
 from kvservice.drill.processes import (
     PROCESS,
@@ -21,11 +31,21 @@ from kvservice.drill.processes import (
     ProcessExaminer,
     ProcessFault,
 )
+from kvservice.drill.stillness import Stillness
+from kvservice.drill.writers import WritersFault, examine_writers
 from kvservice.errors import ConfigError, KVServiceError
 
 logger = logging.getLogger(__name__)
 
-PARTS = (TIER, STATE, PROCESS)
+PARTS = (TIER, STATE, MACHINE, INPUT, PROCESS, NETWORK)
+
+
+DEFAULT_PARTS = PARTS[:-1]
+"""What needs no network of the drill's own."""
+
+
+TRIES = 3
+"""Of what a machine that stood still has spoilt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +53,7 @@ class DrillPlan:
     """What is tried, in this order."""
 
     faults: tuple[Fault, ...]
-    process_faults: tuple[ProcessFault, ...]
+    process_faults: tuple[ProcessFault | WritersFault, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -41,7 +61,7 @@ class DrillPlan:
         return (*(fault.name for fault in self.faults), *(fault.name for fault in self.process_faults))
 
 
-def plan(*, reduced: bool, parts: Sequence[str] = PARTS, only: Sequence[str] = ()) -> DrillPlan:
+def plan(*, reduced: bool, parts: Sequence[str] = DEFAULT_PARTS, only: Sequence[str] = ()) -> DrillPlan:
     """The faults to try.
 
     Args:
@@ -50,12 +70,20 @@ def plan(*, reduced: bool, parts: Sequence[str] = PARTS, only: Sequence[str] = (
         only: names; empty: all. A part of a name stands for all that have it.
 
     Raises:
-        ConfigError: there is no such part or fault.
+        ConfigError: there is no such part or fault, or networks are to be cut that others may use.
     """
     if unknown := set(parts) - set(PARTS):
         raise ConfigError(f"unknown parts {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
-    of_servers = [fault for fault in FAULTS if fault.part in parts and (fault.reduced or not reduced)]
-    of_processes = list(REDUCED_PROCESS_FAULTS if reduced else PROCESS_FAULTS) if PROCESS in parts else []
+    if NETWORK in parts and not has_own_network():
+        raise ConfigError(
+            f"part {NETWORK}: networks are cut in a namespace of the drill's own: run it by "
+            f"`unshare --net --map-root-user kvservice drill --part {NETWORK}`"
+        )
+    known_faults = (*FAULTS, *MACHINE_FAULTS, *caller_faults(), *CLUSTER_FAULTS, *NETWORK_FAULTS)
+    of_servers = [fault for fault in known_faults if fault.part in parts and (fault.reduced or not reduced)]
+    of_processes: list[ProcessFault | WritersFault] = []
+    if PROCESS in parts:
+        of_processes += REDUCED_PROCESS_FAULTS if reduced else (WritersFault(), *PROCESS_FAULTS)
     found = DrillPlan(
         tuple(fault for fault in of_servers if _wanted(fault.name, only)),
         tuple(fault for fault in of_processes if _wanted(fault.name, only)),
@@ -83,12 +111,15 @@ async def run_drill(
     drill = _Drill(config, recipe)
     reports: list[FaultReport] = []
 
+    if any(fault.part == NETWORK for fault in wanted.faults):
+        await open_own_network()
+
     def note(found: FaultReport) -> None:
         reports.append(found)
         report(found)
 
     try:
-        note(await drill.begin())
+        note(await drill.usual())
         for fault in wanted.faults:
             note(await drill.strike(fault))
         for process_fault in wanted.process_faults:
@@ -104,28 +135,51 @@ class _Drill:
         self._recipe = recipe
         self._stack = AsyncExitStack()
         self._num_deployments = 0
-        self._with_sentinel = False
+        self._kv = KvKind.ONE
         self._examiner: Examiner | None = None
         self._processes: ProcessExaminer | None = None
 
-    async def begin(self, *, with_sentinel: bool = False) -> FaultReport:
+    async def begin(self, kv: KvKind = KvKind.ONE) -> FaultReport:
         self._num_deployments += 1
-        self._with_sentinel = with_sentinel
+        self._kv = kv
         folder = self._config.folder / f"deployment-{self._num_deployments}"
-        config = replace(self._config, folder=folder, with_sentinel=with_sentinel)
+        config = replace(self._config, folder=folder, kv=kv)
         deployment = await self._stack.enter_async_context(Deployment(config))
         self._examiner = Examiner(deployment, self._recipe)
         self._processes = None
         self._deployment = deployment
         return await self._examiner.without_fault()
 
-    async def strike(self, fault: Fault | ProcessFault) -> FaultReport:
+    async def usual(self) -> FaultReport:
+        """What no fault does."""
+        for tries_left in reversed(range(TRIES)):
+            async with Stillness() as still:
+                try:
+                    return await self.begin()
+                except (KVServiceError, TimeoutError):
+                    await self.aclose()
+                    if not (tries_left and still.is_long):
+                        raise
+        raise AssertionError("the last try returns or raises")
+
+    async def strike(self, fault: Fault | ProcessFault | WritersFault) -> FaultReport:
+        """One fault; again, where it was found wanting while the machine stood still."""
+        for _ in range(TRIES):
+            async with Stillness() as still:
+                found = await self._struck(fault)
+            found = replace(found, paused_s=still.late_s)
+            if found.passed or not still.is_long:
+                break
+            logger.warning("machine_stood_still", extra={"fault": fault.name, "paused_s": still.late_s})
+        return found
+
+    async def _struck(self, fault: Fault | ProcessFault | WritersFault) -> FaultReport:
         try:
-            with_sentinel = isinstance(fault, Fault) and fault.with_sentinel
-            if with_sentinel is not self._with_sentinel:
+            kv = fault.kv if isinstance(fault, Fault) else KvKind.ONE
+            if kv is not self._kv:
                 await self.aclose()
             if self._examiner is None:
-                await self.begin(with_sentinel=with_sentinel)
+                await self.begin(kv)
             found = await self._strike(fault)
         except (KVServiceError, TimeoutError) as error:
             logger.exception("drill_broken")
@@ -136,10 +190,13 @@ class _Drill:
             await self.aclose()
         return found
 
-    async def _strike(self, fault: Fault | ProcessFault) -> FaultReport:
+    async def _strike(self, fault: Fault | ProcessFault | WritersFault) -> FaultReport:
         assert self._examiner is not None
         if isinstance(fault, Fault):
-            return await self._examiner.examine(fault)
+            deployment = self._deployment
+            return await self._examiner.examine(fault, lambda: fault.inject(deployment), lambda: fault.heal(deployment))
+        if isinstance(fault, WritersFault):
+            return await examine_writers(self._deployment, self._examiner)
         if self._processes is None:
             self._processes = ProcessExaminer(self._deployment, self._examiner)
             await self._processes.rehearse()

@@ -40,11 +40,14 @@ class DrillServer:
         folder: where it keeps its data; made if missing.
         settings: lines of its configuration, beside address, port, password and folder.
         password: unset: one of its own; empty: none.
+        port: 0: any free one.
     """
 
-    def __init__(self, name: str, folder: Path, settings: Sequence[str], *, password: str | None = None) -> None:
+    def __init__(
+        self, name: str, folder: Path, settings: Sequence[str], *, password: str | None = None, port: int = 0
+    ) -> None:
         self.name = name
-        self.port = free_port()
+        self.port = port or free_port()
         self.password = secrets.token_urlsafe(16) if password is None else password
         self._folder = folder
         self._settings = settings
@@ -65,7 +68,7 @@ class DrillServer:
         Raises:
             Unavailable: it doesn't.
         """
-        if self._process is not None:
+        if self._process is not None and self._process.poll() is None:
             return
         self._launch()
         give_up = asyncio.get_running_loop().time() + START_TIMEOUT_S
@@ -88,6 +91,10 @@ class DrillServer:
             raise Unavailable(f"redis-server {self.name}: {words[0]}: {error}", reason="refused") from error
         finally:
             await client.aclose()
+
+    def longest_file(self) -> int:
+        """Bytes of the longest of its files: with an AOF, of that."""
+        return max(path.stat().st_size for path in self._folder.rglob("*") if path.is_file())
 
     def kill(self, *, lose_data: bool = False) -> None:
         """Ends it by SIGKILL. With `lose_data` it starts empty."""

@@ -6,7 +6,6 @@ import asyncio
 import ipaddress
 import logging
 import secrets
-import time
 from collections.abc import Callable
 
 import grpc
@@ -62,7 +61,7 @@ STOP_GRACE_S = 5.0
 
 
 class Gateway:
-    """One gateway. The stores and the keys are the caller's; `clock` gives unix seconds.
+    """One gateway. The stores and the keys are the caller's; `clock` gives unix seconds, unset the store's.
 
     `rates` counts what tenants use, and `usage` writes it down; without them this gateway does so alone. Without keys
     and tokens everybody is the operator of tenant `local`, and only loopback addresses are listened on.
@@ -76,8 +75,9 @@ class Gateway:
         *,
         rates: RateStore | None = None,
         usage: UsageLog | None = None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
     ) -> None:
+        clock = clock or store.clock
         if keys is None and config.jwt is None and not _is_loopback(config.host):
             raise ConfigError(
                 f"host={config.host!r} without API keys: anybody could use the service. Give an API-key file, or "

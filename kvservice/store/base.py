@@ -5,7 +5,7 @@ A session's record is enough to compute its KV again: everything else is a cache
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -89,9 +89,11 @@ class StateStore(Protocol):
 
     Attributes:
         durable: writes survive the loss of every process, as far as the store knows.
+        clock: unix seconds, by which sessions expire; the same for all who share the store.
     """
 
     durable: bool
+    clock: Callable[[], float]
 
     @property
     def ledger(self) -> KvLedger:

@@ -43,7 +43,7 @@ class MemoryStateStore:
 
     def __init__(self, clock: Callable[[], float] = time.time, default_quota_bytes: int = DEFAULT_QUOTA_BYTES) -> None:
         self.ledger = MemoryLedger(clock, default_quota_bytes)
-        self._clock = clock
+        self.clock = clock
         self._sessions: dict[SessionId, SessionRecord] = {}
         self._locks: dict[SessionId, tuple[str, float]] = {}
         self._requests: dict[tuple[TenantId, str], _Request] = {}
@@ -59,7 +59,7 @@ class MemoryStateStore:
     async def get_session(self, session_id: SessionId) -> SessionRecord | None:
         """See `StateStore.get_session`."""
         record = self._sessions.get(session_id)
-        return record if record is not None and record.expires_at > self._clock() else None
+        return record if record is not None and record.expires_at > self.clock() else None
 
     async def existing_sessions(self, session_ids: Sequence[SessionId]) -> set[SessionId]:
         """See `StateStore.existing_sessions`."""
@@ -87,7 +87,7 @@ class MemoryStateStore:
 
     async def list_sessions(self, tenant: TenantId, *, after: str, limit: int) -> list[SessionRecord]:
         """See `StateStore.list_sessions`."""
-        now = self._clock()
+        now = self.clock()
         seen = (r for r in self._sessions.values() if r.tenant == tenant and r.session_id > after)
         return sorted((r for r in seen if r.expires_at > now), key=lambda r: r.session_id)[:limit]
 
@@ -110,7 +110,7 @@ class MemoryStateStore:
         """See `StateStore.lock_session`."""
         if self._is_locked(session_id) and self._locks[session_id][0] != owner:
             return False
-        self._locks[session_id] = (owner, self._clock() + ttl_s)
+        self._locks[session_id] = (owner, self.clock() + ttl_s)
         return True
 
     async def unlock_session(self, session_id: SessionId, owner: str) -> None:
@@ -124,7 +124,7 @@ class MemoryStateStore:
         """See `StateStore.begin_request`."""
         request = self._request(tenant, request_id)
         if request is None:
-            self._requests[tenant, request_id] = _Request(digest, self._clock() + ttl_s, owner)
+            self._requests[tenant, request_id] = _Request(digest, self.clock() + ttl_s, owner)
             return Begun()
         if request.digest != digest:
             raise request_id_reused(request_id)
@@ -135,7 +135,7 @@ class MemoryStateStore:
         request = self._request(tenant, request_id)
         if request is None or request.owner != owner or request.messages is not None:
             return False
-        request.lapses_at = self._clock() + ttl_s
+        request.lapses_at = self.clock() + ttl_s
         return True
 
     async def finish_request(
@@ -145,7 +145,7 @@ class MemoryStateStore:
         request = self._request(tenant, request_id)
         if request is not None and request.owner == owner:
             request.messages = tuple(messages)
-            request.lapses_at = self._clock() + ttl_s
+            request.lapses_at = self.clock() + ttl_s
 
     async def forget_request(self, tenant: TenantId, request_id: str, *, owner: str = "") -> None:
         """See `StateStore.forget_request`."""
@@ -163,14 +163,14 @@ class MemoryStateStore:
         kept = self._lease(record.worker_id)
         if kept is not None and kept.epoch > record.epoch:
             raise stale_epoch(record, kept.epoch)
-        self._workers[record.worker_id] = (record, self._clock() + ttl_s)
+        self._workers[record.worker_id] = (record, self.clock() + ttl_s)
 
     async def renew_worker(self, worker_id: WorkerId, epoch: int, ttl_s: float) -> bool:
         """See `StateStore.renew_worker`."""
         kept = self._lease(worker_id)
         if kept is None or kept.epoch != epoch:
             return False
-        self._workers[worker_id] = (kept, self._clock() + ttl_s)
+        self._workers[worker_id] = (kept, self.clock() + ttl_s)
         return True
 
     async def list_workers(self) -> list[WorkerRecord]:
@@ -193,18 +193,18 @@ class MemoryStateStore:
 
     def _is_locked(self, session_id: SessionId) -> bool:
         lock = self._locks.get(session_id)
-        if lock is not None and lock[1] <= self._clock():
+        if lock is not None and lock[1] <= self.clock():
             del self._locks[session_id]
             lock = None
         return lock is not None
 
     def _request(self, tenant: TenantId, request_id: str) -> _Request | None:
         # Lapsed requests go here, so that they don't pile up.
-        now = self._clock()
+        now = self.clock()
         for key in [key for key, request in self._requests.items() if request.lapses_at <= now]:
             del self._requests[key]
         return self._requests.get((tenant, request_id))
 
     def _lease(self, worker_id: WorkerId) -> WorkerRecord | None:
         lease = self._workers.get(worker_id)
-        return lease[0] if lease is not None and lease[1] > self._clock() else None
+        return lease[0] if lease is not None and lease[1] > self.clock() else None

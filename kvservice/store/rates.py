@@ -121,13 +121,15 @@ class RateStore(Protocol):
         ...
 
 
-async def open_rate_store(url: str | None) -> RateStore:
+async def open_rate_store(url: str | None, clock: Callable[[], float]) -> RateStore:
     """The store at a Redis URL; the one in memory if `url` is None. It connects when it is first used.
+
+    `clock` gives unix seconds, the same in all gateways.
 
     Raises:
         ConfigError: the URL is malformed.
     """
-    return MemoryRateStore() if url is None else RedisRateStore(url)
+    return MemoryRateStore(clock) if url is None else RedisRateStore(url, clock=clock)
 
 
 class MemoryRateStore:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -39,6 +38,7 @@ from kvservice.store.base import (
     stale_epoch,
     version_moved,
 )
+from kvservice.store.clock import ServerClock
 from kvservice.store.ledger import DEFAULT_QUOTA_BYTES
 from kvservice.store.redis_ledger import RedisLedger
 from kvservice.store.servers import ServerFacts, problems_of_state
@@ -178,7 +178,7 @@ class RedisStateStore:
 
     Args:
         url: redis, rediss, unix or redis+sentinel URL.
-        clock: unix seconds; the gateways' clocks must agree to well within a session's time to live.
+        clock: unix seconds; unset: those of the server, so that no process depends on its machine's clock.
         timeout_s: limit of one round trip, connecting included.
         default_quota_bytes: stored bytes of a tenant without a quota of its own.
     """
@@ -187,18 +187,19 @@ class RedisStateStore:
         self,
         url: str,
         *,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
         timeout_s: float = TIMEOUT_S,
         default_quota_bytes: int = DEFAULT_QUOTA_BYTES,
     ) -> None:
         self.durable = False
-        self.ledger = RedisLedger(self._run, self.next_epoch, clock, default_quota_bytes)
+        self._server_clock = ServerClock()
+        self.clock = clock or self._server_clock
+        self.ledger = RedisLedger(self._run, self.next_epoch, self.clock, default_quota_bytes)
         url, self._replicas = split_replicas(url)
         # The answer says whether what was written before it, on the same connection, is durable.
         self._durability: Command = ("WAIT", self._replicas, WAIT_MS) if self._replicas else DURABILITY
         self._redis = connect(url, timeout_s=timeout_s, max_connections=MAX_CONNECTIONS)
         self._where = redacted(url)
-        self._clock = clock
         self._timeout_s = timeout_s
 
     async def check(self) -> None:
@@ -248,7 +249,7 @@ class RedisStateStore:
         if not fields:
             return None
         record = _unpacked(session_id, fields)
-        return self._with_durability(record) if record.expires_at > self._clock() else None
+        return self._with_durability(record) if record.expires_at > self.clock() else None
 
     async def existing_sessions(self, session_ids: Sequence[SessionId]) -> set[SessionId]:
         """See `StateStore.existing_sessions`."""
@@ -295,7 +296,7 @@ class RedisStateStore:
 
     async def list_sessions(self, tenant: TenantId, *, after: str, limit: int) -> list[SessionRecord]:
         """See `StateStore.list_sessions`."""
-        now = self._clock()
+        now = self.clock()
         index = _tenant_key(tenant)
         listed: list[SessionRecord] = []
         while len(listed) < limit:
@@ -472,10 +473,18 @@ class RedisStateStore:
             raise unavailable(error, self._where, prefix="state_") from error
 
     async def _answers(self, commands: Sequence[Command]) -> list[Any]:
+        clock = self._server_clock
+        asks_time, sent_at = clock.is_due, clock.steady()
         async with asyncio.timeout(self._timeout_s), self._redis.pipeline(transaction=False) as pipeline:
             for command in commands:
                 pipeline.execute_command(*command)
+            if asks_time:
+                pipeline.execute_command("TIME")
             answers: list[Any] = await pipeline.execute(raise_on_error=False)
+        if asks_time:
+            told = answers.pop()
+            if isinstance(told, tuple):
+                clock.note(told[0] + told[1] / 1e6, sent_at)
         for command, answer in zip(commands, answers, strict=True):
             if isinstance(answer, Exception) and command[0] not in MAY_BE_REFUSED:
                 raise answer

@@ -98,13 +98,15 @@ class UsageLog(Protocol):
         ...
 
 
-async def open_usage_log(url: str | None) -> UsageLog:
+async def open_usage_log(url: str | None, clock: Callable[[], float]) -> UsageLog:
     """The log at a Redis URL; the one in memory if `url` is None. It connects when it is first used.
+
+    `clock` gives unix seconds, the same in all gateways.
 
     Raises:
         ConfigError: the URL is malformed.
     """
-    return MemoryUsageLog() if url is None else RedisUsageLog(url)
+    return MemoryUsageLog() if url is None else RedisUsageLog(url, clock=clock)
 
 
 class MemoryUsageLog:

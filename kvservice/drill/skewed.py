@@ -1,0 +1,41 @@
+"""Runs `kvservice` by a wall clock that is as many seconds ahead as a file says: `skewed FILE ARGUMENTS...`.
+
+For drills alone: clocks of machines jump, and a drill can't have that of its own machine do so. The steady clocks, by
+which a process measures how long something takes, are left as they are. Knows nothing of what it runs.
+"""
+
+from __future__ import annotations
+
+import mmap
+import runpy
+import struct
+import sys
+import time
+from pathlib import Path
+
+FORMAT = struct.Struct("d")
+
+
+def write_skew(path: Path, ahead_s: float) -> None:
+    """Sets the clocks of those that were started with `path`, at once. Makes the file if need be."""
+    if not path.exists():
+        path.write_bytes(bytes(FORMAT.size))
+    with path.open("r+b") as file:
+        file.write(FORMAT.pack(ahead_s))
+
+
+def _main() -> None:
+    path = sys.argv.pop(1)
+    with Path(path).open("rb") as file:
+        told = mmap.mmap(file.fileno(), FORMAT.size, access=mmap.ACCESS_READ)
+    machine = time.time
+
+    def skewed() -> float:
+        return float(machine() + FORMAT.unpack_from(told)[0])
+
+    time.time = skewed
+    runpy.run_module("kvservice", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    _main()
