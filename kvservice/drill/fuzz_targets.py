@@ -24,6 +24,7 @@ from kvservice.config.api_keys import load_api_keys
 from kvservice.config.limits import Limits
 from kvservice.config.recipes import RECIPES
 from kvservice.drill.fuzz import FalseAcceptanceError, Target
+from kvservice.drill.fuzz_settings import more_targets
 from kvservice.errors import CorruptFrame, InternalError, KVServiceError, Unavailable
 from kvservice.gateway import convert as public
 from kvservice.internal.v1 import worker_pb2
@@ -79,6 +80,7 @@ def targets(folder: Path) -> tuple[Target, ...]:
         ),
         Target("maps", _maps(), _file_target(folder / "map.json", _read_map), ("kvservice/compression/",)),
         Target("keys", _key_files(), _file_target(folder / "keys.json", load_api_keys), ("kvservice/config/",)),
+        *more_targets(folder),
     )
 
 

@@ -106,7 +106,7 @@ def load_keyring(path: Path) -> Keyring:
         record = json.loads(text)
         keys = {int(key_id): bytes.fromhex(digits) for key_id, digits in record["keys"].items()}
         current = int(record["current"])
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         # What is wrong with it may be a part of a key.
         raise _malformed(path) from None
     if current not in keys or any(len(key) != KEY_BYTES for key in keys.values()):

@@ -15,7 +15,7 @@ from kvservice.drill.fuzz_targets import targets
 
 CORPUS = Path(__file__).parents[2] / "corpus"
 INPUTS = 1500
-NAMES = ("frames", "sealed", "replies", "manifests", "messages", "maps", "keys")
+NAMES = ("frames", "sealed", "replies", "manifests", "messages", "maps", "keys", "settings", "seals", "bodies")
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ JSON = st.recursive(
 )
 
 
-@pytest.mark.parametrize("name", ["maps", "keys"])
+@pytest.mark.parametrize("name", ["maps", "keys", "settings", "seals"])
 @given(data=st.data())
 def test_json_of_any_kind_is_refused_with_a_reason_or_is_right(known, name, data):
     seed = json.loads(data.draw(st.sampled_from(known[name].seeds)))
