@@ -28,6 +28,7 @@ from kvservice.engine.arrivals import Arrivals
 from kvservice.engine.calls import Calls, is_stored
 from kvservice.engine.chunk import Chunk
 from kvservice.engine.demand import Wish
+from kvservice.engine.faults import step_failure
 from kvservice.engine.forward import Forward, plan_rows
 from kvservice.engine.grammar import GrammarCompiler
 from kvservice.engine.meters import Meters, kv_telemetry
@@ -44,7 +45,6 @@ from kvservice.errors import (
     ConfigError,
     Conflict,
     FailedPrecondition,
-    InternalError,
     NotFound,
     Overloaded,
 )
@@ -272,7 +272,7 @@ class Engine:
         except Exception as error:  # one bad step must not end the service: its calls fail, their sessions roll back
             logger.exception("step_failed")
             for item in work.items:
-                self._calls.fail(item.sequence.call.call_id, InternalError(f"a step failed: {type(error).__name__}"))
+                self._calls.fail(item.sequence.call.call_id, step_failure(error))
             return
         self._planner.note(passed)
         self._meters.note_step(work.num_decodes, self._tokens_read(passed), max(self._clock() - started, 1e-9))

@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
+from kvservice.engine.faults import step_failure
 from kvservice.errors import Conflict, InternalError, KVServiceError, NotFound, Overloaded, Unavailable
 from kvservice.kv.occupancy import ByteSeconds
 from kvservice.types import (
@@ -418,10 +419,12 @@ class EngineLoop:
             self._deliver_step(outputs)
             if len(self._calls) < running:
                 self._tell_of_room([listener for listener, told in outputs.items() if told])
-        except Exception:
+        except Exception as error:
             logger.exception("step_failed", extra={"running_calls": len(self._calls)})
-            self._fail_running(InternalError("a step of the engine failed; the worker's log says why"))
-            self._note_fault()
+            failure = step_failure(error)
+            self._fail_running(failure)
+            if isinstance(failure, InternalError):
+                self._note_fault()
             return
         if any(is_served(event) for event in events):
             self._faults_in_a_row = 0

@@ -153,6 +153,7 @@ def test_keys_come_from_a_file(key_file):
         {"current": 1, "keys": {"1": "31"}},
         {"current": 1, "keys": ["31" * 32]},
         {"current": "x", "keys": {"1": "31" * 32}},
+        {"current": float("inf"), "keys": {"1": "31" * 32}},
         {"current": -1, "keys": {"-1": "31" * 32}},
     ],
 )

@@ -422,6 +422,22 @@ async def test_an_engine_that_fails_three_times_in_a_row_is_given_up(worker, cap
     assert "engine_given_up" in caplog.messages
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 bytes")])
+async def test_an_engine_that_is_refused_memory_refuses_calls_and_is_not_given_up(worker, error):
+    gateway = await worker.connect()
+    worker.engine.step_errors = [error] * 4
+    for number in range(4):
+        await gateway.generate(f"c{number}", "ab")
+        assert (await gateway.admission()).admitted
+        _, last = await gateway.answer(f"c{number}")
+        failure = last.failure
+        assert (failure.code, failure.reason, failure.retryable) == ("RESOURCE_EXHAUSTED", "out_of_memory", True)
+    await gateway.generate("good", "ab")
+    assert (await gateway.admission()).admitted
+    assert (await gateway.answer("good"))[0] == "ab"
+    assert await health(worker) == health_pb2.HealthCheckResponse.SERVING
+
+
 async def test_an_engine_whose_books_are_wrong_when_it_is_idle_is_given_up(worker, caplog):
     gateway = await worker.connect()
     worker.engine.check_error = InternalError("3 blocks have no owner")
