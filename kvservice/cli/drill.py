@@ -79,12 +79,16 @@ def drill(
         config = DrillConfig(name, place, dtype="fp32" if model == TINY else "bf16", seed=seed)
         task = bar.add_task("faults", total=len(wanted.names) + 1)
 
+        settings = {"model": model, "recipe": recipe, "seed": seed, "reduced": reduced, "faults": list(wanted.names)}
+        so_far: list[FaultReport] = []
+
         def note(found: FaultReport) -> None:
             bar.advance(task)
             _note(found)
+            so_far.append(found)
+            _write(so_far, settings, json_file)
 
         reports = _run(run_drill(config, recipe, wanted, note))
-    settings = {"model": model, "recipe": recipe, "seed": seed, "reduced": reduced, "faults": list(wanted.names)}
     _conclude(reports, settings, json_file)
 
 
@@ -123,10 +127,15 @@ def _note(found: FaultReport) -> None:
         complain(f"{found.name}: {'; '.join(found.findings)}")
 
 
-def _conclude(reports: list[FaultReport], settings: dict[str, object], json_file: Path | None) -> None:
-    _show(reports)
+def _write(reports: list[FaultReport], settings: dict[str, object], json_file: Path | None) -> None:
+    """Written after each fault: who stops a drill has what it found."""
     if json_file is not None:
         write_json(json_file, settings, {"faults": [_result(found) for found in reports]})
+
+
+def _conclude(reports: list[FaultReport], settings: dict[str, object], json_file: Path | None) -> None:
+    _show(reports)
+    _write(reports, settings, json_file)
     failed = [found for found in reports if not found.passed]
     hint(f"{len(reports) - len(failed)} of {len(reports)} passed")
     if failed:

@@ -66,7 +66,7 @@ class AttachedFault:
     heal: Deed
     expects: frozenset[str] = frozenset()
     may_fail: bool = False
-    most_times: float = 0.0
+    most_s: float = 0.0
 
 
 class RunningService:

@@ -75,9 +75,11 @@ class DrillCluster:
 
     async def begin_moves(self) -> None:
         """Each slot with keys in it is on its way to the next server: the keys are there, the slot isn't (ASK)."""
+        # What is on its way to a server isn't its own yet.
+        used = [await self._used_slots(server) for server in self.servers]
         for index, server in enumerate(self.servers):
             target = (index + 1) % NUM_SERVERS
-            for slot in await self._used_slots(server):
+            for slot in used[index]:
                 await self.servers[target].command("CLUSTER SETSLOT", slot, "IMPORTING", self._ids[index])
                 await server.command("CLUSTER SETSLOT", slot, "MIGRATING", self._ids[target])
                 await self._carry(server, self.servers[target], slot)

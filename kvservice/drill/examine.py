@@ -79,8 +79,8 @@ class Described(Protocol):
         """Calls may be refused while it lasts."""
 
     @property
-    def most_times(self) -> float:
-        """So many times as long as usual may a call take; 0: however long."""
+    def most_s(self) -> float:
+        """So long a call may take; 0: however long."""
 
 
 class Examined(Protocol):
@@ -174,7 +174,7 @@ class Examiner:
             expects=fault.expects,
             may_fail=fault.may_fail,
             max_recovery_s=self.max_recovery_s,
-            most_times=fault.most_times,
+            most_s=fault.most_s,
         )
         findings += tuple(f"{name} ended under it" for name in ended)
         return FaultReport(fault.name, fault.part, probes, dict(misses), recovered_s, data, findings)

@@ -34,7 +34,7 @@ class Fault:
         may_fail: calls may be refused while it lasts, clearly.
         reduced: part of the short form.
         kv: what the kv role must be.
-        most_times: so many times as long as without it a call may take under it; 0: however long.
+        most_s: so long a call may take under it; 0: however long.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Fault:
     may_fail: bool = False
     reduced: bool = False
     kv: KvKind = KvKind.ONE
-    most_times: float = 0.0
+    most_s: float = 0.0
 
 
 def _kv_link(fault: LinkFault) -> Act:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from kvservice.config.service import ServiceConfig
 from kvservice.drill.fuzz import Target
 from kvservice.errors import InvalidRequest, KVServiceError
-from kvservice.gateway.web.requests import ChatBody, CompletionBody, parse
+from kvservice.gateway.web.requests import Body, ChatBody, CompletionBody, parse
 from kvservice.tier.sealing import load_keyring
 from kvservice.v1 import inference_pb2, sessions_pb2
 
@@ -80,11 +80,10 @@ def _bodies() -> list[bytes]:
 
 
 def _read_body(data: bytes) -> str:
-    kind = CompletionBody if data[:1] == b"\1" else ChatBody
     try:
-        body = parse(kind, data[1:])
+        body: Body = parse(CompletionBody, data[1:]) if data[:1] == b"\1" else parse(ChatBody, data[1:])
         for message in (sessions_pb2.SessionServiceGenerateRequest(), inference_pb2.InferenceServiceGenerateRequest()):
             body.fill(message)
     except InvalidRequest as error:
         return f"refused: {error.reason}"
-    return f"accepted: {kind.__name__}"
+    return f"accepted: {type(body).__name__}"

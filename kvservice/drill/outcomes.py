@@ -29,9 +29,6 @@ class Outcome(enum.Enum):
 NEVER = frozenset({Outcome.WRONG, Outcome.HUNG})
 """What no fault excuses."""
 
-SLOW_S = 1.0
-"""So much later an answer may be where its time is limited, beside the times it may take."""
-
 MAX_RECOVERY_S = 10.0
 """Full speed must be back so soon after a fault ends."""
 
@@ -115,7 +112,7 @@ def judge(
     expects: frozenset[str] = frozenset(),
     may_fail: bool = False,
     max_recovery_s: float = MAX_RECOVERY_S,
-    most_times: float = 0.0,
+    most_s: float = 0.0,
 ) -> tuple[str, ...]:
     """What isn't as it must be, in sentences.
 
@@ -127,15 +124,15 @@ def judge(
         expects: reasons of which at least one must have been counted; empty: none need be.
         may_fail: a clear error is as good an answer as a right one.
         max_recovery_s: within which full speed must be back.
-        most_times: so many times as long as usual a call may take; 0: however long.
+        most_s: so long a call may take; 0: however long.
     """
     findings = []
     for probe in probes:
         if probe.outcome in NEVER or (probe.outcome is Outcome.ERROR and not may_fail):
             findings.append(f"{probe.name}: {probe.outcome.value}{f' ({probe.error})' if probe.error else ''}")
     for probe in probes:
-        if most_times and probe.usual_s and probe.seconds > most_times * probe.usual_s + SLOW_S:
-            findings.append(f"{probe.name} took {probe.seconds:.1f} s, {probe.seconds / probe.usual_s:.0f} x usual")
+        if most_s and probe.seconds > most_s:
+            findings.append(f"{probe.name} took {probe.seconds:.1f} s: more than {most_s:.0f}")
     if recovered_s is None:
         findings.append("it did not recover")
     elif recovered_s > max_recovery_s:

@@ -41,5 +41,5 @@ def test_network_that_others_use_is_not_cut():
 def test_answer_that_takes_too_long_is_found_where_its_time_is_limited():
     probe = Probe("cold", Outcome.SAME, seconds=9.0, usual_s=1.0)
     assert judge((probe,), 1.0, DataReport(), {}) == ()
-    assert judge((probe,), 1.0, DataReport(), {}, most_times=9.0) == ()
-    assert judge((probe,), 1.0, DataReport(), {}, most_times=5.0) == ("cold took 9.0 s, 9 x usual",)
+    assert judge((probe,), 1.0, DataReport(), {}, most_s=10.0) == ()
+    assert judge((probe,), 1.0, DataReport(), {}, most_s=5.0) == ("cold took 9.0 s: more than 5",)
