@@ -55,6 +55,10 @@ CHUNK_TOKENS = 64 * 1024
 _OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     # A server that vanished without a word is noticed within 40 s, also in mid-stream.
+    # A gateway that was away is found again soon; left alone, attempts come ever more rarely, up to two minutes apart.
+    ("grpc.initial_reconnect_backoff_ms", 500),
+    ("grpc.min_reconnect_backoff_ms", 3_000),
+    ("grpc.max_reconnect_backoff_ms", 3_000),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
 )

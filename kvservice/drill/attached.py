@@ -13,15 +13,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
-
-from redis.asyncio import Redis
 
 from kvservice.client import Client, ServiceStats
 from kvservice.drill.examine import Examiner
 from kvservice.drill.faults import STATE, TIER
 from kvservice.drill.outcomes import FaultReport
+from kvservice.drill.stillness import found_in_peace
 from kvservice.errors import ConfigError, KVServiceError, Unavailable
 from kvservice.tier.redis import CLUSTERS, FAULTS, connect, redacted, unavailable
 
@@ -121,7 +121,7 @@ class _Server:
         if urlsplit(url).scheme in CLUSTERS:
             raise ConfigError(f"{redacted(url)}: faults are applied to one server from outside, not to a cluster")
         self._where = redacted(url)
-        self._redis: Redis = connect(url, timeout_s=COMMAND_TIMEOUT_S, max_connections=1)
+        self._redis = connect(url, timeout_s=COMMAND_TIMEOUT_S, max_connections=1)
         self._cutting: asyncio.Task[None] | None = None
         self._silent_until = 0.0
 
@@ -196,7 +196,7 @@ async def run_attached(
         reports = [await examiner.without_fault()]
         report(reports[0])
         for fault in attached_faults(kv, state, examiner, may_lose_kv=config.may_lose_kv):
-            reports.append(await examiner.examine(fault, fault.inject, fault.heal))
+            reports.append(await found_in_peace(partial(examiner.examine, fault, fault.inject, fault.heal)))
             report(reports[-1])
         return reports
     finally:

@@ -57,6 +57,7 @@ class DrillConfig:
         workers: their names.
         seed: of all that is random.
         kv: what the kv role is.
+        has_keys: the service asks for API keys: those of `Deployment.keys`.
     """
 
     model: str
@@ -66,6 +67,7 @@ class DrillConfig:
     workers: tuple[str, ...] = ("a", "b")
     seed: int = 7
     kv: KvKind = KvKind.ONE
+    has_keys: bool = False
 
 
 @dataclass(slots=True)
@@ -91,7 +93,7 @@ class Deployment:
     clients: dict[str, Client] = field(init=False, default_factory=dict)
     http_ports: dict[str, int] = field(init=False, default_factory=dict)
     keys: dict[str, str] = field(init=False, default_factory=dict)
-    """Of the API, by tenant."""
+    """Of the API, by tenant; empty where it asks for none."""
     _stack: AsyncExitStack = field(init=False, default_factory=AsyncExitStack)
 
     async def __aenter__(self) -> Self:
@@ -142,7 +144,7 @@ class Deployment:
 
     def client_of(self, name: str, tenant: str, retry: RetryPolicy | None = None) -> Client:
         """A client of a gateway; the caller closes it."""
-        return Client(self.processes[name].address, self.keys[tenant], retry=retry)
+        return Client(self.processes[name].address, self.keys.get(tenant), retry=retry)
 
     def port(self, name: str) -> int:
         """Where a process listens for calls."""
@@ -193,9 +195,10 @@ class Deployment:
                 self._stack.push_async_callback(links.kv.aclose)
             self.links[name] = links
         secret = secrets.token_hex(32)
-        self.keys = {tenant: secrets.token_urlsafe(24) for tenant in (TENANT, CROWD_TENANT)}
+        if self.config.has_keys:
+            self.keys = {tenant: secrets.token_urlsafe(24) for tenant in (TENANT, CROWD_TENANT)}
+            self._write("keys.json", {"keys": [_key(key, tenant) for tenant, key in self.keys.items()]})
         self.http_ports = {name: free_port() for name in gateways}
-        self._write("keys.json", {"keys": [_key(key, tenant) for tenant, key in self.keys.items()]})
         for name in gateways:
             # A port of its own: one that was killed must come back where its callers look for it.
             file = self._gateway_file(name, secret)
@@ -257,7 +260,7 @@ class Deployment:
             "http_port": self.http_ports[name],
             "limits": limits,
         }
-        keys = str((self.config.folder / "keys.json").absolute())
+        keys = str((self.config.folder / "keys.json").absolute()) if self.config.has_keys else None
         return self._settings_file(name, {"gateway": gateway, "api_keys": keys})
 
     def _worker_file(self, name: str) -> Path:

@@ -11,6 +11,7 @@ new     a document is read and asked about
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections import Counter
@@ -22,7 +23,7 @@ from kvservice.client import Answer, Client, ServiceStats
 from kvservice.drill.calls import CALL_S, FIRST, put
 from kvservice.drill.deployment import TENANT
 from kvservice.drill.outcomes import MAX_RECOVERY_S, DataReport, FaultReport, Outcome, Probe, judge
-from kvservice.errors import KVServiceError
+from kvservice.errors import KVServiceError, NotFound
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ RECOVERY_S = 60.0
 """How long a deployment is given to recover; ten seconds are what it should take."""
 SLOW_SHARE = 3.0
 """Where the same work takes long without a fault, it may take so many times as long after one."""
+RECOVERED_STORED_S = 5.0
+"""After a fault one that isn't by then, since its worker hadn't heard of the end, is left for the next."""
 STORED_S = 20.0
 """Frames of a session are stored, and named by a manifest, within this time."""
 POLL_S = 0.05
@@ -242,7 +245,8 @@ class Examiner:
                 short += 1
         found = await client.verify(self._tenant)
         for session in prepared.sessions:
-            await client.close_session(session, purge=True)
+            with contextlib.suppress(NotFound):
+                await client.close_session(session, purge=True)
         left = await client.verify(self._tenant)
         return DataReport(
             short_sessions=short,
@@ -293,35 +297,44 @@ class Examiner:
     async def _whole_way(self, prepared: Prepared) -> bool:
         client = self._deployment.client
         await self._deployment.until_whole(RECOVERY_S)
-        session, expected = await self._with_answer(client)
-        prepared.sessions[session] = 0
+        session, expected = await self._with_answer(client, RECOVERED_STORED_S, prepared.sessions)
         before = await self._restored_tokens()
         await client.move_session(session, self.other((await client.get(session)).worker_id))
         outcome, _, _ = await self.ask(client, session, expected)
         return outcome in (Outcome.SAME, Outcome.RECOMPUTED) and await self._restored_tokens() > before
 
-    async def _with_answer(self, client: Client) -> tuple[str, Expected]:
-        """A session with a document of its own and one question behind it, stored; and the answer to `QUESTION`."""
+    async def _with_answer(
+        self, client: Client, stored_s: float = STORED_S, sessions: dict[str, int] | None = None
+    ) -> tuple[str, Expected]:
+        """A session with a document of its own and one question behind it, stored within `stored_s`; and the answer to
+        `QUESTION`. It is noted in `sessions`, whatever becomes of it, to be closed in the end."""
         session = await self._loaded(client, self._document())
+        if sessions is not None:
+            sessions[session] = 0
         await put(client, session, FIRST)
-        await self._stored(client, session)
+        await self._stored(client, session, stored_s)
         fork = (await client.fork_session(session)).session_id
+        if sessions is not None:
+            sessions[fork] = 0
         answer = self._expected(await put(client, fork, QUESTION))
         await client.close_session(fork, purge=True)
+        if sessions is not None:
+            del sessions[fork]
         return session, answer
 
     def _expected(self, answer: Answer) -> Expected:
         return Expected.of(answer) if self._is_alone else Expected(answer.token_ids, ())
 
     async def _loaded(self, client: Client, document: str) -> str:
-        async with asyncio.timeout(CALL_S):
+        # The client repeats it while it is refused.
+        async with asyncio.timeout(2 * CALL_S):
             session = (await client.create_session(recipe=self._recipe)).session_id
         await client.append(session, document, timeout_s=CALL_S)
         return session
 
-    async def _stored(self, client: Client, session: str) -> None:
+    async def _stored(self, client: Client, session: str, stored_s: float) -> None:
         """Waits until a manifest names the session's frames."""
-        async with asyncio.timeout(STORED_S):
+        async with asyncio.timeout(stored_s):
             while True:
                 if (await client.verify(self._tenant, session)).checked_frames:
                     return

@@ -40,7 +40,7 @@ async def _start_one(deployment: Deployment) -> None:
 
 
 CLUSTER_FAULTS: tuple[Fault, ...] = (
-    Fault("cluster: slots have moved (MOVED)", TIER, _move, _nothing, kv=KvKind.CLUSTER),
-    Fault("cluster: slots are on their way (ASK)", TIER, _begin_moves, _end_moves, kv=KvKind.CLUSTER),
+    Fault("cluster: slots have moved", TIER, _move, _nothing, kv=KvKind.CLUSTER),
+    Fault("cluster: slots are on their way", TIER, _begin_moves, _end_moves, kv=KvKind.CLUSTER),
     Fault("cluster: a server is killed", TIER, _kill_one, _start_one, kv=KvKind.CLUSTER),
 )

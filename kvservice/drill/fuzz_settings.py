@@ -66,7 +66,7 @@ def _read_settings(data: bytes) -> str:
 
 def _seals() -> list[bytes]:
     keys = {"1": "00" * 32, "2": "ff" * 32}
-    return [json.dumps({"current": 2, "keys": keys}).encode(), b'{"current": 1, "keys": {"1": "aa"}}', b"[]"]
+    return [json.dumps({"current": 2, "keys": keys}).encode(), b'{"current": 1, "keys": {"1": "aa"}}']
 
 
 def _bodies() -> list[bytes]:

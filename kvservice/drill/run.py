@@ -31,7 +31,7 @@ from kvservice.drill.processes import (
     ProcessExaminer,
     ProcessFault,
 )
-from kvservice.drill.stillness import Stillness
+from kvservice.drill.stillness import TRIES, Stillness, found_in_peace
 from kvservice.drill.writers import WritersFault, examine_writers
 from kvservice.errors import ConfigError, KVServiceError
 
@@ -42,10 +42,6 @@ PARTS = (TIER, STATE, MACHINE, INPUT, PROCESS, NETWORK)
 
 DEFAULT_PARTS = PARTS[:-1]
 """What needs no network of the drill's own."""
-
-
-TRIES = 3
-"""Of what a machine that stood still has spoilt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +139,7 @@ class _Drill:
         self._num_deployments += 1
         self._kv = kv
         folder = self._config.folder / f"deployment-{self._num_deployments}"
-        config = replace(self._config, folder=folder, kv=kv)
+        config = replace(self._config, folder=folder, kv=kv, has_keys=True)
         deployment = await self._stack.enter_async_context(Deployment(config))
         self._examiner = Examiner(deployment, self._recipe)
         self._processes = None
@@ -164,14 +160,7 @@ class _Drill:
 
     async def strike(self, fault: Fault | ProcessFault | WritersFault) -> FaultReport:
         """One fault; again, where it was found wanting while the machine stood still."""
-        for _ in range(TRIES):
-            async with Stillness() as still:
-                found = await self._struck(fault)
-            found = replace(found, paused_s=still.late_s)
-            if found.passed or not still.is_long:
-                break
-            logger.warning("machine_stood_still", extra={"fault": fault.name, "paused_s": still.late_s})
-        return found
+        return await found_in_peace(lambda: self._struck(fault))
 
     async def _struck(self, fault: Fault | ProcessFault | WritersFault) -> FaultReport:
         try:

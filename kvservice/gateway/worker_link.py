@@ -40,6 +40,10 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     # Each link has a connection of its own, so that a restarted worker isn't met with the backoff of its predecessor.
     ("grpc.use_local_subchannel_pool", 1),
+    # A network that was cut is tried again soon: an attempt that nobody answers waits ever longer by itself.
+    ("grpc.initial_reconnect_backoff_ms", 500),
+    ("grpc.min_reconnect_backoff_ms", 2_000),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
     # A worker that is frozen, or cut off without a word, is lost after these two.
     ("grpc.keepalive_time_ms", 3_000),
     ("grpc.keepalive_timeout_ms", 10_000),

@@ -22,9 +22,7 @@ class ServerClock:
         steady: seconds since any moment, which never do.
     """
 
-    def __init__(
-        self, *, wall: Callable[[], float] = time.time, steady: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, *, wall: Callable[[], float] = time.time, steady: Callable[[], float] = time.monotonic) -> None:
         self.steady = steady
         self._wall = wall
         self._ahead_s: float | None = None

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 BEGIN_TIMEOUT_S = 1.0
 """A call waits no longer for the state store; it goes on unpublished."""
-AWAY_S = 5.0
+AWAY_S = 2.0
 """After a fault of the state store, calls don't ask it for so long, unless it alone knows how to go on with theirs."""
 WRITTEN_TIMEOUT_S = 60.0
 """How long a publication waits for its frames to be written; later ones are for the next."""

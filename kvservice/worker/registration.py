@@ -14,6 +14,9 @@ from kvservice.types import WorkerId
 
 logger = logging.getLogger(__name__)
 
+RETRY_S = 1.0
+"""After a renewal that failed: the lease is running out."""
+
 
 class LeaseStore(Protocol):
     """The part of a state store that a worker needs; see `StateStore`."""
@@ -79,8 +82,10 @@ class Registration:
         logger.info("worker_registered", extra={"worker_id": self._worker_id, "epoch": self.epoch})
 
     async def _renew_forever(self) -> None:
+        pause_s = self._ttl_s / 3
         while True:
-            await self._sleep(self._ttl_s / 3)
+            await self._sleep(pause_s)
+            pause_s = self._ttl_s / 3
             try:
                 if not await self._store.renew_worker(self._worker_id, self.epoch, self._ttl_s):
                     logger.warning("lease_lost", extra={"worker_id": self._worker_id, "epoch": self.epoch})
@@ -88,4 +93,5 @@ class Registration:
             except Exception:
                 # The worker serves on while the store is away; the next turn tries again.
                 self.num_failures += 1
+                pause_s = min(pause_s, RETRY_S)
                 logger.exception("lease_not_renewed", extra={"worker_id": self._worker_id})

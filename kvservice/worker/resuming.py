@@ -37,6 +37,9 @@ MAX_FETCHES = 2
 """Sessions brought back at a time: bounds memory, and each gets the tier's whole speed sooner."""
 MIN_TOKENS_TIMED = 64
 """Fewer say little of how fast tokens are computed."""
+TRY_AGAIN_S = 3.0
+"""So long after a fetch the next one is made even if computing was faster then. What it may cost is bounded: a fetch is
+waited for as long as computing takes."""
 SMOOTHING = 0.2
 """Weight of the newest measurement."""
 
@@ -59,16 +62,24 @@ class ResumeStats:
 
 
 class Speeds:
-    """How long fetching and computing take here, as measured. What was never measured is taken to be fast."""
+    """How long fetching and computing take here, as measured. What was never measured is taken to be fast.
 
-    def __init__(self) -> None:
+    Args:
+        clock: seconds that never go back.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self._fetch_bytes_per_s: float | None = None
+        self._fetched_at = 0.0
         self._prefill_tokens_per_s: float | None = None
 
     def note_fetch(self, num_bytes: int, seconds: float) -> None:
-        """A fetch took so long."""
+        """A fetch took so long. That it was fast is believed at once: none is faster than its tier."""
         if num_bytes:
-            self._fetch_bytes_per_s = _smoothed(self._fetch_bytes_per_s, num_bytes / max(seconds, 1e-6))
+            measured = num_bytes / max(seconds, 1e-6)
+            self._fetch_bytes_per_s = max(measured, _smoothed(self._fetch_bytes_per_s, measured))
+            self._fetched_at = self._clock()
 
     def note_prefill(self, num_tokens: int, seconds: float) -> None:
         """So many tokens took so long to compute."""
@@ -80,8 +91,14 @@ class Speeds:
         return None if self._prefill_tokens_per_s is None else num_tokens / self._prefill_tokens_per_s
 
     def fetching_is_faster(self, num_bytes: int, num_tokens: int) -> bool:
-        """Whether to fetch `num_bytes` rather than to compute `num_tokens`."""
+        """Whether to fetch `num_bytes` rather than to compute `num_tokens`.
+
+        A tier that was slow is tried again now and then: who never asks never learns that it has recovered.
+        """
         if self._fetch_bytes_per_s is None or self._prefill_tokens_per_s is None:
+            return True
+        if self._clock() - self._fetched_at >= TRY_AGAIN_S:
+            self._fetched_at = self._clock()
             return True
         return num_bytes / self._fetch_bytes_per_s < num_tokens / self._prefill_tokens_per_s
 
@@ -97,7 +114,7 @@ class Resumer:
     def __init__(self, reader: GroupReader, clock: Callable[[], float]) -> None:
         self._reader = reader
         self._clock = clock
-        self._speeds = Speeds()
+        self._speeds = Speeds(clock)
         self._known_missing = KnownMissing()
         self._slots = asyncio.Semaphore(MAX_FETCHES)
         self._fetches: set[asyncio.Task[None]] = set()

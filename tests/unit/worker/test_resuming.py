@@ -6,7 +6,7 @@ from kvservice.tier.chunks import chain, chunk_name
 from kvservice.tier.groups import Chunk
 from kvservice.tier.restore import StoredChunk, usable
 from kvservice.types import SessionId
-from kvservice.worker.resuming import Speeds
+from kvservice.worker.resuming import TRY_AGAIN_S, Speeds
 
 TAG = b"t" * 16
 TOKENS = list(range(16 + 64 * 12))
@@ -42,7 +42,7 @@ def test_of_two_chunks_at_one_place_the_one_of_the_sessions_tokens_is_taken():
 
 
 def test_what_was_measured_decides_between_fetching_and_computing():
-    speeds = Speeds()
+    speeds = Speeds(lambda: 0.0)
     assert speeds.fetching_is_faster(1 << 40, 1)
     speeds.note_fetch(1000, 1.0)
     assert speeds.fetching_is_faster(1 << 40, 1)
@@ -52,3 +52,17 @@ def test_what_was_measured_decides_between_fetching_and_computing():
     # Too little to learn from.
     speeds.note_prefill(1, 1000.0)
     assert not speeds.fetching_is_faster(1001, 100)
+
+
+def test_tier_that_was_slow_is_tried_again_and_believed_when_it_is_fast():
+    now = [0.0]
+    speeds = Speeds(lambda: now[0])
+    speeds.note_prefill(1000, 1.0)
+    speeds.note_fetch(1000, 100.0)
+    assert not speeds.fetching_is_faster(1000, 100)
+    now[0] += TRY_AGAIN_S
+    assert speeds.fetching_is_faster(1000, 100)
+    # One at a time finds out.
+    assert not speeds.fetching_is_faster(1000, 100)
+    speeds.note_fetch(1000, 0.001)
+    assert speeds.fetching_is_faster(1000, 100)
