@@ -143,6 +143,8 @@ class Proxy:
         task = asyncio.get_running_loop().create_task(self._carry(reader, writer))
         self._handlers.add(task)
         task.add_done_callback(self._handlers.discard)
+        # Here, for a task that is cancelled before it begins never comes to its own end.
+        task.add_done_callback(lambda _: writer.close())
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.counts.connections += 1
@@ -171,7 +173,6 @@ class Proxy:
                     task.cancel()
                 await asyncio.gather(*link.tasks, return_exceptions=True)
                 link.server.close()
-            writer.close()
 
     async def _pass(self, link: _Link, reader: asyncio.StreamReader, *, is_reply: bool) -> None:
         queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(QUEUED_CHUNKS)
