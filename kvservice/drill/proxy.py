@@ -169,10 +169,11 @@ class Proxy:
         finally:
             if link is not None:
                 self._links.discard(link)
+                # First of all: who closes the proxy may cancel what follows.
+                link.server.close()
                 for task in link.tasks:
                     task.cancel()
                 await asyncio.gather(*link.tasks, return_exceptions=True)
-                link.server.close()
 
     async def _pass(self, link: _Link, reader: asyncio.StreamReader, *, is_reply: bool) -> None:
         queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(QUEUED_CHUNKS)
