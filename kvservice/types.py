@@ -172,6 +172,39 @@ class Distant(Enum):
     """They go to the tier; every one is streamed back and attended to by every query."""
     RECALL = "recall"
     """They go to the tier; each query recalls the few that matter."""
+    EVICT = "evict"
+    """There is no window: each KV head of each layer keeps the tokens that a method chooses, and drops the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Eviction:
+    """Which tokens a sequence keeps, for `Distant.EVICT`. Each stage names a method of `compression.methods`."""
+
+    scorer: str
+    """Ranks the tokens."""
+    kept_tokens: int
+    """Tokens that each KV head of each layer holds, on average over them; what comes beyond is dropped."""
+    read_tokens: int
+    """What is read attends to so many of the tokens before it whole, and is held so long: until all that was given is
+    read, or so many are held. As most papers do, what is dropped is chosen after that."""
+    positions: str | None = None
+    """Where kept tokens are taken to stand; None: where they stood."""
+    allocator: str | None = None
+    """Shares `kept_tokens` out among layers and KV heads; None: alike."""
+    merger: str | None = None
+    """What becomes of dropped tokens; None: nothing."""
+    params: tuple[tuple[str, float], ...] = ()
+    """Of the scorer, where they aren't its defaults."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """Which of the tokens that are there a query of an answer looks at, for `Distant.RESIDENT`."""
+
+    plan: str
+    """Names a method of `compression.methods`."""
+    params: tuple[tuple[str, float], ...] = ()
+    """Where they aren't its defaults."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,24 +233,34 @@ class RecipeSpec:
     together, by their summed attention mass."""
     evaluation_only: bool = False
     """A baseline of `eval`; refused by the service."""
+    eviction: Eviction | None = None
+    """What is kept, for `Distant.EVICT`."""
+    reuse: Reuse | None = None
+    """What is looked at, for `Distant.RESIDENT`; None: everything."""
+
+    @property
+    def slides(self) -> bool:
+        """Whether what leaves the window goes to the tier."""
+        return self.distant in (Distant.STREAM, Distant.RECALL)
 
     def window_start(self, num_tokens: int) -> int:
         """First position of the window of `num_tokens` committed tokens; distant are [16, window_start)."""
-        if self.distant is Distant.RESIDENT:
+        if not self.slides:
             return SINK_TOKENS
         slidable = num_tokens - SINK_TOKENS - self.window_tokens
         return SINK_TOKENS + max(0, slidable // GROUP_TOKENS) * GROUP_TOKENS
 
     def tokens_until_slide(self, num_tokens: int) -> int:
         """How many tokens after `num_tokens` see the same window as the next one."""
-        if self.distant is Distant.RESIDENT:
+        if not self.slides:
             return sys.maxsize
         return self.window_start(num_tokens) + self.window_tokens + GROUP_TOKENS - num_tokens
 
     def stored_until(self, num_tokens: int) -> int:
         """Where the groups end that lie in the tier below once `num_tokens` are committed.
 
-        What follows, the window, is stored apart: of what stays on the device, the last 1 to 64 tokens.
+        What follows, the window, is stored apart: of what stays on the device, the last 1 to 64 tokens. Of a sequence
+        that drops tokens nothing is stored.
         """
         if self.distant is Distant.RESIDENT:
             return SINK_TOKENS + max(0, (num_tokens - SINK_TOKENS - 1) // GROUP_TOKENS) * GROUP_TOKENS
@@ -299,12 +342,37 @@ def lasting_index_blocks(shape: ModelShape, recipe: RecipeSpec, num_groups: int)
     return max(0, index_blocks(shape, recipe, num_groups) - 2 * key_cells(shape, recipe))
 
 
-def footprint(shape: ModelShape, recipe: RecipeSpec, num_tokens: int) -> Footprint:
+def most_held(eviction: Eviction, num_tokens: int, num_unread: int) -> int:
+    """The most tokens that a KV head holds, on average, of a sequence that drops tokens as it grows to `num_tokens`.
+
+    Args:
+        eviction: what it drops.
+        num_tokens: the most tokens.
+        num_unread: of these, those that are yet to be read, and that aren't part of an answer.
+    """
+    reading = min(eviction.read_tokens, eviction.kept_tokens + num_unread)
+    # A token is there before another one is dropped for it.
+    return min(num_tokens, max(eviction.kept_tokens + 1, reading))
+
+
+def footprint(shape: ModelShape, recipe: RecipeSpec, num_tokens: int, num_unread: int = 0) -> Footprint:
     """The most bytes a sequence takes while it grows to `num_tokens` tokens, by owner.
 
     Worker, gateway and `kvservice size` call this one function. The prefill workspace is the worker's, not the
     sequence's. Bytes are what the arena hands out: whole blocks.
+
+    Args:
+        shape: of the model.
+        recipe: of the sequence.
+        num_tokens: the most tokens.
+        num_unread: of these, those that are yet to be read, and that aren't part of an answer. It matters where tokens
+            are dropped once all are read.
     """
+    if recipe.eviction is not None:
+        columns = _ceil_div(most_held(recipe.eviction, num_tokens, num_unread), BLOCK_TOKENS)
+        # A block more in one layer: there kernels put a token of the layer that they are in.
+        blocks = columns * shape.num_cells + 2 * shape.num_kv_heads
+        return Footprint(window_bytes=blocks * shape.block_bytes, index_bytes=0, slot_bytes=0, host_bytes=0)
     if recipe.distant is Distant.RESIDENT:
         widest = num_tokens
     else:
@@ -330,6 +398,8 @@ def further_answer(shape: ModelShape, recipe: RecipeSpec, shared_tokens: int, nu
     lasts of an index.
     """
     whole = footprint(shape, recipe, num_tokens)
+    if recipe.eviction is not None:
+        return whole
     column_bytes = shape.num_cells * shape.block_bytes
     if recipe.distant is Distant.RESIDENT:
         return replace(whole, window_bytes=whole.window_bytes - shared_tokens // BLOCK_TOKENS * column_bytes)

@@ -9,6 +9,8 @@ For each sequence and layer, the parts of the queries of a step:
 Where layers share distant keys, it matters to a query which tokens are distant: to each those before its own window, so
 of a FULL step's own tokens and window too. They are attended to apart, by the anchors' keys: see `attention.sharing`.
 
+Sequences that drop tokens hold other ones in each KV head: see `attention.held`.
+
 A step's queries all see the same window: the engine never lets a SELECT step cross a slide of the window, so a query's
 parts don't depend on how its tokens were split into steps.
 
@@ -26,6 +28,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from kvservice.attention.held import attend_found, attend_held, landing_table
 from kvservice.attention.sharing import Anchors, visible_masks
 from kvservice.errors import InternalError
 from kvservice.kernels.base import PartAttention
@@ -33,12 +36,13 @@ from kvservice.kernels.cpu import StepRecall, StepSequence, StepSharing
 from kvservice.kernels.fixed_order import FixedOrderAttention
 from kvservice.kernels.flash import FlashAttention, attend
 from kvservice.kv.arena import Arena
+from kvservice.kv.ledger import Owner
 from kvservice.kv.partial import AttnPartial, merge_partials
 from kvservice.recall.choosing import Query
 from kvservice.recall.distant import StagingRing
 from kvservice.recall.memory import SequenceMemory
 from kvservice.recall.reach import Reach
-from kvservice.types import GROUP_TOKENS, SINK_TOKENS
+from kvservice.types import BLOCK_TOKENS, GROUP_TOKENS, SINK_TOKENS
 
 _Part = tuple[Tensor, Tensor, Tensor | None]
 """Keys, values, mask."""
@@ -105,6 +109,12 @@ class SequenceRows:
         return self.memory.key_index is not None
 
     @property
+    def lands(self) -> bool:
+        """Whether a method has a say in its attention, so that kernels do no more than write its tokens."""
+        looking = self.memory.looking
+        return self.memory.held is not None or (looking is not None and looking.answers(self.first, self.num_queries))
+
+    @property
     def has_distant(self) -> bool:
         """Whether there is anything distant to any of its queries."""
         return self.memory.state.num_distant > 0 or self.crosses_slide
@@ -143,6 +153,8 @@ def prepare(memory: SequenceMemory, first_row: int, num_tokens: int, reach: Reac
         # Sinks, what is in the tier, and the rest of the visible positions: those are the parts.
         raise InternalError(f"{sinks} sinks and {distant} distant tokens don't end where {state.window_start} begins")
     state.extend(num_tokens)
+    if memory.held is not None:
+        memory.held.begin(num_tokens)
     rows = SequenceRows(memory, slice(first_row, first_row + num_tokens), reach, state.num_computed)
     return rows if memory.shared is None else replace(rows, anchors=Anchors(memory, memory.shared))
 
@@ -152,6 +164,9 @@ class BatchAttention:
 
     Attributes:
         timer: to be told when layers recall, by runners that attend by themselves; None: nobody is.
+
+    Args:
+        turns: fp32 `[2, positions, d / 2]`, cosines and sines of the rotation, for those that move what they keep.
     """
 
     def __init__(
@@ -162,14 +177,17 @@ class BatchAttention:
         *,
         deterministic: bool = False,
         timer: RecallTimer | None = None,
+        turns: Tensor | None = None,
     ) -> None:
         self.timer = timer
+        self._turns = turns
+        self._landing: dict[int, Tensor] = {}
         self._arena = arena
         self._scale = arena.layout.head_dim**-0.5
         self._ring = ring
         self._sequences = sequences
         self._deterministic = deterministic
-        self._slots: list[Tensor] = []
+        self._slots: dict[int, Tensor] = {}
         self._masks: dict[int, Tensor] = {}
         self._pairs_of_masks: dict[int, tuple[Tensor, Tensor]] = {}
         self._kernel: type[PartAttention] = FixedOrderAttention if deterministic else FlashAttention
@@ -202,7 +220,15 @@ class BatchAttention:
         self._shared_heads = shared_heads
         return [self._described(sequence) for sequence in self._sequences]
 
+    def close(self) -> None:
+        """Gives back what `near` took for the step."""
+        for blocks in self._landing.values():
+            self._arena.free(Owner.WORKSPACE, blocks.view(-1))
+        self._landing.clear()
+
     def _described(self, sequence: SequenceRows) -> StepSequence:
+        if sequence.lands:
+            return self._landed(sequence)
         state, is_shared = sequence.memory.state, self._is_shared_by_kernels(sequence)
         is_whole = sequence.anchors is None or is_shared
         recalls = sequence.selects and sequence.recalls_by_keys and is_whole
@@ -217,6 +243,26 @@ class BatchAttention:
             recall=recall,
             sharing=self._sharing(sequence, recall) if is_shared else None,
         )
+
+    def _landed(self, sequence: SequenceRows) -> StepSequence:
+        """As if there were nothing but the step's own tokens: the rest is `add_recalled`'s, with what they wrote."""
+        count, layout = sequence.num_queries, self._arena.layout
+        shape = (2 * layout.num_kv_heads, -(-count // BLOCK_TOKENS))
+        blocks = self._arena.allocate(Owner.WORKSPACE, shape[0] * shape[1]).view(shape)
+        self._landing[sequence.rows.start] = blocks
+        return StepSequence(
+            table=landing_table(blocks, layout.num_layers),
+            num_resident=0,
+            num_queries=count,
+            first_row=sequence.rows.start,
+            window_start=SINK_TOKENS,
+        )
+
+    def _take_landed(self, sequence: SequenceRows, layer: int) -> None:
+        """Puts the layer's keys and values where they belong."""
+        layout, blocks = self._arena.layout, self._landing[sequence.rows.start]
+        both = self._arena.read(blocks)[:, : sequence.num_queries]
+        self._arena.slots[self._slots_of(sequence)[layer]] = both.view(2, layout.num_kv_heads, -1, layout.head_dim)
 
     def _sharing(self, sequence: SequenceRows, recall: StepRecall | None) -> StepSharing | None:
         assert sequence.anchors is not None
@@ -246,7 +292,10 @@ class BatchAttention:
                 continue
             rows = sequence.rows
             queries = _by_kv_head(q[rows], num_kv)
-            if sequence.anchors and (self._deterministic or sequence.crosses_slide):
+            if sequence.lands:
+                self._take_landed(sequence, layer)
+                merged = self._attend(sequence, layer, queries)
+            elif sequence.anchors and (self._deterministic or sequence.crosses_slide):
                 # What is near was attended to in another order than torch's, or isn't near to all queries.
                 merged = self._attend(sequence, layer, queries)
             else:
@@ -256,6 +305,8 @@ class BatchAttention:
 
     def _is_far_by_torch(self, sequence: SequenceRows) -> bool:
         """Whether kernels leave a sequence's distant tokens to torch; or, in a fixed order, all of them."""
+        if sequence.lands:
+            return True
         if sequence.anchors is not None and not self._is_shared_by_kernels(sequence):
             return self._deterministic or sequence.has_distant
         return sequence.selects and not sequence.recalls_by_keys
@@ -289,11 +340,17 @@ class BatchAttention:
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Writes K and V of the step's tokens, `[n, kv, d]` each, to the arena."""
-        if not self._slots:
-            self._slots = [sequence.memory.state.slots(sequence.num_queries) for sequence in self._sequences]
-        for sequence, slots in zip(self._sequences, self._slots, strict=True):
+        for sequence in self._sequences:
+            slots = self._slots_of(sequence)
             self._arena.slots[slots[layer, 0]] = k[sequence.rows].transpose(0, 1)
             self._arena.slots[slots[layer, 1]] = v[sequence.rows].transpose(0, 1)
+
+    def _slots_of(self, sequence: SequenceRows) -> Tensor:
+        """Where a sequence's new tokens go, the same in all layers but for the layer: `[layers, 2, kv, n]`."""
+        first = sequence.rows.start
+        if first not in self._slots:
+            self._slots[first] = sequence.memory.state.slots(sequence.num_queries)
+        return self._slots[first]
 
     def _mask(self, sequence: SequenceRows, group_size: int) -> Tensor | None:
         """What a sequence's queries may not see of its device part, the same in all layers; None for one query."""
@@ -324,8 +381,11 @@ class BatchAttention:
         return self._pairs_of_masks[first]
 
     def _attend(self, sequence: SequenceRows, layer: int, q: Tensor) -> Tensor:
-        if sequence.memory.state.is_ragged:
-            return self._attend_ragged(sequence, layer, q)
+        if sequence.memory.held is not None:
+            return attend_held(sequence.memory.held, layer, q, self._turns, deterministic=self._deterministic)
+        if sequence.lands:
+            assert sequence.memory.looking is not None
+            return attend_found(sequence.memory.looking, layer, q)
         group_size = q.shape[1] // sequence.num_queries
         splits = sequence.anchors is not None and sequence.has_distant and sequence.anchors.splits(layer)
         if splits and sequence.crosses_slide:
@@ -491,23 +551,6 @@ class BatchAttention:
             outs.append(part.out.reshape(num_kv, count * group, dim))
             lses.append(part.lse.reshape(num_kv, count * group))
         return AttnPartial(torch.cat(outs, 1), torch.cat(lses, 1))
-
-    def _attend_ragged(self, sequence: SequenceRows, layer: int, q: Tensor) -> Tensor:
-        """KV heads that hold different tokens, one by one. Their new tokens lie behind those that each holds."""
-        state, count = sequence.memory.state, sequence.num_queries
-        num_kv, rows, _ = q.shape
-        held = state.counts[layer * num_kv : (layer + 1) * num_kv].tolist()
-        keys, values = state.read(layer, max(held) + count)
-        outs = []
-        for head, resident in enumerate(held):
-            mask = None
-            if count > 1:
-                mask = _causal(resident, count, rows // count, self._arena.layout.dtype, q.device)
-            attention = self._kernel(q[head : head + 1], self._scale)
-            visible = slice(resident + count)
-            attention.add(keys[head : head + 1, visible], values[head : head + 1, visible], mask)
-            outs.append(attention.result().out)
-        return torch.cat(outs)
 
 
 def _recall_by_keys(sequence: SequenceRows) -> StepRecall:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kvservice.errors import NotFound
-from kvservice.types import Distant, RecipeSpec
+from kvservice.types import Distant, Eviction, RecipeSpec, Reuse
 
 DENSE = RecipeSpec("dense", Distant.RESIDENT, "All KV on the device: the baseline.")
 
@@ -51,7 +51,84 @@ POD = replace(
     shares_keys=True,
 )
 
+KEPT_TOKENS = 512
+"""That a KV head keeps, of recipes that drop tokens."""
+
+READ_TOKENS = 4096
+"""That it holds while it reads: documents up to this are read whole before anything is dropped, as in the papers."""
+
+STRIDE_TOKENS = 128
+"""Of methods that drop tokens while they read."""
+
+
+def _evicting(
+    name: str,
+    summary: str,
+    read_tokens: int = READ_TOKENS,
+    *,
+    positions: str | None = None,
+    allocator: str | None = None,
+    merger: str | None = None,
+) -> RecipeSpec:
+    eviction = Eviction(name, KEPT_TOKENS, read_tokens, positions, allocator, merger)
+    return RecipeSpec(name, Distant.EVICT, summary, eviction=eviction)
+
+
+EVICTING = (
+    _evicting(
+        "streaming_llm",
+        "The first 4 and the latest 508 tokens, at the positions that they have among them.",
+        KEPT_TOKENS + STRIDE_TOKENS,
+        positions="streaming_llm",
+    ),
+    _evicting("h2o", "The latest 256 tokens, and 256 that attracted most attention so far."),
+    _evicting("scissorhands", "Up to 512 tokens; the half that the last 400 queries looked at least goes at once."),
+    _evicting("l2_norm", "The 512 tokens whose keys have the smallest norm."),
+    _evicting("keyformer", "The latest 153 tokens, and 359 that attracted most attention, with noise."),
+    _evicting("sepllm", "The first 4 tokens, the latest 128 separators, and a window of 256 to 380."),
+    _evicting("chunkkv", "The latest 64 to 128 tokens, and the chunks of 10 that these look at most."),
+    _evicting(
+        "cascading_kv",
+        "The first 64 tokens, and four windows of 112, each sparser than the one before, at contiguous positions.",
+        KEPT_TOKENS + STRIDE_TOKENS,
+        positions="cascading_kv",
+    ),
+    _evicting(
+        "d2o",
+        "As h2o, 512 tokens on average over layers that get more or fewer; dropped ones are merged into similar ones.",
+        allocator="d2o",
+        merger="d2o",
+    ),
+)
+"""Those that drop tokens for good. A session of any length takes a bounded number of bytes."""
+
+REUSING = (
+    RecipeSpec(
+        "tidal_decode",
+        Distant.RESIDENT,
+        "All KV on the device; most layers look at the 256 tokens that an earlier layer found, for each query head.",
+        reuse=Reuse("tidal_decode"),
+    ),
+    RecipeSpec(
+        "recycled_attention",
+        Distant.RESIDENT,
+        "All KV on the device; most tokens look at the 512 tokens that a token before found, and those since.",
+        reuse=Reuse("recycled_attention"),
+    ),
+)
+"""Those that keep everything and look at little of it: they save time, not memory."""
+
 BASELINES = (
+    replace(
+        _evicting("dropping_random", "The first 4 tokens, the latest 256, and random ones between: a floor."),
+        name="drop-random",
+        evaluation_only=True,
+    ),
+    replace(
+        _evicting("streaming_llm", "The first 4 tokens and the latest 508, where they stood: a floor."),
+        name="drop-recency",
+        evaluation_only=True,
+    ),
     replace(
         CLUSTERKV,
         name="clusterkv-per-kv-head",
@@ -111,7 +188,7 @@ BASELINES = (
 )
 
 RECIPES: dict[str, RecipeSpec] = {
-    recipe.name: recipe for recipe in (DENSE, EXACT, RECALL, POD, POD_EXACT, CLUSTERKV, *BASELINES)
+    recipe.name: recipe for recipe in (DENSE, EXACT, RECALL, POD, POD_EXACT, CLUSTERKV, *EVICTING, *REUSING, *BASELINES)
 }
 
 SERVED_RECIPES: tuple[str, ...] = tuple(name for name, recipe in RECIPES.items() if not recipe.evaluation_only)
@@ -121,8 +198,12 @@ SERVED_RECIPES: tuple[str, ...] = tuple(name for name, recipe in RECIPES.items()
 DEFAULT_RECIPE = RECALL.name
 
 
-PLAIN_RECIPES: tuple[str, ...] = tuple(name for name in SERVED_RECIPES if not RECIPES[name].shares_keys)
-"""Those that every worker serves."""
+PLAIN_RECIPES: tuple[str, ...] = tuple(
+    name
+    for name in SERVED_RECIPES
+    if not RECIPES[name].shares_keys and RECIPES[name].eviction is None and RECIPES[name].reuse is None
+)
+"""Those of this service's own: every worker serves them, and no published method has a say in them."""
 
 
 def served_recipes(*, shares_keys: bool) -> tuple[str, ...]:
@@ -131,7 +212,7 @@ def served_recipes(*, shares_keys: bool) -> tuple[str, ...]:
     Args:
         shares_keys: whether it has a map of the layers that share distant keys.
     """
-    return SERVED_RECIPES if shares_keys else PLAIN_RECIPES
+    return tuple(name for name in SERVED_RECIPES if shares_keys or not RECIPES[name].shares_keys)
 
 
 def get_recipe(name: str) -> RecipeSpec:

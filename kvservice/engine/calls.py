@@ -231,8 +231,10 @@ class Calls:
 
 
 def is_stored(call: EngineCall, memory: SequenceMemory, writer: GroupWriter) -> bool:
-    """Whether a call's session is kept in the tier below. Frames are of one layer: who shares keys has none."""
-    return bool(call.retain and call.tenant_tag) and writer.stores and not memory.shared and not memory.state.is_ragged
+    """Whether a call's session is kept in the tier below. Frames are of one layer, and follow from tokens."""
+    return (
+        bool(call.retain and call.tenant_tag) and writer.stores and not memory.shared and memory.depends_on_tokens_alone
+    )
 
 
 def _usage(running: RunningCall) -> Usage:

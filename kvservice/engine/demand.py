@@ -34,13 +34,14 @@ class Demand:
 
     def alone(self, recipe: RecipeSpec, wish: Wish) -> Reservation:
         """What a sequence takes, with its answers, that shares with nobody else."""
-        own = footprint(self._shape, recipe, wish.num_tokens)
+        own = footprint(self._shape, recipe, wish.num_tokens, wish.num_tokens)
         return self._with_answers(Reservation(own.device_bytes, own.host_bytes), recipe, wish)
 
     def of(self, memory: SequenceMemory, wish: Wish) -> Reservation:
         """What a sequence that is there takes, with its answers."""
-        alone = footprint(self._shape, memory.recipe, wish.num_tokens)
-        lost = memory.shared_bytes_lost(memory.num_computed if wish.num_kept is None else wish.num_kept)
+        kept = memory.num_computed if wish.num_kept is None else wish.num_kept
+        alone = footprint(self._shape, memory.recipe, wish.num_tokens, _num_unread(memory, wish, kept))
+        lost = memory.shared_bytes_lost(kept)
         own = Reservation(alone.device_bytes + lost[0], alone.host_bytes + lost[1])
         needed = self._with_answers(own, memory.recipe, wish)
         # It never shrinks under what it holds now, or will when it is back; then it is in both places for a moment.
@@ -54,3 +55,10 @@ class Demand:
         return Reservation(
             needed.device_bytes + wish.answers * each.device_bytes, needed.host_bytes + wish.answers * each.host_bytes
         )
+
+
+def _num_unread(memory: SequenceMemory, wish: Wish, kept: int) -> int:
+    """Tokens that are held beside what a sequence that drops tokens may keep, until all is read; or none."""
+    if memory.held is None or kept >= wish.prompt_end:
+        return 0
+    return wish.num_tokens - kept + (memory.held.num_surplus if kept else 0)

@@ -19,10 +19,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from kvservice.compression.methods import reuse_of, stages_of
 from kvservice.compression.protocols import RECALL_INDEXES
 from kvservice.compression.sharing import SharingPlan, shape_under
 from kvservice.config.engine import EngineConfig
-from kvservice.config.recipes import DEFAULT_RECIPE, served_recipes
+from kvservice.config.recipes import DEFAULT_RECIPE, RECIPES, served_recipes
 from kvservice.engine.admission import Admission
 from kvservice.engine.arrivals import Arrivals
 from kvservice.engine.calls import Calls, is_stored
@@ -103,6 +104,9 @@ class Engine:
         if config.deterministic and not model.is_deterministic:
             raise ConfigError("deterministic: this model was loaded without row blocks", field="deterministic")
         RECALL_INDEXES.discover("kvservice.methods")
+        for recipe in RECIPES.values():
+            stages_of(recipe)
+            reuse_of(recipe)
         self._model = model
         self._config = config
         self._writer = writer
@@ -112,7 +116,9 @@ class Engine:
         self._step_groups = config.step_tokens // GROUP_TOKENS + config.max_prefills
         layout = KVLayout.of(self._shape, model.dtype)
         self._recipes = served_recipes(shares_keys=sharing is not None)
-        self._sequences = HeldSequences(self._shape, layout, config, model.device, sharing, clock)
+        self._sequences = HeldSequences(
+            self._shape, layout, config, model.device, sharing, clock, separators=model.spec.separator_ids
+        )
         self._sequences.ledger.add(Owner.WEIGHTS, model.weight_bytes)
         rate = config.host_link_bytes_per_s
         link = HostLink(rate) if rate is not None else None
@@ -329,6 +335,8 @@ class Engine:
             self._turns.count(sequence.fare, num_read=item.num_tokens, num_selecting=selecting)
         first_group = memory.num_stored_groups
         left = memory.commit(item.num_tokens, item.reach)
+        if memory.held is not None and item.completes and not item.decodes:
+            self._sequences.give_back(sequence.session_id)
         self._write(sequence, first_group, left)
 
     def _write(self, sequence: RunningSequence, first_group: int, left: Tensor | None) -> None:
@@ -371,11 +379,11 @@ class Engine:
         memory = self._idle(session_id)
         state = memory.state
         self._room.await_room(session_id, Wish(len(state.tokens) + len(token_ids)))
-        state.tokens.extend(token_ids)
         reach = Reach.SELECT if memory.recipe.distant is Distant.RECALL else Reach.FULL
         logits = []
-        while state.num_computed < len(state.tokens):
-            # One at a time, as decoding would: recall slots and all.
+        for token_id in token_ids:
+            # One at a time, as decoding would: recall slots, dropped tokens and all.
+            state.tokens.append(token_id)
             passing = self._forward.begin(plan_rows([(memory, 1, reach)]))
             self._forward.advance(passing)
             logits.append(self._forward.logits(passing, [0]).cpu())

@@ -70,6 +70,10 @@ def find(call: EngineCall, tokens: Sequence[int], sequences: HeldSequences) -> F
     if call.recipe.distant is Distant.RECALL:
         # What others share saw everything; a question doesn't.
         tokens = tokens[: len(call.base_tokens) + len(call.document_tokens)]
+    if held is not None and held.held is not None:
+        # What it dropped can't come back: it goes on from all that it has, or from nothing.
+        kept = held.kept_of(min(kept, len(tokens) - 1))
+        return Found(held, None, kept, len(call.base_tokens) - same + min(same, held.reaches.end) - kept, 0)
     donor, length = sequences.longest_prefix(call.tenant_tag, recipe, tokens)
     memory = held or sequences.new(recipe)
     if donor is not None and length >= kept + GROUP_TOKENS:

@@ -12,6 +12,7 @@ from kvservice.attention.batch import BatchAttention, SequenceRows, prepare
 from kvservice.engine.overlap import FetchOverlap
 from kvservice.engine.sequences import HeldSequences
 from kvservice.models.base import Model
+from kvservice.models.llama import rope_angles
 from kvservice.recall.memory import SequenceMemory
 from kvservice.recall.reach import Reach
 from kvservice.tier.link import HostLink
@@ -65,6 +66,7 @@ class Forward:
         self._deterministic = deterministic
         self._link = link
         self._num_layers = model.spec.shape.num_layers
+        self._turns: Tensor | None = None
 
     def begin(self, rows: Sequence[SequenceRows]) -> Pass:
         """Rows before the first layer."""
@@ -88,11 +90,21 @@ class Forward:
         layers, rows = range(passing.next_layer, stop), passing.rows
         arena, ring = self._sequences.arena, self._sequences.ring
         overlap = self._overlap(rows)
-        attention = BatchAttention(arena, ring, list(rows), deterministic=self._deterministic, timer=overlap)
+        attention = BatchAttention(
+            arena,
+            ring,
+            list(rows),
+            deterministic=self._deterministic,
+            timer=overlap,
+            turns=self._turns_for(rows),
+        )
         carried = sum(row.memory.counters.recalled_bytes for row in rows) if self._link else 0
         is_whole = len(layers) == self._num_layers
         entry = self._model.embed(passing.token_ids) if passing.x is None else passing.x
-        x = self._model.forward(entry, passing.positions, attention, None if is_whole else layers)
+        try:
+            x = self._model.forward(entry, passing.positions, attention, None if is_whole else layers)
+        finally:
+            attention.close()
         if self._link:
             # Where fetches overlap with computation, the step has waited for them already.
             carried = 0 if overlap else sum(row.memory.counters.recalled_bytes for row in rows) - carried
@@ -105,6 +117,13 @@ class Forward:
         """Until what was begun is done, so that its time can be told from that of what follows."""
         if self._model.device.type == "cuda":
             torch.cuda.current_stream(self._model.device).synchronize()
+
+    def _turns_for(self, rows: Sequence[SequenceRows]) -> Tensor | None:
+        """Cosines and sines of every position, made when a sequence first turns its keys: of long contexts many."""
+        if self._turns is None and any(row.memory.held is not None and row.memory.held.turns_keys for row in rows):
+            angles = rope_angles(self._model.spec).to(self._model.device)
+            self._turns = torch.stack([angles.cos(), angles.sin()])
+        return self._turns
 
     def _overlap(self, rows: Sequence[SequenceRows]) -> FetchOverlap | None:
         if self._link is None or not any(row.anchors is not None and row.selects for row in rows):

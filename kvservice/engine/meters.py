@@ -59,7 +59,8 @@ def kv_telemetry(
     counters = memory.counters
     return KvTelemetry(
         window_bytes=memory.window_bytes,
-        index_bytes=memory.index_bytes,
+        # What a method remembers lies beside the arena.
+        index_bytes=memory.index_bytes + (memory.held.remembered_bytes if memory.held else 0),
         slot_bytes=memory.slot_bytes,
         host_bytes=memory.host_bytes,
         redis_bytes=redis_bytes,

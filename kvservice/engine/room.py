@@ -127,6 +127,7 @@ class Room:
             if sequence.reached is not None:
                 memory.reaches = ReachLog.of(sequence.reached)
             memory.state.tokens = list(sequence.tokens)
+            memory.begin_answer(len(sequence.tokens))
             self._sequences.begin(sequence.session_id)
             sequence.prefill_from = memory.state.num_computed
             sequence.has_begun = True

@@ -98,6 +98,8 @@ class RunningSequence:
         if reach is Reach.SELECT:
             # All queries of a SELECT step see one window.
             count = min(count, memory.recipe.tokens_until_slide(position))
+        if memory.held is not None:
+            count = min(count, memory.held.tokens_until_drop)
         if self.restored is not None and position < SINK_TOKENS:
             count = min(count, SINK_TOKENS - position)
         return reach, count

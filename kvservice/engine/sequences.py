@@ -93,6 +93,7 @@ class HeldSequences:
         device: the model's.
         plan: how distant keys are shared, by recipes that do that; None: none can.
         clock: seconds, monotonic.
+        separators: tokens that end a part of a sentence, for methods that keep these.
 
     Raises:
         ConfigError: `kv_bytes` doesn't hold the prefill workspace.
@@ -106,6 +107,8 @@ class HeldSequences:
         device: torch.device,
         plan: SharingPlan | None = None,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        separators: frozenset[int] = frozenset(),
     ) -> None:
         self._clock = clock
         staging = staging_blocks(shape.num_kv_heads)
@@ -140,7 +143,7 @@ class HeldSequences:
             # Both segments could take all of `host_bytes`; the ledger sees to it that together they don't.
             host = HostTier(layout, num_groups, self.ledger, pin=False, groups=cells.groups, gives_back=True)
             self._shared = SharedStore(cells, host)
-        self._store = Store(self.arena, self._host, SwapSpace(self.arena, self._host), self._shared)
+        self._store = Store(self.arena, self._host, SwapSpace(self.arena, self._host), self._shared, separators)
         self._held: dict[SessionId, _Holding] = {}  # least recently used first
         self._moving: dict[SessionId, SequenceMemory] = {}
         self._prefixes = PrefixIndex()
@@ -223,6 +226,8 @@ class HeldSequences:
     def publish(self, session_id: SessionId, tenant_tag: bytes) -> None:
         """Lets calls of the same tenant find what of the sequence depends on its tokens alone."""
         memory = self._held[session_id].memory
+        if not memory.depends_on_tokens_alone:
+            return
         tokens = memory.state.tokens[: min(memory.reaches.full_prefix, memory.state.num_computed)]
         self._prefixes.update(session_id, tenant_tag, memory.recipe.name, tokens)
 
@@ -328,6 +333,10 @@ class HeldSequences:
         holding.memory.begin_call()
         self._fit(session_id)
         self._observe(holding)
+
+    def give_back(self, session_id: SessionId) -> None:
+        """A busy sequence has dropped what it held while it was reading: it gives back the bytes that it reserved."""
+        self._fit(session_id)
 
     def bring_back(self, session_id: SessionId) -> None:
         """Begins to bring a sequence in host memory back to the device, in the bytes that it has reserved."""

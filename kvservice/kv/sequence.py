@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvservice.errors import InternalError
 from kvservice.kv.arena import Arena
-from kvservice.kv.layout import BLOCKS_PER_GROUP
+from kvservice.kv.layout import BLOCKS_PER_GROUP, KVLayout
 from kvservice.kv.ledger import Owner
 from kvservice.types import BLOCK_TOKENS, GROUP_TOKENS, SINK_TOKENS
 
@@ -49,6 +49,11 @@ class SequenceState:
         self._may_share = False
         self._own_column = NO_COLUMN
         self._ragged: Tensor | None = None  # positions, int32 [layers * kv, width]
+
+    @property
+    def layout(self) -> KVLayout:
+        """Of its KV."""
+        return self._arena.layout
 
     @property
     def table(self) -> Tensor:
@@ -189,6 +194,13 @@ class SequenceState:
         values = self._arena.read(rows[1])[:, :num_resident]
         return keys, values
 
+    def read_at(self, layer: int, local: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of K and V in some slots of a layer, each `[kv, n, d]`; `local` is int64 `[kv, n]`."""
+        num_kv = self.layout.num_kv_heads
+        cells = torch.arange(num_kv, device=local.device).unsqueeze(1) + 2 * layer * num_kv
+        slots = self._arena.slots
+        return slots[self._slots_at(cells, local)], slots[self._slots_at(cells + num_kv, local)]
+
     def read_groups(self, num_groups: int, first: int = 0) -> Tensor:
         """Copies of the window's oldest groups from `first` on in host form, `[num_groups, layers, kv, 64, 2, d]`."""
         columns = BLOCKS_PER_GROUP * num_groups
@@ -266,31 +278,57 @@ class SequenceState:
             self._arena.free(Owner.WINDOW, self.table[:, columns:])
             self._num_columns = columns
 
-    def keep(self, marked: Tensor) -> None:
-        """Keeps the marked slots of each (layer, KV head), in order, and frees the blocks that this empties.
+    def keep(self, marked: Tensor) -> Tensor:
+        """Keeps the marked slots of each (layer, KV head), and frees the blocks that this empties.
+
+        Tokens stay where they are, but those at the end, which take the places of dropped ones.
 
         Args:
             marked: bool `[layers * kv, num_resident]`; rows may keep different numbers.
+
+        Returns:
+            int64 `[layers * kv, num_resident]` as it is now: which slot each was before. Of slots that are empty, any.
 
         Raises:
             InternalError: the sequence has distant tokens. What is evicted for good and what is recalled don't mix.
         """
         if self.num_distant:
             raise InternalError("a sequence with distant tokens can't evict")
-        layout = self._arena.layout
-        counts = marked.sum(1)
+        layout, rows = self._arena.layout, marked.shape[0]
+        counts = marked.sum(1, keepdim=True)
         width = int(counts.max())
-        order = torch.argsort(~marked, dim=1, stable=True)[:, :width]
-        filled = torch.arange(width, device=counts.device) < counts.unsqueeze(1)
-        positions = self.positions.expand(marked.shape[0], -1).gather(1, order)
-        self._ragged = positions.masked_fill(~filled, EMPTY)
-        source = _of_both_sides(order, layout.num_layers, layout.num_kv_heads)
-        both = _of_both_sides(filled, layout.num_layers, layout.num_kv_heads)
-        kept = self._arena.slots[self._locate(source)[both]]
-        self._drop_columns(_of_both_sides(counts.unsqueeze(1), layout.num_layers, layout.num_kv_heads))
-        self._own_all()
-        target = torch.arange(width, device=counts.device).expand(source.shape)
-        self._arena.slots[self._locate(target)[both]] = kept
+        slot = torch.arange(marked.shape[1], device=marked.device).expand(marked.shape)
+        # In each row as many are kept behind its new end as are dropped before it.
+        holes, tails = ~marked & (slot < counts), marked & (slot >= counts)
+        source = slot.clone()
+        source[holes] = slot[tails]
+        source = source[:, :width]
+        filled = slot[:, :width] < counts
+        self._ragged = self.positions.expand(rows, -1).gather(1, source).to(torch.int32).masked_fill(~filled, EMPTY)
+        row, to = holes[:, :width].nonzero(as_tuple=True)
+        cells = row // layout.num_kv_heads * 2 * layout.num_kv_heads + row % layout.num_kv_heads
+        cells = torch.cat([cells, cells + layout.num_kv_heads])  # K, then V
+        moved = self._arena.slots[self._slots_at(cells, source[row, to].repeat(2))]
+        self._drop_columns(_of_both_sides(counts, layout.num_layers, layout.num_kv_heads))
+        if self._may_share and to.numel():
+            self.own_all()
+        self._arena.slots[self._slots_at(cells, to.repeat(2))] = moved
+        return source
+
+    def write(self, layer: int, keys: Tensor, values: Tensor, marked: Tensor) -> None:
+        """Writes K and V `[kv, num_resident, d]` of the marked slots of a layer, which must be its own: see `own_all`.
+
+        Args:
+            layer: the layer.
+            keys: `[kv, num_resident, d]`.
+            values: as `keys`.
+            marked: bool `[kv, num_resident]`.
+        """
+        num_kv = self.layout.num_kv_heads
+        head, local = marked.nonzero(as_tuple=True)
+        for side, rows in enumerate((keys, values)):
+            at = self._slots_at((2 * layer + side) * num_kv + head, local)
+            self._arena.slots[at] = rows[head, local].to(self.layout.dtype)
 
     # -- sharing, moving, ending -------------------------------------------------------------------------------------
 
@@ -306,6 +344,11 @@ class SequenceState:
         self._may_share = twin._may_share = True
         self._own_column = NO_COLUMN
         return twin
+
+    def own_all(self) -> None:
+        """Copies the blocks that somebody else holds too, so that all may be written to."""
+        held = self.table != NO_BLOCK
+        self.table[held] = self._arena.own(Owner.WINDOW, self.table[held])
 
     def num_shared_from(self, column: int) -> int:
         """How many of its blocks in the columns from `column` on somebody else holds too."""
@@ -362,14 +405,10 @@ class SequenceState:
         if self._num_columns == 0:
             return
         if self._ragged is not None:
-            self._own_all()
+            self.own_all()
         elif self.num_resident % BLOCK_TOKENS and self._own_column != self._num_columns - 1:
             last = self._own_column = self._num_columns - 1
             self._blocks[:, last] = self._arena.own(Owner.WINDOW, self._blocks[:, last])
-
-    def _own_all(self) -> None:
-        held = self.table != NO_BLOCK
-        self.table[held] = self._arena.own(Owner.WINDOW, self.table[held])
 
     def _extend_ragged(self, num_tokens: int) -> None:
         layout = self._arena.layout
@@ -390,10 +429,9 @@ class SequenceState:
         self.table[beyond] = NO_BLOCK
         self._num_columns = int(needed.max())
 
-    def _locate(self, local: Tensor) -> Tensor:
-        """Arena slots of slots of each cell, `[cells, n]`. Of cells that end earlier, any."""
-        column = (local // BLOCK_TOKENS).clamp(max=max(self._num_columns - 1, 0))
-        return self.table.long().gather(1, column) * BLOCK_TOKENS + local % BLOCK_TOKENS
+    def _slots_at(self, cells: Tensor, local: Tensor) -> Tensor:
+        """Arena slots of slot `local[i]` of cell `cells[i]`, `[n]`."""
+        return self._blocks[cells, local // BLOCK_TOKENS].long() * BLOCK_TOKENS + local % BLOCK_TOKENS
 
 
 def _of_both_sides(rows: Tensor, num_layers: int, num_kv_heads: int) -> Tensor:

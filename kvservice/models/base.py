@@ -35,6 +35,8 @@ class ModelSpec:
     o_bias: bool = False
     qk_norm: bool = False
     """Whether queries and keys are RMS-normed per head before rotation."""
+    separator_ids: frozenset[int] = frozenset()
+    """Tokens that are a punctuation mark, a space or the end of a line, and nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +182,7 @@ class ModelIdentity:
     origin: str
     digest: str
     eos_token_ids: frozenset[int]
+    separator_ids: frozenset[int] = frozenset()
 
 
 MODELS: Registry[ModelFamily] = Registry("architecture")

@@ -59,3 +59,19 @@ def read_eos_token_ids(folder: Path) -> frozenset[int]:
             if isinstance(item, int):
                 ids.add(item)
     return frozenset(ids)
+
+
+_SEPARATORS = frozenset({".", ",", "?", "!", ";", ":", " ", "\t", "\n", "\n\n"})
+"""Texts of tokens that end a part of a sentence."""
+
+_BYTE_MARKS = str.maketrans({"\u0120": " ", "\u010a": "\n", "\u0109": "\t", "\u2581": " "})
+"""What vocabularies of byte-level BPE, and of SentencePiece, write for white space."""
+
+
+def read_separator_ids(folder: Path) -> frozenset[int]:
+    """Ids of tokens that are a punctuation mark or white space and nothing else; none if the vocabulary is no map."""
+    model = read_json(folder, "tokenizer.json").get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocab, dict):
+        return frozenset()
+    return frozenset(number for text, number in vocab.items() if text.translate(_BYTE_MARKS) in _SEPARATORS)

@@ -12,7 +12,7 @@ from kvservice.models.base import MODELS, Model, ModelFamily, ModelIdentity, Mod
 from kvservice.models.checkpoint import Checkpoint
 from kvservice.models.cpu_llama import CpuLlama
 from kvservice.models.fetch import NOTE_FILE
-from kvservice.models.folder import FETCH_HINT, read_eos_token_ids, read_json, read_optional_json
+from kvservice.models.folder import FETCH_HINT, read_eos_token_ids, read_json, read_optional_json, read_separator_ids
 from kvservice.models.llama import LlamaModel
 from kvservice.models.rows import DETERMINISTIC_ROWS
 
@@ -64,6 +64,7 @@ def read_model(folder: Path, dtype: torch.dtype) -> tuple[ModelSpec, ModelWeight
         origin=_origin(folder),
         digest=checkpoint.digest(),
         eos_token_ids=read_eos_token_ids(folder),
+        separator_ids=read_separator_ids(folder),
     )
     spec = family.spec(config, identity, dtype)
     _check_names(family, spec, checkpoint)

@@ -59,6 +59,7 @@ def tiny_spec(
         origin="random weights",
         digest="tiny",
         tie_embeddings=False,
+        separator_ids=frozenset(b".,?!;: \t\n"),
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvservice.compression.methods import reuse_of, stages_of
 from kvservice.compression.protocols import ScanTally
 from kvservice.errors import InternalError
 from kvservice.kv.arena import Arena
@@ -16,7 +17,9 @@ from kvservice.kv.sequence import SequenceState
 from kvservice.recall.choosing import Query, choose_by_clusters, choose_by_scores, new_index
 from kvservice.recall.clusters import SequenceClusters
 from kvservice.recall.distant import DistantKV
+from kvservice.recall.held import HeldTokens
 from kvservice.recall.index import SequenceIndex
+from kvservice.recall.looking import Looking
 from kvservice.recall.parking import Parking, Place
 from kvservice.recall.reach import Reach, ReachLog
 from kvservice.recall.residency import RecallSlots
@@ -107,6 +110,7 @@ class Store:
     host: HostTier
     swap: SwapSpace
     shared: SharedStore | None = None
+    separators: frozenset[int] = frozenset()
 
     def host_of(self, recipe: RecipeSpec) -> HostTier:
         """Where the groups of a recipe's sequences are."""
@@ -120,6 +124,8 @@ class SequenceMemory:
         counts_shared: it reserves for what it shares and may not share for ever. Of those that hold a block, all do
             but the one that first had it, as long as that goes on from what it has.
         shared: how it shares distant keys between layers; None: it doesn't.
+        held: what it holds, of one that drops tokens; None: it doesn't.
+        looking: what of all that it holds answers look at; None: at everything.
 
     Raises:
         InternalError: the recipe shares keys, and there is no plan for that.
@@ -132,6 +138,10 @@ class SequenceMemory:
         self.recipe = recipe
         self.shared = store.shared.cells if store.shared and recipe.shares_keys else None
         self.state = SequenceState(store.arena)
+        stages = stages_of(recipe)
+        self.held = None if stages is None else HeldTokens(stages, self.state, store.separators)
+        plan = reuse_of(recipe)
+        self.looking = None if plan is None else Looking(plan, self.state)
         self.distant = DistantKV(host, store.arena.layout.head_dim)
         self.index = new_index(recipe, store.arena, self.shared)
         self.reaches = ReachLog()
@@ -209,9 +219,9 @@ class SequenceMemory:
         if self.place is not Place.DEVICE:
             return (0, host)
         column = min(num_kept, state.num_computed) // BLOCK_TOKENS
-        if self.recipe.distant is not Distant.RESIDENT:
+        if self.recipe.slides:
             column = min(column, 1)
-        shared = state.num_shared_from(0 if state.is_ragged else column)
+        shared = state.num_shared_from(0 if self.held else column)
         shared += self.index.num_shared_from(groups) if self.index else 0
         return (shared * layout.block_bytes, host)
 
@@ -279,6 +289,9 @@ class SequenceMemory:
         state = self.state
         self.reaches.record(state.num_computed, state.num_computed + num_tokens, reach)
         state.commit(num_tokens)
+        if self.held is not None:
+            self.held.commit()
+            return None
         count = (self.recipe.window_start(state.num_computed) - state.window_start) // GROUP_TOKENS
         if count <= 0:
             return None
@@ -313,6 +326,23 @@ class SequenceMemory:
             if SINK_TOKENS + number * GROUP_TOKENS in window:
                 self._kept_keys.keep(number, shared.groups.dropped_keys(group.unsqueeze(0))[0])
 
+    def begin_answer(self, num_tokens: int) -> None:
+        """Its first `num_tokens` tokens are given; those behind them will be an answer's."""
+        for methods in (self.held, self.looking):
+            if methods is not None:
+                methods.read_until = num_tokens
+
+    @property
+    def depends_on_tokens_alone(self) -> bool:
+        """Whether KV computed with every token in sight may be another sequence's: no method had a say in it."""
+        return self.held is None and self.looking is None
+
+    def kept_of(self, num_tokens: int) -> int:
+        """Of its first `num_tokens` tokens, the leading ones that it can go on from without computing them again."""
+        if self.held is not None and num_tokens < self.num_computed:
+            return 0
+        return min(num_tokens, self.num_computed)
+
     def truncate(self, num_tokens: int) -> None:
         """Takes the sequence back to its first `num_tokens` tokens, bit for bit as it was when it had those.
 
@@ -321,14 +351,24 @@ class SequenceMemory:
 
         Where layers share keys, groups that left the window before the call began lack keys, so they can't come back:
         then the sequence goes back to where that window begins, and `num_dropped` tokens must be computed again.
+        What was dropped for good can't come back, so a sequence that drops tokens goes back to its beginning.
         """
         state = self.state
         if self.place is not Place.DEVICE:
             del state.tokens[num_tokens:]
             self.reaches.truncate(num_tokens)
+            num_tokens = self.kept_of(num_tokens)
             self._rollback = num_tokens if self._rollback is None else min(self._rollback, num_tokens)
             return
+        if self.kept_of(num_tokens) < min(num_tokens, state.num_computed):
+            tokens = state.tokens[:num_tokens]
+            self.forget()
+            state.tokens = tokens
+            self.reaches.truncate(num_tokens)
+            return
         computed = min(num_tokens, state.num_computed)
+        if self.looking and computed < state.num_computed:
+            self.looking.forget()
         self.counts_shared |= computed < state.num_computed
         # One that went back to the beginning of its window stays there.
         goes_back = computed < state.num_computed
@@ -452,6 +492,8 @@ class SequenceMemory:
         twin.state = self.state.fork()
         twin.distant = self.distant.fork()
         twin.index = self.index.fork() if self.index else None
+        twin.held = self.held.fork(twin.state) if self.held else None
+        twin.looking = self.looking.fork(twin.state) if self.looking else None
         twin.reaches = self.reaches.fork()
         return twin
 
@@ -507,6 +549,10 @@ class SequenceMemory:
         self._drop_slots()
         self._rollback = None
         self._kept_keys.drop()
+        if self.held:
+            self.held.forget()
+        if self.looking:
+            self.looking.forget()
         self.distant.drop_last(self.distant.num_groups)
         if self.place is not Place.DEVICE:
             self._parking.close()

@@ -68,6 +68,7 @@ class Decoder:
             qkv_bias=has_bias or self.bias is AttentionBias.QKV,
             o_bias=has_bias,
             qk_norm=self.qk_norm,
+            separator_ids=identity.separator_ids,
         )
 
     def tensor_shapes(self, spec: ModelSpec) -> dict[str, tuple[int, ...]]:

@@ -4,7 +4,7 @@ import torch
 from kvservice.attention.batch import BatchAttention, prepare
 from kvservice.attention.reference import attend_visible
 from kvservice.compression.protocols import RECALL_INDEXES
-from kvservice.config.recipes import DENSE, EXACT, RECALL
+from kvservice.config.recipes import EXACT, RECALL
 from kvservice.errors import InternalError
 from kvservice.kv.arena import Arena
 from kvservice.kv.layout import KVLayout
@@ -14,7 +14,7 @@ from kvservice.recall.memory import SequenceMemory, Store
 from kvservice.recall.reach import Reach
 from kvservice.tier.host import HostTier
 from kvservice.tier.swap import SwapSpace
-from kvservice.types import ModelShape
+from kvservice.types import Distant, Eviction, ModelShape, RecipeSpec
 
 FP32_ROUNDING = 1e-5
 SHAPE = ModelShape(2, 6, 2, 16, 96, 128, 256, 8192, dtype_bytes=4)
@@ -138,7 +138,9 @@ def test_host_kv_that_was_recalled_is_read_from_the_device(place):
 @pytest.mark.parametrize("shared", [False, True])
 def test_heads_that_hold_different_tokens_attend_to_those_alone(place, deterministic, shared):
     """Two evictions, with questions and single tokens between them; a fork goes on from the same blocks."""
-    memory = SequenceMemory(DENSE, Store(place[0], place[1], SwapSpace(place[0], place[1])))
+    eviction = Eviction("streaming_llm", kept_tokens=5000, read_tokens=5001)
+    plenty = RecipeSpec("plenty", Distant.EVICT, "", eviction=eviction)
+    memory = SequenceMemory(plenty, Store(place[0], place[1], SwapSpace(place[0], place[1])))
     generator = torch.Generator().manual_seed(0)
     visible = torch.zeros(SHAPE.num_layers, SHAPE.num_kv_heads, 0, dtype=torch.bool)
     read = []

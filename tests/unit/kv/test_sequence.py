@@ -24,6 +24,13 @@ def new_arena(num_blocks=2000):
     return Arena(LAYOUT, num_blocks, 0, ledger, torch.device("cpu")), ledger
 
 
+def kept(row, flags):
+    """What is kept of a row: the last ones take the places of dropped ones."""
+    count = sum(flags)
+    tail = iter([token for token, stays in zip(row[count:], flags[count:], strict=True) if stays])
+    return [token if stays else next(tail) for token, stays in zip(row[:count], flags[:count], strict=True)]
+
+
 class Pair:
     """A sequence and its model: for each (layer, KV head) the positions it holds and the number written at each."""
 
@@ -52,13 +59,13 @@ class Pair:
         flags = torch.zeros(ROWS, width, dtype=torch.bool)
         for row, each in enumerate(marked):
             flags[row, : len(each)] = torch.tensor(each, dtype=torch.bool)
-            self.held[row] = [token for token, stays in zip(self.held[row], each, strict=True) if stays]
+            self.held[row] = kept(self.held[row], each)
         self.state.keep(flags)
 
     def shrink(self, num_computed):
         self.state.shrink(num_computed)
         del self.state.tokens[num_computed:]
-        self.held = [[token for token in row if token[0] < num_computed] for row in self.held]
+        self.held = [kept(row, [token[0] < num_computed for token in row]) for row in self.held]
 
     def fork(self):
         twin = copy.copy(self)
