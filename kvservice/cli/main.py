@@ -20,6 +20,7 @@ from kvservice.cli import (
     drain_worker,
     drill,
     eval_indexes,
+    eval_methods,
     eval_precision,
     eval_sharing,
     evaluate,
@@ -70,6 +71,7 @@ app.command("doctor")(doctor.doctor)
 
 app.add_typer(bench.app, name="bench")
 evaluate.app.command("indexes")(eval_indexes.indexes)
+evaluate.app.command("methods")(eval_methods.methods)
 evaluate.app.command("precision")(eval_precision.precision)
 evaluate.app.command("sharing")(eval_sharing.sharing)
 app.add_typer(evaluate.app, name="eval")
