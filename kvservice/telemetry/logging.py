@@ -39,9 +39,7 @@ def _add_bound_fields(record: logging.LogRecord) -> bool:
 def event_fields(record: logging.LogRecord) -> dict[str, object]:
     """What the caller gave in `extra`. Libraries, Ray among them, put notes of their own into every record."""
     return {
-        name: value
-        for name, value in vars(record).items()
-        if name not in _OWN_ATTRIBUTES and not name.startswith("_")
+        name: value for name, value in vars(record).items() if name not in _OWN_ATTRIBUTES and not name.startswith("_")
     }
 
 

@@ -15,7 +15,7 @@ from kvservice.recall.reach import Reach
 from kvservice.recall.residency import EMPTY, place
 from kvservice.tier.host import HostTier
 from kvservice.tier.swap import SwapSpace
-from kvservice.types import GROUP_TOKENS, ModelShape, footprint, index_blocks
+from kvservice.types import GROUP_TOKENS, Distant, ModelShape, footprint, index_blocks
 
 SHAPE = ModelShape(2, 4, 2, 16, 64, 128, 256, 4096, dtype_bytes=4)
 LAYOUT = KVLayout.of(SHAPE, torch.float32)
@@ -138,7 +138,10 @@ def test_closing_gives_every_byte_back(arena, host, ledger):
     host.check([])
 
 
-WHOLE = sorted(name for name, recipe in RECIPES.items() if not recipe.shares_keys)
+# What drops tokens needs steps to drop them by: the conformance tests of methods have those.
+WHOLE = sorted(
+    name for name, recipe in RECIPES.items() if not recipe.shares_keys and recipe.distant is not Distant.EVICT
+)
 
 
 @given(tokens=st.integers(1, 1500), name=st.sampled_from(WHOLE))
