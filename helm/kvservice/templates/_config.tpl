@@ -67,8 +67,8 @@ kvservice-{{ .deployment.name }}
 {{- $actor := dict "num_cpus" (get $args "num_cpus" | default 1.0) "num_gpus" (get $args "num_gpus" | default 0.0) "resources" $args.resources -}}
 {{- $options := dict "name" "Worker" "max_ongoing_requests" (get $args "max_ongoing_requests" | default 100 | int) "health_check_period_s" (get $args "health_check_period_s" | default 10.0) "health_check_timeout_s" (get $args "health_check_timeout_s" | default 30.0) "graceful_shutdown_timeout_s" $grace "ray_actor_options" $actor -}}
 {{- with get $args "autoscaling" -}}
-{{- $policy := dict "policy_function" "kvservice.worker.ray_serve:MemoryPolicy" "policy_kwargs" (dict "occupancy" (.occupancy | default 0.8) "queue_s" (.queue_s | default 2.0)) -}}
-{{- $_ := set $options "autoscaling_config" (dict "min_replicas" (.min_replicas | default 1 | int) "max_replicas" (.max_replicas | int) "upscale_delay_s" (ternary 20.0 .delay_s (kindIs "invalid" .delay_s)) "policy" $policy) -}}
+{{- $policy := dict "policy_function" "kvservice.worker.ray_serve:MemoryPolicy" "policy_kwargs" (dict "occupancy" (.occupancy | default 0.8) "queue_s" (.queue_s | default 2.0) "miss_s" (.miss_s | default 0.2)) -}}
+{{- $_ := set $options "autoscaling_config" (dict "min_replicas" (.min_replicas | default 1 | int) "max_replicas" (.max_replicas | int) "upscale_delay_s" (ternary 20.0 .delay_s (kindIs "invalid" .delay_s)) "downscale_delay_s" 0.0 "policy" $policy) -}}
 {{- else -}}
 {{- $_ := set $options "num_replicas" (get $args "replicas" | default 1 | int) -}}
 {{- end -}}
