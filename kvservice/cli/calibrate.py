@@ -14,7 +14,7 @@ import typer
 
 from kvservice.cli.bench_soak import check_writable
 from kvservice.cli.evaluate import Dtype, text_files
-from kvservice.cli.options import DEFAULT_MODEL, JsonFile, Model, Threads
+from kvservice.cli.options import DEFAULT_MODEL, JsonFile, Model, MoreTextFiles, Threads
 from kvservice.cli.output import hint, progress_bar, show_table, write_json
 from kvservice.cli.settings import read_file
 from kvservice.compression.layer_groups import Linkage, Per, Similarity, group_layers
@@ -48,7 +48,7 @@ def pod(
     out: Annotated[
         Path, typer.Option("--out", metavar="MAP", help="The map, JSON. The heat map goes beside it, as .png.")
     ],
-    more_texts: Annotated[list[Path] | None, typer.Argument(metavar="[FILE|DIR]...", help="Further texts.")] = None,
+    more_texts: MoreTextFiles = None,
     context: Annotated[int, typer.Option("--context", min=1, help="Tokens read of each text.")] = 2048,
     queries: Annotated[
         int, typer.Option("--queries", min=1, help="Tokens at the end of each text whose attention is compared.")

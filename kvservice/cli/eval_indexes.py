@@ -11,7 +11,7 @@ import typer
 
 from kvservice.cli.bench_soak import check_writable
 from kvservice.cli.evaluate import Dtype, load_engine, read_texts
-from kvservice.cli.options import DEFAULT_MODEL, JsonFile, Model, Threads, check_recipe
+from kvservice.cli.options import DEFAULT_MODEL, JsonFile, Model, MoreTextFiles, TextFiles, Threads, check_recipe
 from kvservice.cli.output import hint, human_bytes, progress_bar, show_table, write_json
 from kvservice.errors import ConfigError
 
@@ -23,10 +23,8 @@ BYTES_PNG = "recall-bytes.png"
 
 
 def indexes(
-    texts: Annotated[
-        list[Path], typer.Option("--texts", metavar="FILE|DIR", help="Texts, or folders of them; may be repeated.")
-    ],
-    more_texts: Annotated[list[Path] | None, typer.Argument(metavar="[FILE|DIR]...", help="Further texts.")] = None,
+    texts: TextFiles,
+    more_texts: MoreTextFiles = None,
     recipe: Annotated[
         list[str] | None, typer.Option("--recipe", help="May be repeated. Unset: every one that recalls tokens.")
     ] = None,

@@ -12,7 +12,7 @@ import typer
 
 from kvservice.cli.bench_soak import check_writable
 from kvservice.cli.evaluate import Dtype, load_engine, read_texts
-from kvservice.cli.options import DEFAULT_MODEL, JsonFile, Model, Threads
+from kvservice.cli.options import DEFAULT_MODEL, JsonFile, Model, MoreTextFiles, TextFiles, Threads
 from kvservice.cli.output import hint, human_bytes, progress_bar, show_table, write_json
 from kvservice.errors import ConfigError
 from kvservice.types import BLOCK_TOKENS
@@ -24,10 +24,8 @@ PNG = "methods.png"
 
 
 def methods(
-    texts: Annotated[
-        list[Path], typer.Option("--texts", metavar="FILE|DIR", help="Texts, or folders of them; may be repeated.")
-    ],
-    more_texts: Annotated[list[Path] | None, typer.Argument(metavar="[FILE|DIR]...", help="Further texts.")] = None,
+    texts: TextFiles,
+    more_texts: MoreTextFiles = None,
     recipe: Annotated[
         list[str] | None, typer.Option("--recipe", help="May be repeated. Unset: every method, floors and ceiling.")
     ] = None,

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kvservice.cli.options import DEFAULT_MODEL, JsonFile, Model, Threads
+from kvservice.cli.options import DEFAULT_MODEL, JsonFile, Model, TextFiles, Threads
 from kvservice.cli.output import hint, progress_bar, show_table, write_json
 
 REFERENCE = "transformers fp32"
 
 
 def precision(
-    texts: Annotated[
-        list[Path], typer.Option("--texts", metavar="FILE|DIR", help="Texts, or folders of them; may be repeated.")
-    ],
+    texts: TextFiles,
     context: Annotated[int, typer.Option("--context", min=1, help="Tokens read before the measured ones.")] = 1024,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Measured tokens of each text.")] = 128,
     model: Model = DEFAULT_MODEL,

@@ -11,7 +11,7 @@ import typer
 
 from kvservice.cli.bench_soak import check_writable
 from kvservice.cli.evaluate import EVAL_KV_BYTES, Dtype, read_texts
-from kvservice.cli.options import DEFAULT_MODEL, JsonFile, Model, Threads
+from kvservice.cli.options import DEFAULT_MODEL, JsonFile, Model, MoreTextFiles, TextFiles, Threads
 from kvservice.cli.output import hint, human_bytes, progress_bar, show_table, write_json
 from kvservice.cli.settings import worker_config
 from kvservice.compression.layer_groups import delta_for_saving, group_layers
@@ -33,9 +33,7 @@ BYTES_COLUMNS = ("δ", "exact", "pod-exact", "saved of distant KV", "½ (1 - gro
 
 
 def sharing(
-    texts: Annotated[
-        list[Path], typer.Option("--texts", metavar="FILE|DIR", help="Texts, or folders of them; may be repeated.")
-    ],
+    texts: TextFiles,
     fit_texts: Annotated[
         list[Path],
         typer.Option(
@@ -45,7 +43,7 @@ def sharing(
     sharing_map: Annotated[
         Path, typer.Option("--map", metavar="FILE", help="How alike layers attend, of `calibrate pod`.")
     ],
-    more_texts: Annotated[list[Path] | None, typer.Argument(metavar="[FILE|DIR]...", help="Further texts.")] = None,
+    more_texts: MoreTextFiles = None,
     deltas: Annotated[
         str, typer.Option("--deltas", metavar="D,D,...", help="Least similarities within a group.")
     ] = "0.3,0.4,0.5,0.6,0.7,0.8,0.9",

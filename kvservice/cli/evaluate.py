@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvservice.cli.options import DEFAULT_MODEL, JsonFile, Map, Model, Recipe, Sharing, SkipAbove, Threads
+from kvservice.cli.options import (
+    DEFAULT_MODEL,
+    JsonFile,
+    Map,
+    Model,
+    MoreTextFiles,
+    Recipe,
+    Sharing,
+    SkipAbove,
+    TextFiles,
+    Threads,
+)
 from kvservice.cli.output import hint, human_bytes, progress_bar, show_table, write_json
 from kvservice.cli.settings import Settings, read_file, sharing_settings, worker_config
 from kvservice.config.recipes import DEFAULT_RECIPE, RECIPES
@@ -38,10 +49,8 @@ class Haystack(Enum):
 
 @app.command("quality")
 def quality(
-    texts: Annotated[
-        list[Path], typer.Option("--texts", metavar="FILE|DIR", help="Texts, or folders of them; may be repeated.")
-    ],
-    more_texts: Annotated[list[Path] | None, typer.Argument(metavar="[FILE|DIR]...", help="Further texts.")] = None,
+    texts: TextFiles,
+    more_texts: MoreTextFiles = None,
     recipe: Recipe = DEFAULT_RECIPE,
     context: Annotated[int, typer.Option("--context", min=1, help="Tokens read before the measured ones.")] = 4096,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Measured tokens of each text.")] = 256,

@@ -84,6 +84,10 @@ Model = Annotated[
 Recipe = Annotated[
     str | None, typer.Option("--recipe", callback=check_recipe, help=f"One of {', '.join(SERVED_RECIPES)}.")
 ]
+TextFiles = Annotated[
+    list[Path], typer.Option("--texts", metavar="FILE|DIR", help="Texts, or folders of them; may be repeated.")
+]
+MoreTextFiles = Annotated[list[Path] | None, typer.Argument(metavar="[FILE|DIR]...", help="Further texts.")]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write config, environment and results to FILE.")
 ]
