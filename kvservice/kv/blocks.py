@@ -90,7 +90,8 @@ class BlockPool:
         marked = np.zeros(self._references.shape, dtype=bool)
         marked[listed] = True
         marked[: self._first] = True
-        if not np.array_equal(marked, self._references == 0) or np.unique(listed).size != listed.size:
+        # As many are marked as are listed, if none is listed twice.
+        if not np.array_equal(marked, self._references == 0) or np.count_nonzero(marked) != listed.size + self._first:
             raise InternalError("the free list and the counts of holders differ")
         if holders is None:
             return

@@ -59,8 +59,9 @@ def encode(keys: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     # Both are rounded to the stored dtype before they are used, so that decoding needs nothing else.
     step = ((high - low) / (2**bits - 1)).clamp_(min=1e-6).to(keys.dtype)
     middle = ((high + low) / 2).to(keys.dtype)
-    levels = (keys.float() - middle.float()) / step.float() + (2**bits - 1) / 2
-    levels = levels.round_().clamp_(0, 2**bits - 1).to(torch.uint8)
+    # The middle lies between two levels.
+    levels = ((keys.float() - middle.float()) * step.float().reciprocal()).floor_() + 2 ** (bits - 1)
+    levels = levels.clamp_(0, 2**bits - 1).to(torch.uint8)
     fields = levels.view(keys.shape[0], -1, RUN_TOKENS, keys.shape[2] // QUAD_CHANNELS, QUAD_CHANNELS)
     fields = fields.permute(0, 3, 1, 2, 4).reshape(keys.shape[0], -1, 8 // bits, RUN_TOKENS * QUAD_CHANNELS)
     codes = (fields << _shifts(bits, keys.device)).sum(2, dtype=torch.uint8)

@@ -104,10 +104,9 @@ class SequenceIndex:
         cells = groups[..., 0, :].flatten(1, 2)
         if self._shared is not None:
             cells = cells[:, self._shared.groups.own.to(cells.device)]
-        keys = cells.transpose(0, 1).reshape(rows * count, GROUP_TOKENS, self._layout.head_dim)
-        codes, params = self._method.encode(keys, self._bits)
-        self._codes.append(codes.view(rows, count, -1))
-        self._params.append(params.reshape(rows, count, -1).view(torch.uint8))
+        codes, params = self._method.encode(cells.flatten(0, 1), self._bits)
+        self._codes.append(codes.view(count, rows, -1).transpose(0, 1))
+        self._params.append(params.view(count, rows, -1).view(torch.uint8).transpose(0, 1))
         self.num_groups += count
 
     def truncate(self, num_groups: int) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from kvservice.tier.header import CHUNK_HASH_BYTES, chunk_hash
 from kvservice.types import GROUP_TOKENS, SINK_TOKENS
 
-MIN_FRAME_BYTES = 200_000
+MIN_FRAME_BYTES = 400_000
 """Of all but a session's last frame: below, a store's work for each value outweighs that for its bytes."""
 MAX_FRAME_BYTES = 1_800_000
 """Above, one value keeps a single-threaded store from everyone else for too long."""

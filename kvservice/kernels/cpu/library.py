@@ -161,7 +161,7 @@ _PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "kv_layer_post": (None, (POINTER(KvLayer), POINTER(KvStep))),
     "kv_layers": (None, (POINTER(KvLayer), c_int32, c_int32, POINTER(KvStep))),
     "kv_attend_parts": (None, (POINTER(KvLayer), POINTER(KvPart), c_int32, POINTER(KvStep))),
-    "kv_encode_keys": (None, (c_void_p, c_int64, c_int32, c_int32, c_int32, c_void_p, c_void_p)),
+    "kv_encode_groups": (None, (c_void_p, c_int64, c_int64, c_int32, c_int32, c_int32, c_void_p, c_void_p)),
     "kv_highest": (None, (c_void_p, c_int64, c_int32, c_int32, c_void_p, c_void_p)),
     "kv_draw": (None, (c_void_p, c_int64, POINTER(KvDraw), c_int32, c_int32, c_void_p)),
     "kv_merge": (None, (POINTER(c_void_p), POINTER(c_void_p), c_int32, c_int64, c_int32, c_int32)),

@@ -22,8 +22,8 @@ from kvservice.types import GROUP_TOKENS, SINK_TOKENS, SessionId
 TAG = bytes(range(16))
 SESSION = SessionId("session-1")
 LAYERS = 2
-# 48 KiB a layer, as of the small model: a chunk has 5 groups.
-FRAMES = FrameSet(kv_fingerprint(weights="abc"), (LAYERS, 3, GROUP_TOKENS, 2, 64), torch.bfloat16)
+# 90 KiB a layer: a chunk has 5 groups.
+FRAMES = FrameSet(kv_fingerprint(weights="abc"), (LAYERS, 5, GROUP_TOKENS, 2, 72), torch.bfloat16)
 FLUSH_S = 10.0
 
 
@@ -225,7 +225,7 @@ def test_what_shapes_stored_kv_changes_the_fingerprint() -> None:
 def test_headers_of_a_chunk_name_its_layers_and_its_span() -> None:
     headers = FRAMES.headers(TAG, SESSION, Chunk(5, 10, bytes(16)))
     assert [header.layer_group for header in headers] == [0, 1]
-    assert {(header.start, header.stop, header.shape) for header in headers} == {(336, 656, (5, 3, 64, 2, 64))}
+    assert {(header.start, header.stop, header.shape) for header in headers} == {(336, 656, (5, 5, 64, 2, 72))}
 
 
 @given(st.integers(64, 4 << 20))
@@ -252,7 +252,7 @@ def test_size_classes_are_jemallocs(num_bytes, expected) -> None:
 
 
 @pytest.mark.parametrize(
-    ("group_bytes", "expected"), [(49_152, 5), (262_144, 3), (131_072, 3), (2_048, 98), (2 << 20, 1)]
+    ("group_bytes", "expected"), [(49_152, 9), (262_144, 3), (131_072, 6), (2_048, 196), (2 << 20, 1)]
 )
 def test_spans_of_known_models(group_bytes, expected) -> None:
     assert groups_per_chunk(group_bytes) == expected

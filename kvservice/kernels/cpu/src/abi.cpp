@@ -183,9 +183,9 @@ void kv_layers(const KvLayer* layers, int32_t begin, int32_t end, const KvStep* 
   });
 }
 
-void kv_encode_keys(const void* keys, int64_t count, int32_t head_dim, int32_t bits, int32_t dtype, uint8_t* codes,
+void kv_encode_groups(const void* keys, int64_t stride, int64_t count, int32_t head_dim, int32_t bits, int32_t dtype, uint8_t* codes,
                     void* params) {
-  call([&](const Kernels& k) { k.encode_keys(keys, count, head_dim, bits, dtype, codes, params); });
+  call([&](const Kernels& k) { k.encode_keys(keys, stride, count, head_dim, bits, dtype, codes, params); });
 }
 
 void kv_highest(const float* logits, int64_t stride, int32_t rows, int32_t vocab, float* values, int64_t* tokens) {

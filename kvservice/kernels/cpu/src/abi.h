@@ -160,9 +160,9 @@ void kv_layer_post(const KvLayer* layer, const KvStep* step);
 // The four above over the layers [begin, end) of a model.
 void kv_layers(const KvLayer* layers, int32_t begin, int32_t end, const KvStep* step);
 
-// Low-bit codes of `count` groups of keys, [count, 64, head_dim] to [count, 64 * head_dim * bits / 8], and what decodes
+// Low-bit codes of `count` groups of keys, [count, 64, head_dim] with tokens `stride` numbers apart, to [count, 64 * head_dim * bits / 8], and what decodes
 // them, [count, 2, head_dim].
-void kv_encode_keys(const void* keys, int64_t count, int32_t head_dim, int32_t bits, int32_t dtype, uint8_t* codes,
+void kv_encode_groups(const void* keys, int64_t stride, int64_t count, int32_t head_dim, int32_t bits, int32_t dtype, uint8_t* codes,
                     void* params);
 
 // How a row's token is drawn. See sampling.h.

@@ -157,12 +157,12 @@ void merge(void* const* outs, float* const* lses, int32_t num_parts, int64_t hea
   }
 }
 
-void encode_keys(const void* keys, int64_t count, int32_t head_dim, int32_t bits, int32_t dtype, uint8_t* codes,
+void encode_keys(const void* keys, int64_t stride, int64_t count, int32_t head_dim, int32_t bits, int32_t dtype, uint8_t* codes,
                  void* params) {
   if (dtype == KV_BF16) {
-    encode_groups(static_cast<const bf16*>(keys), count, head_dim, bits, codes, static_cast<bf16*>(params));
+    encode_groups(static_cast<const bf16*>(keys), stride, count, head_dim, bits, codes, static_cast<bf16*>(params));
   } else {
-    encode_groups(static_cast<const float*>(keys), count, head_dim, bits, codes, static_cast<float*>(params));
+    encode_groups(static_cast<const float*>(keys), stride, count, head_dim, bits, codes, static_cast<float*>(params));
   }
 }
 

@@ -15,7 +15,7 @@ struct Kernels {
   decltype(&::kv_layer_post) layer_post;
   decltype(&::kv_attend_parts) attend_parts;
   decltype(&::kv_merge) merge;
-  decltype(&::kv_encode_keys) encode_keys;
+  decltype(&::kv_encode_groups) encode_keys;
   decltype(&::kv_highest) highest;
   decltype(&::kv_draw) draw;
 };

@@ -79,6 +79,7 @@ inline Vec add_products(Vec sum, Pairs a, Pairs b) {
 inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline Vec round(Vec x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Vec floor(Vec x) { return {_mm256_floor_ps(x.v)}; }
 // x * 2^n for whole n; 0 where n is far below. The exponent is raised by integer addition, in two halves, so that
 // neither leaves its field.
 inline Vec scale_by_power(Vec x, Vec n) {
@@ -155,6 +156,16 @@ inline Bytes four_bytes(const int8_t* p) {
   __builtin_memcpy(&four, p, 4);
   return {_mm256_set1_epi32(four)};
 }
+// Four bytes from every `stride`.
+inline Bytes every_four(const int8_t* p, int stride) {
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return {_mm256_i32gather_epi32(reinterpret_cast<const int*>(p), _mm256_mullo_epi32(lanes, _mm256_set1_epi32(stride)), 1)};
+}
+inline void store_bytes(uint8_t* p, Bytes x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.v); }
+inline Bytes joined(Bytes a, Bytes b) { return {_mm256_or_si256(a.v, b.v)}; }
+inline Bytes flipped(Bytes x, Bytes mask) { return {_mm256_xor_si256(x.v, mask.v)}; }
+// Bits move up within each four bytes.
+inline Bytes raised(Bytes x, int count) { return {_mm256_slli_epi32(x.v, count)}; }
 inline Bytes shifted(Bytes x, int count) { return {_mm256_srli_epi16(x.v, count)}; }
 inline Bytes masked(Bytes x, Bytes mask) { return {_mm256_and_si256(x.v, mask.v)}; }
 inline Ints no_ints() { return {_mm256_setzero_si256()}; }

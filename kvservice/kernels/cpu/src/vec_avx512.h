@@ -77,6 +77,7 @@ inline Vec add_products(Vec sum, Pairs a, Pairs b) {
 inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec round(Vec x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Vec floor(Vec x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
 // x * 2^n for whole n; 0 where n is far below.
 inline Vec scale_by_power(Vec x, Vec n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 inline float sum_of_lanes(Vec x) { return _mm512_reduce_add_ps(x.v); }
@@ -141,6 +142,16 @@ inline Bytes four_bytes(const int8_t* p) {
   __builtin_memcpy(&four, p, 4);
   return {_mm512_set1_epi32(four)};
 }
+// Four bytes from every `stride`.
+inline Bytes every_four(const int8_t* p, int stride) {
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return {_mm512_i32gather_epi32(_mm512_mullo_epi32(lanes, _mm512_set1_epi32(stride)), p, 1)};
+}
+inline void store_bytes(uint8_t* p, Bytes x) { _mm512_storeu_si512(p, x.v); }
+inline Bytes joined(Bytes a, Bytes b) { return {_mm512_or_si512(a.v, b.v)}; }
+inline Bytes flipped(Bytes x, Bytes mask) { return {_mm512_xor_si512(x.v, mask.v)}; }
+// Bits move up within each four bytes.
+inline Bytes raised(Bytes x, int count) { return {_mm512_slli_epi32(x.v, static_cast<unsigned>(count))}; }
 inline Bytes shifted(Bytes x, int count) { return {_mm512_srli_epi16(x.v, static_cast<unsigned>(count))}; }
 inline Bytes masked(Bytes x, Bytes mask) { return {_mm512_and_si512(x.v, mask.v)}; }
 inline Ints no_ints() { return {_mm512_setzero_si512()}; }
