@@ -29,7 +29,7 @@ def tier(
     ] = None,
     value_bytes: Annotated[
         str, typer.Option("--value-bytes", metavar="N,N", help="Sizes of frames, all in all.")
-    ] = "246000,442600,1769700",
+    ] = "442600,786700,1769700",
     connections: Annotated[str, typer.Option("--connections", metavar="N,N", help="To read by.")] = "1,2,4",
     pipeline: Annotated[int, typer.Option("--pipeline", min=1, help="Frames asked for at a time on each.")] = 4,
     read_bytes: Annotated[int, typer.Option("--read-bytes", min=1, help="To read in each turn.")] = 256 << 20,
