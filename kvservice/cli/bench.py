@@ -17,6 +17,7 @@ from kvservice.cli.bench_gateway import gateway
 from kvservice.cli.bench_interference import interference
 from kvservice.cli.bench_kernels import kernels
 from kvservice.cli.bench_placement import placement
+from kvservice.cli.bench_quotas import quotas
 from kvservice.cli.bench_replicas import kills, scale
 from kvservice.cli.bench_resume import resume
 from kvservice.cli.bench_roofline import roofline
@@ -349,6 +350,7 @@ app.command("resume")(resume)
 app.command("churn")(churn)
 app.command("placement")(placement)
 app.command("fairness")(fairness)
+app.command("quotas")(quotas)
 app.command("gateway")(gateway)
 app.command("admitted")(admitted)
 app.command("kills")(kills)

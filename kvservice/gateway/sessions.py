@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from kvservice.config.gateway import GatewayConfig
-from kvservice.errors import Conflict, InvalidRequest, KVServiceError, NotFound, Unavailable
+from kvservice.errors import Conflict, InvalidRequest, KVServiceError, LimitExceeded, NotFound, Unavailable
 from kvservice.gateway import convert
 from kvservice.gateway.auth import Caller, tenant_tag
 from kvservice.gateway.catalogue import choose_model, choose_recipe
@@ -266,14 +266,17 @@ class Sessions:
         """Keeps a new session. Raises LimitExceeded if its tenant has too many."""
         quota = await self._quotas.most_sessions(record.tenant)
         most = min(quota or self._limits.sessions_per_tenant, self._limits.sessions_per_tenant)
-        if await self._num_sessions(record.tenant, most) >= most:
-            raise self._quotas.refuse_session(record.tenant, most)
-        record = await self._store.create_session(record)
-        if await self._num_sessions(record.tenant, most + 1) > most:
-            # Another gateway was as quick: rather one too few than one too many.
-            await self._store.delete_session(record.session_id)
-            raise self._quotas.refuse_session(record.tenant, most)
-        return record
+        try:
+            return await self._store.create_session(record, most)
+        except LimitExceeded:
+            # Some of them may have expired since they were last swept.
+            if len(await self._store.list_sessions(record.tenant, after="", limit=most)) >= most:
+                raise self._quotas.refuse_session(record.tenant, most) from None
+        await self.sweep()
+        try:
+            return await self._store.create_session(record, most)
+        except LimitExceeded:
+            raise self._quotas.refuse_session(record.tenant, most) from None
 
     def now(self) -> float:
         """Unix seconds."""
@@ -327,13 +330,6 @@ class Sessions:
             session.prefill_done_tokens = activity.done_tokens
             session.prefill_total_tokens = activity.total_tokens
         return session
-
-    async def _num_sessions(self, tenant: TenantId, up_to: int) -> int:
-        """A tenant's open sessions. Records are read only where it may have so many."""
-        number = await self._store.count_sessions(tenant)
-        if number >= up_to:
-            number = len(await self._store.list_sessions(tenant, after="", limit=up_to))
-        return number
 
     async def _note_failure(self, record: SessionRecord, run: Run[T], error: KVServiceError | None) -> None:
         """Even a failed call moves the expiry; why a detached one failed can only be told here."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvservice.errors import Conflict, InvalidRequest, NotFound
+from kvservice.errors import Conflict, InvalidRequest, LimitExceeded, NotFound
 from kvservice.store.ledger import KvLedger
 from kvservice.types import NOTHING_REACHED, OnMiss, PromptFormat, Reached, SessionId, TenantId, WorkerId
 
@@ -100,11 +100,13 @@ class StateStore(Protocol):
         """What of the sessions' KV is stored in the tier, and whose bytes they are."""
         ...
 
-    async def create_session(self, record: SessionRecord) -> SessionRecord:
-        """Keeps a new session. Returns it as kept, at version 1.
+    async def create_session(self, record: SessionRecord, at_most: int | None = None) -> SessionRecord:
+        """Keeps a new session, unless its tenant has `at_most` already. Returns it as kept, at version 1.
 
         Raises:
             Conflict: there is a session of this id.
+            LimitExceeded: the tenant has so many. Expired ones count until they are deleted, or `list_sessions` misses
+                them.
         """
         ...
 
@@ -132,10 +134,6 @@ class StateStore(Protocol):
             Conflict: the session has moved on; reason `version_moved`.
             NotFound: there is no such session any more.
         """
-        ...
-
-    async def count_sessions(self, tenant: TenantId) -> int:
-        """How many sessions the tenant has; it may count some that have expired. Reads no record."""
         ...
 
     async def list_sessions(self, tenant: TenantId, *, after: str, limit: int) -> list[SessionRecord]:
@@ -221,6 +219,11 @@ class StateStore(Protocol):
 def session_exists(session_id: SessionId) -> Conflict:
     """Create of an id that is taken."""
     return Conflict(f"session {session_id!r} exists already", reason="session_exists")
+
+
+def too_many_sessions(tenant: TenantId, at_most: int) -> LimitExceeded:
+    """Create of one session too many."""
+    return LimitExceeded(f"tenant {tenant!r} has {at_most} sessions, as many as it may", reason="too_many_sessions")
 
 
 def session_gone(session_id: SessionId) -> NotFound:

@@ -16,6 +16,7 @@ from kvservice.store.base import (
     session_exists,
     session_gone,
     stale_epoch,
+    too_many_sessions,
     version_moved,
 )
 from kvservice.store.ledger import DEFAULT_QUOTA_BYTES
@@ -50,10 +51,12 @@ class MemoryStateStore:
         self._workers: dict[WorkerId, tuple[WorkerRecord, float]] = {}
         self._epoch = 0
 
-    async def create_session(self, record: SessionRecord) -> SessionRecord:
+    async def create_session(self, record: SessionRecord, at_most: int | None = None) -> SessionRecord:
         """See `StateStore.create_session`."""
         if record.session_id in self._sessions:
             raise session_exists(record.session_id)
+        if at_most is not None and sum(one.tenant == record.tenant for one in self._sessions.values()) >= at_most:
+            raise too_many_sessions(record.tenant, at_most)
         return self._keep(record, version=1)
 
     async def get_session(self, session_id: SessionId) -> SessionRecord | None:
@@ -80,10 +83,6 @@ class MemoryStateStore:
         if kept.version != record.version:
             raise version_moved(record.session_id, record.version, kept.version)
         return self._keep(record, version=record.version + 1)
-
-    async def count_sessions(self, tenant: TenantId) -> int:
-        """See `StateStore.count_sessions`."""
-        return sum(record.tenant == tenant for record in self._sessions.values())
 
     async def list_sessions(self, tenant: TenantId, *, after: str, limit: int) -> list[SessionRecord]:
         """See `StateStore.list_sessions`."""

@@ -36,6 +36,7 @@ from kvservice.store.base import (
     session_exists,
     session_gone,
     stale_epoch,
+    too_many_sessions,
     version_moved,
 )
 from kvservice.store.clock import ServerClock
@@ -65,8 +66,10 @@ WORKERS = "kvs:{fleet}:workers"
 
 CREATE_SESSION = """
 if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
-redis.call('HSET', KEYS[1], unpack(ARGV, 2))
+if ARGV[3] ~= '' and redis.call('ZCARD', KEYS[2]) >= tonumber(ARGV[3]) then return -1 end
+redis.call('HSET', KEYS[1], unpack(ARGV, 4))
 redis.call('PEXPIREAT', KEYS[1], ARGV[1])
+redis.call('ZADD', KEYS[2], 0, ARGV[2])
 return 1
 """
 UPDATE_SESSION = """
@@ -224,20 +227,23 @@ class RedisStateStore:
                 raise ConfigError(problem.message, reason="state_server")
             logger.warning("state_server_unfit", extra={"why": problem.message})
 
-    async def create_session(self, record: SessionRecord) -> SessionRecord:
+    async def create_session(self, record: SessionRecord, at_most: int | None = None) -> SessionRecord:
         """See `StateStore.create_session`."""
         kept = replace(record, version=1)
         created, settings = await self._run(
-            _script(CREATE_SESSION, [_record_key(kept.session_id)], [_dropped_at_ms(kept), *_packed(kept)]),
+            _script(
+                CREATE_SESSION,
+                [_record_key(kept.session_id), _tenant_key(kept.tenant)],
+                [_dropped_at_ms(kept), kept.session_id, "" if at_most is None else at_most, *_packed(kept)],
+            ),
             self._durability,
         )
-        if not created:
+        if created == 0:
             raise session_exists(record.session_id)
+        if at_most is not None and created < 0:
+            raise too_many_sessions(record.tenant, at_most)
         self._note_durability(settings)
-        await self._run(
-            ("ZADD", _tenant_key(kept.tenant), 0, kept.session_id),
-            ("ZADD", EXPIRY, kept.expires_at, kept.session_id),
-        )
+        await self._run(("ZADD", EXPIRY, kept.expires_at, kept.session_id))
         return self._with_durability(kept)
 
     async def get_session(self, session_id: SessionId) -> SessionRecord | None:
@@ -288,11 +294,6 @@ class RedisStateStore:
             raise version_moved(record.session_id, record.version, found)
         self._note_durability(settings)
         return self._with_durability(kept)
-
-    async def count_sessions(self, tenant: TenantId) -> int:
-        """See `StateStore.count_sessions`."""
-        (number,) = await self._run(("ZCARD", _tenant_key(tenant)))
-        return int(number)
 
     async def list_sessions(self, tenant: TenantId, *, after: str, limit: int) -> list[SessionRecord]:
         """See `StateStore.list_sessions`."""

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from redis import Redis
 
-from kvservice.errors import Conflict, InvalidRequest, NotFound
+from kvservice.errors import Conflict, InvalidRequest, LimitExceeded, NotFound
 from kvservice.store.base import Begun, InProgress, Replay, SessionRecord, StateStore, WorkerRecord
 from kvservice.store.memory import MemoryStateStore
 from kvservice.store.redis import RedisStateStore
@@ -81,6 +81,17 @@ def lapse(request, store, clock) -> Callable[[], None]:
                     client.delete(key)
 
     return by_server if isinstance(store, RedisStateStore) else by_clock
+
+
+async def test_no_more_sessions_of_a_tenant_are_kept_than_may_be(store, clock) -> None:
+    await store.create_session(record("other", clock, tenant=BOB), at_most=1)
+    tries = (store.create_session(record(f"s{number}", clock), at_most=3) for number in range(8))
+    answers = await asyncio.gather(*tries, return_exceptions=True)
+    assert [isinstance(answer, LimitExceeded) for answer in answers].count(False) == 3
+    listed = await store.list_sessions(ANN, after="", limit=9)
+    assert len(listed) == 3
+    await store.delete_session(listed[0].session_id)
+    await store.create_session(record("s9", clock), at_most=3)
 
 
 async def test_session_comes_back_as_it_was_written(store, clock):

@@ -1,4 +1,4 @@
-"""`kvservice bench gateway` and `bench admitted`, small: what they print and write."""
+"""`kvservice bench gateway`, `bench quotas` and `bench admitted`, small: what they print and write."""
 
 from __future__ import annotations
 
@@ -26,6 +26,20 @@ def test_bench_gateway_writes_the_promised_names(tmp_path: Path, capsys) -> None
     assert 0.0 < figures["added_latency_ms_p50"] <= figures["added_latency_ms_p99"]
     assert figures["unary_rpcs_per_s"] > 0.0
     assert "open streams" in capsys.readouterr().out
+
+
+def test_bench_quotas_lets_no_more_through_two_gateways_than_may(tmp_path: Path, capsys) -> None:
+    report = tmp_path / "quotas.json"
+    assert run("quotas", "--calls", "150", "--json", str(report)) == 0
+    rows = {row["quota"]: row for row in json.loads(report.read_text())["results"]["rows"]}
+    assert rows.keys() == {
+        "requests_per_minute", "tokens_per_minute", "concurrent_calls", "document_tokens", "sessions",
+    }  # fmt: skip
+    for quota, row in rows.items():
+        assert 0 < row["let_through"] <= row["at_most"]
+        assert row["refused"] == {f"RESOURCE_EXHAUSTED {quota}": row["asked"] - row["let_through"]}
+    assert rows["requests_per_minute"]["retry_after_s"] > 0
+    assert "concurrent_calls" in capsys.readouterr().out
 
 
 def test_bench_admitted_counts_alike_by_arithmetic_admission_and_decoding(tmp_path: Path, capsys) -> None:
