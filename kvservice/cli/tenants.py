@@ -67,7 +67,7 @@ def show_tenant(
         **{f"most {name}": "-" if limit is None else human_bytes(limit) for name, limit in sizes.items()},
     }
     for name, value in rows.items():
-        typer.echo(f"{name:<32}{value}")
+        typer.echo(f"{name:<34}{value}")
 
 
 @app.command("set")
