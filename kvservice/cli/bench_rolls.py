@@ -107,7 +107,7 @@ async def _run(
 
         front = [_SamePort(lambda port: part("gateway", port)) for _ in range(num_gateways)]
         own = [part("worker") for _ in range(num_workers)]
-        await asyncio.gather(*(each.start() for each in (*front, *own)))
+        await asyncio.gather(*(each.start() for each in front), *(each.start() for each in own))
         with progress_bar() as bar:
             task = bar.add_task("rolling", total=num_rolls * (num_gateways + num_workers))
             return await measure_rolls(

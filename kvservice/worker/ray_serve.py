@@ -42,9 +42,9 @@ OpenWorker = Callable[[WorkerConfig], AbstractAsyncContextManager[WorkerServer]]
 """A function at the top of a module: a replica's process finds it by its name."""
 
 DEPLOYMENT = "Worker"
-PUSH_INTERVAL_VARIABLE = "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S"
 PUSH_INTERVAL_S = 10.0
-"""Ray Serve's own default: how often replicas' loads reach the policy."""
+"""`metrics_interval_s` of Ray Serve, which is not to be set: how often loads reach the policy. The variable that
+is to take its place, `RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S`, is read nowhere in 2.60."""
 
 
 class WorkerReplica:
@@ -64,8 +64,7 @@ class WorkerReplica:
     async def check_health(self) -> None:
         """Raises unless the engine's loop advances; Ray Serve then starts the replica again."""
         # One that is retiring has to live until the policy has heard of it, though its worker may have stopped.
-        interval_s = float(os.environ.get(PUSH_INTERVAL_VARIABLE, PUSH_INTERVAL_S))
-        if self._retired_at is None or time.monotonic() - self._retired_at > 2 * interval_s + 1.0:
+        if self._retired_at is None or time.monotonic() - self._retired_at > 2 * PUSH_INTERVAL_S + 1.0:
             await self._worker.check(self._deployment.health_check_timeout_s)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
