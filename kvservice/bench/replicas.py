@@ -209,14 +209,19 @@ async def _kill(client: Client, root: int, rounds: Rounds, workers: int) -> floa
 async def _until(client: Client, condition: Callable[[ServiceStats], bool], timeout_s: float) -> float:
     """Waits for a condition; gives the seconds."""
     started = time.perf_counter()
+    workers = 0
     try:
         async with asyncio.timeout(timeout_s):
             while True:
-                if condition(await client.stats()):
+                stats = await client.stats()
+                workers = len(stats.workers)
+                if condition(stats):
                     break
                 await asyncio.sleep(POLL_S)
     except TimeoutError:
-        raise Unavailable(f"the workers aren't as many as they should be after {timeout_s:g} s") from None
+        raise Unavailable(
+            f"the workers aren't as many as they should be after {timeout_s:g} s; last seen: {workers}"
+        ) from None
     return time.perf_counter() - started
 
 

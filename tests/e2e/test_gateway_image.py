@@ -1,6 +1,7 @@
 """The gateway's image, built as `k8s/images/build.sh` builds it, and run: it lacks torch and ray, and serves.
 
-Needs root, buildah and debootstrap, which CI installs, and Python 3.11, which the image has; a base and wheels are kept below `build/` from run to run.
+Needs root, buildah and debootstrap, which CI installs, and Python 3.11, which the image has; a base and wheels are
+kept below `build/` from run to run.
 """
 
 from __future__ import annotations

@@ -126,6 +126,9 @@ kvservice-{{ .deployment.name }}
 {{- if ne (empty .Values.internalTls.gatewaySecret) (empty .Values.internalTls.workerSecret) -}}
 {{- fail "internalTls: name both gatewaySecret and workerSecret, or neither; their certificates are of one authority" -}}
 {{- end -}}
+{{- if and .Values.gateway.route.enabled (not .Values.gateway.route.parentRefs) -}}
+{{- fail "gateway.route: name in gateway.route.parentRefs the Gateway that it is attached to" -}}
+{{- end -}}
 {{- if and .Values.gateway.tls.clientCa (not .Values.gateway.tls.existingSecret) -}}
 {{- fail "gateway.tls.clientCa: name gateway.tls.existingSecret, which holds the authority as ca.crt" -}}
 {{- end -}}
