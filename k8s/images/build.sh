@@ -22,6 +22,9 @@ if ! buildah inspect --type image "$base" >/dev/null 2>&1; then
   echo "making $base by debootstrap" >&2
   rm -rf "$cache/rootfs"
   debootstrap --variant=minbase "$suite" "$cache/rootfs" >&2
+  # As `slim` leaves them out.
+  rm -rf "$cache"/rootfs/var/cache/apt/archives/*.deb "$cache"/rootfs/var/lib/apt/lists/* \
+    "$cache"/rootfs/usr/share/{doc,info,locale,man}/*
   container=$(buildah from scratch)
   buildah copy --quiet "$container" "$cache/rootfs" / >/dev/null
   buildah commit --quiet --rm "$container" "$base" >/dev/null
@@ -41,6 +44,8 @@ esac
 # Of the project itself the image builds its own.
 rm -f "$cache/wheels/$name"/kvservice-*.whl
 
-buildah build --quiet --isolation chroot --layers=false --file "$file" --tag "kvservice-$name:$version" \
-  --volume "$cache/wheels/$name:/wheels:ro" --build-arg "PIP_OPTIONS=--no-index --find-links=/wheels" . >/dev/null
+buildah build --isolation chroot --layers=false --file "$file" --tag "kvservice-$name:$version" \
+  --volume "$cache/wheels/$name:/wheels:ro" --build-arg "PIP_OPTIONS=--no-index --find-links=/wheels" . >&2
+# What the tag was on before.
+buildah rmi --prune >/dev/null 2>&1 || true
 echo "kvservice-$name:$version"

@@ -20,6 +20,8 @@ from kvservice.errors import InternalError, KVServiceError, Unavailable
 
 POLL_S = 0.25
 RESTART_TIMEOUT_S = 120.0
+SETTLED_S = 45.0
+"""Longer than Ray Serve takes to find out that a worker has gone and to bring another, which it mustn't."""
 LISTENING = "0A"
 """State of a socket in /proc/net/tcp."""
 
@@ -117,7 +119,7 @@ async def measure_scaling(
     """Puts the load on until there are `most` workers and for `hold_s` more, takes it away until there are `fewest`.
 
     Raises:
-        Unavailable: that takes longer than `timeout_s`, either way.
+        Unavailable: that takes longer than `timeout_s`, either way; or workers come again without a load.
     """
     async with Client(address, retry=PATIENT) as client:
         rounds = Rounds(address, load, (await client.list_models())[0].shape.vocab_size)
@@ -129,6 +131,7 @@ async def measure_scaling(
             await asyncio.sleep(hold_s)
             found = await end()
             down_s = await _until(client, lambda stats: len(stats.workers) <= fewest, timeout_s)
+            await _stays(client, fewest)
         samples.append(_sample(await client.stats(), time.perf_counter() - started))
     return ScaleFigures(
         most_workers=max(sample.workers for sample in samples),
@@ -206,15 +209,33 @@ async def _kill(client: Client, root: int, rounds: Rounds, workers: int) -> floa
 async def _until(client: Client, condition: Callable[[ServiceStats], bool], timeout_s: float) -> float:
     """Waits for a condition; gives the seconds."""
     started = time.perf_counter()
+    workers = 0
     try:
         async with asyncio.timeout(timeout_s):
             while True:
-                if condition(await client.stats()):
+                stats = await client.stats()
+                workers = len(stats.workers)
+                if condition(stats):
                     break
                 await asyncio.sleep(POLL_S)
     except TimeoutError:
-        raise Unavailable(f"the workers aren't as many as they should be after {timeout_s:g} s") from None
+        raise Unavailable(
+            f"the workers aren't as many as they should be after {timeout_s:g} s; last seen: {workers}"
+        ) from None
     return time.perf_counter() - started
+
+
+async def _stays(client: Client, fewest: int) -> None:
+    """Returns once there have been no more workers than that for a while.
+
+    Raises:
+        Unavailable: one came.
+    """
+    until = time.perf_counter() + SETTLED_S
+    while time.perf_counter() < until:
+        if (workers := len((await client.stats()).workers)) > fewest:
+            raise Unavailable(f"{workers} workers again, without a load, where {fewest} should stay")
+        await asyncio.sleep(POLL_S)
 
 
 def listener(root: int, port: int) -> int:

@@ -66,11 +66,12 @@ class RoundsReport:
 class Rounds:
     """The callers. `streaming` has the sessions in the middle of an answer, with the worker that took it."""
 
-    def __init__(self, address: str, load: RoundsLoad, vocab_size: int) -> None:
+    def __init__(self, address: str, load: RoundsLoad, vocab_size: int, retry: RetryPolicy = PATIENT) -> None:
         self.report = RoundsReport()
         self.streaming: dict[str, str] = {}
         self._address = address
         self._load = load
+        self._retry = retry
         rng = random.Random(load.seed)
 
         def texts(length: int) -> list[list[int]]:
@@ -83,7 +84,7 @@ class Rounds:
 
     async def rehearse(self) -> None:
         """One round, whose answers are the right ones. Raises what a call fails with."""
-        async with Client(self._address, retry=PATIENT) as client:
+        async with Client(self._address, retry=self._retry) as client:
             await asyncio.gather(*(self._converse(client, caller) for caller in range(self._load.callers)))
 
     async def run(self, until: asyncio.Event) -> RoundsReport:
@@ -96,7 +97,7 @@ class Rounds:
                 except KVServiceError as error:
                     self.report.refusals[f"{error.status} {error.reason}"] += 1
 
-        async with Client(self._address, retry=PATIENT) as client:
+        async with Client(self._address, retry=self._retry) as client:
             await asyncio.gather(*(call_on(client, caller) for caller in range(self._load.callers)))
         return self.report
 

@@ -20,6 +20,7 @@ from kvservice.cli.bench_placement import placement
 from kvservice.cli.bench_quotas import quotas
 from kvservice.cli.bench_replicas import kills, scale
 from kvservice.cli.bench_resume import resume
+from kvservice.cli.bench_rolls import rolls
 from kvservice.cli.bench_roofline import roofline
 from kvservice.cli.bench_soak import soak
 from kvservice.cli.bench_start import start
@@ -355,3 +356,4 @@ app.command("gateway")(gateway)
 app.command("admitted")(admitted)
 app.command("kills")(kills)
 app.command("scale")(scale)
+app.command("rolls")(rolls)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import tempfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
     from kvservice.bench.replicas import KillFigures, ScaleFigures
     from kvservice.bench.rounds import RoundsLoad
     from kvservice.client import LocalService
-
-PUSH_INTERVAL = {"RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1"}
 
 Callers = Annotated[int, typer.Option("--callers", min=1, help="Each with a conversation of its own, over and over.")]
 DocTokens = Annotated[int, typer.Option("--doc-tokens", min=1, help="Tokens of each conversation's document.")]
@@ -142,8 +139,6 @@ async def _service(settings: Mapping[str, Any]) -> AsyncIterator[LocalService]:
     from kvservice.client import LocalService
 
     hint("starting the service on Ray")
-    # The policy hears of loads sooner than by Ray Serve's default; the replicas inherit it.
-    os.environ.update({name: value for name, value in PUSH_INTERVAL.items() if name not in os.environ})
     with tempfile.TemporaryDirectory(prefix="kvservice-ray-") as folder:
         file = Path(folder) / "settings.json"
         file.write_text(json.dumps(settings))

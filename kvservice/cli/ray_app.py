@@ -31,10 +31,11 @@ from kvservice.config.worker import WorkerConfig
 from kvservice.errors import ConfigError
 from kvservice.store import open_state_store
 from kvservice.telemetry.logging import configure_logging
-from kvservice.worker import ray_serve
+from kvservice.worker import ray_scaler, ray_serve
 from kvservice.worker.server import WorkerServer
 
 IMPORT_PATH = f"{__name__}:build"
+SCALER_IMPORT_PATH = f"{__name__}:build_scaler"
 
 
 @asynccontextmanager
@@ -89,3 +90,8 @@ def build(args: Mapping[str, object]) -> serve.Application:
     annotation.
     """
     return ray_serve.application(RayDeployment.model_validate(args), open_worker, {})
+
+
+def build_scaler(args: Mapping[str, object]) -> serve.Application:
+    """The application that takes workers away when load goes."""
+    return ray_scaler.scaler_application(args)

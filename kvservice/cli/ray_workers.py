@@ -9,11 +9,10 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable
 from types import FrameType
 
-from kvservice.cli.ray_app import IMPORT_PATH, open_worker
+from kvservice.cli.ray_app import IMPORT_PATH, SCALER_IMPORT_PATH, open_worker
 from kvservice.cli.settings import REDIS_URL_VARIABLE, STATE_URL_VARIABLE
 from kvservice.config.ray import RayConfig
 from kvservice.config.service import ServiceConfig
@@ -22,31 +21,22 @@ from kvservice.worker.ray_serve import RayFleet, cluster_config
 
 SIGNAL_LOOK_S = 1.0
 """Python runs a signal's handler when its main thread comes by."""
-LOAD_LOOK_S = 5.0
-"""Between two looks at whether a worker may go."""
 
 
-def run_ray(
-    config: ServiceConfig, announce: Callable[[str], None], *, stop_with_stdin: bool, deploys: bool = True
-) -> int:
+def run_ray(config: ServiceConfig, announce: Callable[[str], None], *, stop_with_stdin: bool) -> int:
     """Starts or joins a cluster and runs the workers on it until a signal; the exit code. Blocks, in the main thread.
-
-    Unless it `deploys`, the workers are there already, and only those that aren't needed are taken away.
 
     Raises:
         ConfigError: no state Redis is named, or the cluster can't be joined.
         Unavailable: a worker didn't start.
     """
-    if deploys and config.state_url is None:
+    if config.state_url is None:
         raise ConfigError(f"no state Redis: give --state-url, or set {STATE_URL_VARIABLE}")
     ray = config.ray or RayConfig()
     fleet = RayFleet(ray, config.ray_deployments(), open_worker)
     stop = threading.Event()
     try:
-        if deploys:
-            fleet.start(_environment(config))
-        else:
-            fleet.join()
+        fleet.start(_environment(config))
 
         def end(_number: int, _frame: FrameType | None) -> None:
             stop.set()
@@ -57,11 +47,8 @@ def run_ray(
         if stop_with_stdin:
             threading.Thread(target=_follow_stdin, args=(stop,), name="stdin", daemon=True).start()
         announce("ray")
-        next_look = time.monotonic()
         while not stop.wait(SIGNAL_LOOK_S):
-            if time.monotonic() >= next_look:
-                fleet.look()
-                next_look = time.monotonic() + LOAD_LOOK_S
+            pass
     finally:
         fleet.stop()
     return 0
@@ -69,7 +56,7 @@ def run_ray(
 
 def serve_config(config: ServiceConfig) -> str:
     """See `cluster_config`."""
-    return cluster_config(config.ray or RayConfig(), config.ray_deployments(), IMPORT_PATH)
+    return cluster_config(config.ray or RayConfig(), config.ray_deployments(), IMPORT_PATH, SCALER_IMPORT_PATH)
 
 
 def _follow_stdin(stop: threading.Event) -> None:

@@ -139,7 +139,7 @@ async def _gateway(config: ServiceConfig, announce: Announce, stop: StopSignals)
         # Programs that start gateways ask health, which is SERVING once a worker is connected.
         announce(address)
         await stop.wait()
-        await gateway.drain()
+        await gateway.leave()
     return FINE
 
 

@@ -380,10 +380,6 @@ def ray(
     stop_with_stdin: Annotated[
         bool, typer.Option("--stop-with-stdin", help="Drain when standard input ends, as at a signal.")
     ] = False,
-    scale_only: Annotated[
-        bool,
-        typer.Option("--scale-only", help="Deploy nothing: take workers of a deployed service away when load goes."),
-    ] = False,
     log_level: LogLevel = None,
 ) -> None:
     """Run workers alone, inside Ray Serve replicas. A cluster is started for them, or joined: see the table `ray`."""
@@ -413,7 +409,7 @@ def ray(
     settings.pop("gateway", None)
     checked = service_config(settings)
     _start_logging(checked)
-    raise typer.Exit(run_ray(checked, _announce, stop_with_stdin=stop_with_stdin, deploys=not scale_only))
+    raise typer.Exit(run_ray(checked, _announce, stop_with_stdin=stop_with_stdin))
 
 
 def _given(**flags: object) -> Settings | None:

@@ -60,6 +60,10 @@ STOP_GRACE_S = 5.0
 """What is left when the gateway stops are answers on their way; streams have been ended by the drain."""
 
 
+MAX_CONNECTION_AGE_MS = 600_000
+"""gRPC takes up to a tenth more or less. Calls that run then go on."""
+
+
 class Gateway:
     """One gateway. The stores and the keys are the caller's; `clock` gives unix seconds, unset the store's.
 
@@ -211,6 +215,16 @@ class Gateway:
         if self._draining is not None:
             await asyncio.shield(self._draining)
 
+    async def leave(self) -> None:
+        """Drains, and hangs up, for one gateway of several: callers' next calls go over a new connection, and so to
+        another gateway, while this one lets running ones end. Callers of the only one should hear `draining`: `drain`.
+        """
+        self.begin_drain(self._config.grace_s)
+        # Health keeps a port of its own, if it has one. Streams that aren't calls of sessions are ended by `stop`.
+        hang_up = asyncio.create_task(self._servers[0].stop(self._config.grace_s + STOP_GRACE_S), name="hang-up")
+        self._tasks.append(hang_up)
+        await self.drain()
+
     async def stop(self) -> None:
         """Ends everything. Calls that still run are cancelled: call `drain` before to let them end."""
         await self.drain(0.0) if self._draining is None else await self._cut_short()
@@ -240,6 +254,8 @@ class Gateway:
             # Clients may ping as often as every 10 s, also between calls.
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ("grpc.keepalive_permit_without_calls", 1),
+            # Callers come by a new connection now and then, so that gateways which were added later get some too.
+            ("grpc.max_connection_age_ms", MAX_CONNECTION_AGE_MS),
             # Whoever connects and says nothing, and whoever connects too often.
             ("grpc.server_handshake_timeout_ms", round(limits.header_s * 1000)),
             ("grpc.max_allowed_incoming_connections", limits.connections),

@@ -1,4 +1,4 @@
-"""The worker as a Ray Serve deployment, and every call into Ray that the service makes.
+"""The worker as a Ray Serve deployment, and the applications of a fleet.
 
     application of a model ─► deployment ─► replicas: each a HostedWorker with an internal gRPC address of its own
 
@@ -26,7 +26,14 @@ from kvservice.config.ray import RayConfig, RayDeployment
 from kvservice.config.worker import WorkerConfig
 from kvservice.errors import ConfigError, Unavailable
 from kvservice.worker.hosting import HostedWorker
-from kvservice.worker.scaling import RETIRING, Descent, Goals, MissMeter, report, target
+from kvservice.worker.ray_scaler import (
+    APPLICATION_PREFIX,
+    OPTIONS,
+    SCALER_APPLICATION,
+    scaler_application,
+    scaler_arguments,
+)
+from kvservice.worker.scaling import RETIRING, Goals, MissMeter, report, target
 from kvservice.worker.server import WorkerServer
 
 logger = logging.getLogger(__name__)
@@ -35,13 +42,9 @@ OpenWorker = Callable[[WorkerConfig], AbstractAsyncContextManager[WorkerServer]]
 """A function at the top of a module: a replica's process finds it by its name."""
 
 DEPLOYMENT = "Worker"
-APPLICATION_PREFIX = "kvservice-"
-
-ASK_TIMEOUT_S = 10.0
-"""How long a replica may take to tell its load."""
-PUSH_INTERVAL_VARIABLE = "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S"
 PUSH_INTERVAL_S = 10.0
-"""Ray Serve's own default: how often replicas' loads reach the policy."""
+"""`metrics_interval_s` of Ray Serve, which is not to be set: how often loads reach the policy. The variable that
+is to take its place, `RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S`, is read nowhere in 2.60."""
 
 
 class WorkerReplica:
@@ -61,8 +64,7 @@ class WorkerReplica:
     async def check_health(self) -> None:
         """Raises unless the engine's loop advances; Ray Serve then starts the replica again."""
         # One that is retiring has to live until the policy has heard of it, though its worker may have stopped.
-        interval_s = float(os.environ.get(PUSH_INTERVAL_VARIABLE, PUSH_INTERVAL_S))
-        if self._retired_at is None or time.monotonic() - self._retired_at > 2 * interval_s + 1.0:
+        if self._retired_at is None or time.monotonic() - self._retired_at > 2 * PUSH_INTERVAL_S + 1.0:
             await self._worker.check(self._deployment.health_check_timeout_s)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
@@ -164,15 +166,18 @@ def deployment_options(deployment: RayDeployment) -> dict[str, Any]:
     return options
 
 
-def cluster_config(config: RayConfig, deployments: Sequence[RayDeployment], import_path: str) -> str:
+def cluster_config(
+    config: RayConfig, deployments: Sequence[RayDeployment], import_path: str, scaler_import_path: str
+) -> str:
     """A Ray Serve configuration file for a cluster, as `serve build` would write it. It holds no secret.
 
     Args:
         config: of the whole.
-        deployments: an application for each.
+        deployments: an application for each; and one that takes workers away, where any may be.
         import_path: of a function that takes a RayDeployment and gives an application.
+        scaler_import_path: of a function that takes `scaler_arguments` and gives an application.
     """
-    applications = [
+    applications: list[dict[str, Any]] = [
         {
             "name": application_name(deployment),
             "import_path": import_path,
@@ -184,6 +189,16 @@ def cluster_config(config: RayConfig, deployments: Sequence[RayDeployment], impo
         }
         for deployment in deployments
     ]
+    if (scaled := scaler_arguments(deployments)) is not None:
+        applications.append(
+            {
+                "name": SCALER_APPLICATION,
+                "import_path": scaler_import_path,
+                "route_prefix": None,
+                "args": scaled,
+                "deployments": [dict(OPTIONS)],
+            }
+        )
     return yaml.safe_dump({"proxy_location": "Disabled", "applications": applications}, sort_keys=False)
 
 
@@ -202,17 +217,6 @@ class RayFleet:
         self._deployed: list[str] = []
         self._connected = False
         self._owns_cluster = False
-        self._descents = {
-            each.name: Descent(
-                Goals(each.autoscaling.occupancy, each.autoscaling.queue_s, each.autoscaling.miss_s),
-                each.autoscaling.min_replicas,
-                each.autoscaling.down_delay_s,
-                time.monotonic,
-            )
-            for each in deployments
-            if each.autoscaling is not None
-        }
-        self.failed_looks = 0
 
     def start(self, environment: Mapping[str, str]) -> None:
         """Starts or joins the cluster, and deploys; returns when every application runs.
@@ -239,35 +243,16 @@ class RayFleet:
                 )
             except RuntimeError as error:
                 raise Unavailable(f"the workers of {deployment.name!r} didn't start: {error}") from None
-
-    def join(self) -> None:
-        """Joins a cluster on which the workers are deployed already; `stop` leaves them there.
-
-        Raises:
-            ConfigError: it can't be joined.
-        """
-        self._connect(self._config.address or "auto")
-
-    def look(self) -> None:
-        """Takes a worker away where one fewer has carried the load for long enough. Call it every few seconds."""
-        for name, descent in self._descents.items():
-            try:
-                handle = serve.get_app_handle(APPLICATION_PREFIX + name)
-                reports = dict(handle.broadcast("tell").results(timeout_s=ASK_TIMEOUT_S))
-                if (worker_id := descent.look(reports)) is not None:
-                    logger.info("worker_retires", extra={"worker_id": worker_id, "workers": len(reports)})
-                    handle.broadcast("retire", worker_id).results(timeout_s=ASK_TIMEOUT_S)
-            except Exception:
-                # A replica may have died just now; the next look finds out.
-                self.failed_looks += 1
-                logger.exception("look_at_load_failed", extra={"failed_looks": self.failed_looks})
+        if (scaled := scaler_arguments(self._deployments)) is not None:
+            self._deployed.append(SCALER_APPLICATION)
+            serve.run(scaler_application(scaled), name=SCALER_APPLICATION, route_prefix=None)
 
     def stop(self) -> None:
         """Takes down what was deployed, which drains it; and the cluster, if it was started here."""
         if not self._connected:
             return
         self._connected = False
-        for name in self._deployed:
+        for name in reversed(self._deployed):
             serve.delete(name)
         if self._owns_cluster:
             serve.shutdown()

@@ -65,6 +65,7 @@ def test_objects_have_names_of_their_own() -> None:
     [
         ("gateway.replica=3", "additional properties 'replica' not allowed"),
         ("gateway.replicas=0", "minimum: got 0, want 1"),
+        ("gateway.service.nodePort=80", "minimum: got 80, want 30,000"),
         ("gateway.image.tag=latest", "at '/gateway/image/tag'"),
         ("gateway.image.digest=sha256:12", "at '/gateway/image/digest'"),
         ("config.gateway.port=1", "additional properties 'port' not allowed"),
@@ -92,6 +93,7 @@ def test_a_wrong_value_is_refused_with_its_place(value: str, says: str) -> None:
         (["gateway.hpa.enabled=true", "gateway.keda.enabled=true"], "two scalers would fight"),
         (["redis.state.enabled=false"], "name redis.state.external.existingSecret"),
         (["internalTls.gatewaySecret=mine"], "name both gatewaySecret and workerSecret"),
+        (["gateway.route.enabled=true"], "name in gateway.route.parentRefs"),
         (["gateway.tls.clientCa=true"], "name gateway.tls.existingSecret"),
         (["models=null"], "models: name at least one"),
         (["models[0].deployment.num_gpus=1"], "device cuda and deployment.num_gpus go together"),
@@ -161,3 +163,39 @@ def test_extra_objects_are_templates_too(tmp_path: Path) -> None:
     )
     names = {each["metadata"]["name"] for each in template("--values", str(values)) if each["kind"] == "ConfigMap"}
     assert {"plain", "kv-text"} <= names
+
+
+PLACED = """
+gateway: {service: {type: NodePort, nodePort: 30051}}
+models:
+  - deployment: {name: small, num_gpus: 1, worker: {device: cuda, model: /models/small}}
+    image: cuda
+    source: {type: volume, claimName: models}
+    extraResources: {nvidia.com/gpumem: 3000, rdma/hca: "1"}
+    schedulerName: volcano
+    extraEnv: [{name: NCCL_DEBUG, value: WARN}]
+    envFrom: [{secretRef: {name: proxy}}]
+    initContainers:
+      - {name: warm, image: "busybox:1.37", command: ["true"], resources: {requests: {cpu: 10m, memory: 8Mi}}}
+"""
+
+
+def test_pods_of_workers_take_what_a_cluster_asks_for(tmp_path: Path) -> None:
+    values = tmp_path / "values.yaml"
+    values.write_text(PLACED)
+    made = template("--values", str(values))
+    (service,) = (each for each in made if each["kind"] == "RayService")
+    (group,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    pod = group["template"]
+    whole = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "pod"}, "template": pod}
+    kubernetes_validate.validate(whole, KUBERNETES, strict=True)
+    (container,) = pod["spec"]["containers"]
+    for which in ("requests", "limits"):
+        assert container["resources"][which].items() >= {"nvidia.com/gpumem": "3000", "rdma/hca": "1"}.items()
+    assert pod["spec"]["schedulerName"] == "volcano"
+    assert {"name": "NCCL_DEBUG", "value": "WARN"} in container["env"]
+    assert container["envFrom"] == [{"secretRef": {"name": "proxy"}}]
+    (init,) = pod["spec"]["initContainers"]
+    assert init["securityContext"] == container["securityContext"]
+    ports = [port for each in made if each["kind"] == "Service" for port in each["spec"].get("ports", ())]
+    assert [port["nodePort"] for port in ports if "nodePort" in port] == [30051]

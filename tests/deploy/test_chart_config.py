@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kvservice.config.ray import RayDeployment
+from kvservice.config.ray import Autoscaling, RayDeployment
 from tests.deploy.chart import PROFILES, Manifest, objects, only
 from tests.unit.cli.conftest import Ran, kvservice
 
 __all__ = ["kvservice"]
 
+SCALER = "kvservice_scaler"
 WITH_RAY = [profile for profile in PROFILES if objects(profile, "RayService")]
 
 # In a process of its own, since Ray warns when it is imported. For each profile: what the program itself would tell Ray
@@ -40,8 +41,8 @@ for profile, (config, chart, cluster) in json.load(sys.stdin).items():
     ours = yaml.safe_load(serve_config(ServiceConfig.model_validate(config)))
     nodes = _derive_autoscaling_config_from_ray_cr(cluster)["available_node_types"]
     ServeDeploySchema.model_validate(chart)
-    found[profile] = {"program": seen(ours), "chart": seen(chart), "args": [a["args"] for a in ours["applications"]],
-                      "nodes": nodes}
+    args = {app["name"]: app["args"] for app in ours["applications"]}
+    found[profile] = {"program": seen(ours), "chart": seen(chart), "args": args, "nodes": nodes}
 print(json.dumps(found))
 """
 
@@ -76,8 +77,8 @@ def test_the_program_accepts_the_rendered_configuration(
 @pytest.mark.parametrize("profile", WITH_RAY)
 def test_ray_serve_is_told_what_the_program_itself_would_tell_it(ray_sees: Manifest, profile: str) -> None:
     assert ray_sees[profile]["chart"] == ray_sees[profile]["program"]
-    told = [arguments(app["args"]) for app in serve_config(profile)["applications"]]
-    assert told == [arguments(args) for args in ray_sees[profile]["args"]]
+    told = {app["name"]: arguments(app["name"], app["args"]) for app in serve_config(profile)["applications"]}
+    assert told == {name: arguments(name, args) for name, args in ray_sees[profile]["args"].items()}
     # Tokens never pass through Ray's proxies, which have no TLS.
     assert ray_sees[profile]["chart"]["proxy_location"] == "Disabled"
 
@@ -88,7 +89,8 @@ def test_rays_autoscaler_sees_a_kind_of_node_for_each_model_that_alone_has_its_r
 ) -> None:
     nodes = ray_sees[profile]["nodes"]
     assert nodes["headgroup"]["resources"]["CPU"] == 0
-    deployments = [deployment for app in serve_config(profile)["applications"] for deployment in app["deployments"]]
+    applications = [app for app in serve_config(profile)["applications"] if app["name"] != SCALER]
+    deployments = [deployment for app in applications for deployment in app["deployments"]]
     assert len(nodes) == len(deployments) + 1
     for deployment in deployments:
         actor = deployment["ray_actor_options"]
@@ -101,6 +103,19 @@ def test_rays_autoscaler_sees_a_kind_of_node_for_each_model_that_alone_has_its_r
         assert node["GPU"] >= actor["num_gpus"]
         most = deployment.get("autoscaling_config", {}).get("max_replicas", deployment.get("num_replicas"))
         assert nodes[name]["max_workers"] == most
+
+
+@pytest.mark.parametrize("profile", WITH_RAY)
+def test_where_workers_are_scaled_somebody_takes_them_away_and_nowhere_else(profile: str) -> None:
+    deployments = {each["name"]: each.get("autoscaling") for each in config_of(profile)["ray"]["deployments"]}
+    scaled = {name for name, each in deployments.items() if each}
+    scalers = [app for app in serve_config(profile)["applications"] if app["name"] == SCALER]
+    assert [set(app["args"]) for app in scalers] == ([scaled] if scaled else [])
+    for app in scalers:
+        # On a worker's node it would keep the node from being given back; no CPU of the head's is for sale.
+        (deployment,) = app["deployments"]
+        assert deployment["ray_actor_options"]["num_cpus"] == 0
+        assert set(deployment["ray_actor_options"]["resources"]) == {"node:__internal_head__"}
 
 
 def test_a_part_of_the_configuration_that_is_wrong_is_refused_with_its_place(
@@ -127,6 +142,8 @@ def serve_config(profile: str) -> Manifest:
     return yaml.safe_load(service["spec"]["serveConfigV2"])
 
 
-def arguments(args: Manifest) -> Manifest:
+def arguments(application: str, args: Manifest) -> Manifest:
     """As the program reads them: names that are left out have their defaults."""
+    if application == SCALER:
+        return {name: Autoscaling.model_validate(each).model_dump() for name, each in args.items()}
     return RayDeployment.model_validate(args).model_dump(mode="json", exclude={"worker": {"worker_id"}})

@@ -28,17 +28,25 @@ def instructions(path: Path) -> list[tuple[str, str]]:
     return [(word, arguments) for word, _, arguments in (line.partition(" ") for line in lines)]
 
 
-def last_stage(path: Path) -> list[tuple[str, str]]:
-    found = instructions(path)
-    start = max(index for index, (word, _) in enumerate(found) if word == "FROM")
-    return found[start:]
+def stages(path: Path) -> dict[str, list[tuple[str, str]]]:
+    """By name; the last one's is empty. What a stage is made from comes first in it."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    stage: list[tuple[str, str]] = []
+    for word, arguments in instructions(path):
+        if word == "FROM":
+            base, _, name = arguments.partition(" AS ")
+            stage = found[name] = list(found.get(base, ()))
+        stage.append((word, arguments))
+    return found
 
 
 @every_file
 def test_images_are_built_in_stages_and_run_as_nobody_special(path: Path) -> None:
+    assert set(stages(path)) == {"runtime", "build", ""}
+    assert ("USER", "10001:10001") in stages(path)[""]
+    copied = [arguments for word, arguments in stages(path)[""] if word == "COPY"]
+    assert copied == ["--from=build /opt/kvservice /opt/kvservice"]
     found = instructions(path)
-    assert [word for word, _ in found].count("FROM") == 2
-    assert ("USER", "10001:10001") in last_stage(path)
     users = {pod.spec["securityContext"]["runAsUser"] for pod in pods("one-gpu") if "redis" not in str(pod.containers)}
     assert users == {10001}
     assert not any(word == "ADD" for word, _ in found)
@@ -54,8 +62,8 @@ def test_the_base_has_a_version_and_packages_are_pinned(path: Path) -> None:
 
 
 @every_file
-def test_compilers_stay_in_the_first_stage_unless_triton_needs_one(path: Path) -> None:
-    installed = " ".join(arguments for word, arguments in last_stage(path) if word == "RUN")
+def test_compilers_stay_in_the_stage_that_builds_unless_triton_needs_one(path: Path) -> None:
+    installed = " ".join(arguments for word, arguments in stages(path)[""] if word == "RUN")
     assert "g++" not in installed
     assert (" gcc " in installed) is ("cuda" in path.name)
 
@@ -63,7 +71,7 @@ def test_compilers_stay_in_the_first_stage_unless_triton_needs_one(path: Path) -
 @every_file
 def test_kuberay_finds_a_shell_to_start_ray_by(path: Path) -> None:
     if "worker" in path.name:
-        assert any(" bash " in f" {arguments} " for word, arguments in last_stage(path) if word == "RUN")
+        assert any(" bash " in f" {arguments} " for word, arguments in stages(path)[""] if word == "RUN")
 
 
 def test_the_gateway_gets_nothing_heavy_and_all_of_it_is_pinned() -> None:

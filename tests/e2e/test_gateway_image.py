@@ -1,6 +1,7 @@
 """The gateway's image, built as `k8s/images/build.sh` builds it, and run: it lacks torch and ray, and serves.
 
-Needs root, buildah and debootstrap, as CI has them; a base and wheels are kept below `build/` from run to run.
+Needs root, buildah and debootstrap, which CI installs, and Python 3.11, which the image has; a base and wheels are
+kept below `build/` from run to run.
 """
 
 from __future__ import annotations
@@ -29,13 +30,15 @@ CACHE = ROOT / "build" / "images"
 KEY = "a key of the operator"
 BUILD_S = 900.0
 READY_S = 120.0
+PYTHON = sys.executable if sys.version_info[:2] == (3, 11) else shutil.which("python3.11")
+"""Fetches the image's wheels."""
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1200),
     pytest.mark.skipif(
-        os.geteuid() != 0 or not (shutil.which("buildah") and shutil.which("debootstrap")),
-        reason="needs root, buildah and debootstrap: apt-get install buildah debootstrap",
+        os.geteuid() != 0 or not (PYTHON and shutil.which("buildah") and shutil.which("debootstrap")),
+        reason="needs root, Python 3.11, buildah and debootstrap: apt-get install buildah debootstrap",
     ),
 ]
 
@@ -59,7 +62,7 @@ def container() -> Iterator[str]:
         text=True,
         check=False,
         timeout=BUILD_S,
-        env={**os.environ, "PYTHON": sys.executable, "KVSERVICE_IMAGE_CACHE": str(CACHE)},
+        env={**os.environ, "PYTHON": PYTHON or "", "KVSERVICE_IMAGE_CACHE": str(CACHE)},
     )
     assert built.returncode == 0, built.stderr[-4000:]
     made = buildah("from", "--pull-never", built.stdout.splitlines()[-1])

@@ -64,10 +64,8 @@ async def service(tmp_path_factory):
     }
     settings = folder / "settings.json"
     settings.write_text(json.dumps({"ray": {"deployments": [deployment]}, "log_level": "WARNING"}))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "0.5")
-        service = LocalService(["--ray", "--config", str(settings)])
-        await service.start()
+    service = LocalService(["--ray", "--config", str(settings)])
+    await service.start()
     children = psutil.Process(service.pid).children(recursive=True)
     try:
         yield service

@@ -10,7 +10,7 @@ import pytest
 from kvservice.cli.main import main
 from kvservice.models.tiny import write_tiny_checkpoint
 
-pytestmark = pytest.mark.timeout(420)
+pytestmark = pytest.mark.timeout(700)
 
 SMALL = ("--kv-bytes", "16MiB", "--host-bytes", "32MiB")
 
@@ -39,7 +39,7 @@ def test_workers_killed_in_mid_stream_cost_no_token_and_no_turn(folder: str, tmp
 def test_load_alone_adds_a_worker_and_its_end_takes_one_away(folder: str, tmp_path: Path) -> None:
     report = tmp_path / "scale.json"
     load = ("--workers", "2", "--callers", "4", "--doc-tokens", "1200", "--queue-s", "0.002", "--hold-s", "1")
-    down = ("--down-delay-s", "3", "--timeout-s", "150")
+    down = ("--down-delay-s", "3", "--timeout-s", "240")
     plot = tmp_path / "scale.png"
     arguments = ("--model", folder, *load, *down, *SMALL, "--json", str(report), "--plot", str(plot))
     assert run("scale", *arguments) == 0

@@ -61,6 +61,7 @@ kvservice-{{ .deployment.name }}
 {{/* What Ray Serve is told: the same deployments, as `kvservice serve --ray-config` writes them. */}}
 {{- define "kvservice.serveConfig" -}}
 {{- $applications := list -}}
+{{- $scaled := dict -}}
 {{- range .Values.models -}}
 {{- $args := include "kvservice.deployment" (dict "root" $ "model" .) | fromJson -}}
 {{- $grace := addf (include "kvservice.drainGrace" . | float64) 15 -}}
@@ -68,12 +69,20 @@ kvservice-{{ .deployment.name }}
 {{- $options := dict "name" "Worker" "max_ongoing_requests" (get $args "max_ongoing_requests" | default 100 | int) "health_check_period_s" (get $args "health_check_period_s" | default 10.0) "health_check_timeout_s" (get $args "health_check_timeout_s" | default 30.0) "graceful_shutdown_timeout_s" $grace "ray_actor_options" $actor -}}
 {{- with get $args "autoscaling" -}}
 {{- $policy := dict "policy_function" "kvservice.worker.ray_serve:MemoryPolicy" "policy_kwargs" (dict "occupancy" (.occupancy | default 0.8) "queue_s" (.queue_s | default 2.0) "miss_s" (.miss_s | default 0.2)) -}}
+{{- $table := dict "min_replicas" (.min_replicas | default 1 | int) "max_replicas" (.max_replicas | int) "occupancy" (.occupancy | default 0.8) "queue_s" (.queue_s | default 2.0) "miss_s" (.miss_s | default 0.2) "delay_s" (ternary 20.0 .delay_s (kindIs "invalid" .delay_s)) "down_delay_s" (ternary 300.0 .down_delay_s (kindIs "invalid" .down_delay_s)) -}}
+{{- if gt $table.max_replicas $table.min_replicas }}{{ $_ := set $scaled $args.name $table }}{{ end -}}
 {{- $_ := set $options "autoscaling_config" (dict "min_replicas" (.min_replicas | default 1 | int) "max_replicas" (.max_replicas | int) "upscale_delay_s" (ternary 20.0 .delay_s (kindIs "invalid" .delay_s)) "downscale_delay_s" 0.0 "policy" $policy) -}}
 {{- else -}}
 {{- $_ := set $options "num_replicas" (get $args "replicas" | default 1 | int) -}}
 {{- end -}}
 {{- $application := dict "name" (printf "kvservice-%s" $args.name) "import_path" "kvservice.cli.ray_app:build" "route_prefix" nil "external_scaler_enabled" $.Values.ray.externalScaler "args" $args "deployments" (list $options) -}}
 {{- $applications = append $applications $application -}}
+{{- end -}}
+{{- if $scaled -}}
+{{- /* Takes workers away when load goes. On the head: on a worker's node it would keep the node from being given back. */ -}}
+{{- $actor := dict "num_cpus" 0 "resources" (dict "node:__internal_head__" 0.001) -}}
+{{- $options := dict "name" "Scaler" "num_replicas" 1 "health_check_period_s" 10.0 "ray_actor_options" $actor -}}
+{{- $applications = append $applications (dict "name" "kvservice_scaler" "import_path" "kvservice.cli.ray_app:build_scaler" "route_prefix" nil "args" $scaled "deployments" (list $options)) -}}
 {{- end -}}
 {{- dict "proxy_location" "Disabled" "applications" $applications | toYaml }}
 {{- end }}
@@ -116,6 +125,9 @@ kvservice-{{ .deployment.name }}
 {{- end -}}
 {{- if ne (empty .Values.internalTls.gatewaySecret) (empty .Values.internalTls.workerSecret) -}}
 {{- fail "internalTls: name both gatewaySecret and workerSecret, or neither; their certificates are of one authority" -}}
+{{- end -}}
+{{- if and .Values.gateway.route.enabled (not .Values.gateway.route.parentRefs) -}}
+{{- fail "gateway.route: name in gateway.route.parentRefs the Gateway that it is attached to" -}}
 {{- end -}}
 {{- if and .Values.gateway.tls.clientCa (not .Values.gateway.tls.existingSecret) -}}
 {{- fail "gateway.tls.clientCa: name gateway.tls.existingSecret, which holds the authority as ca.crt" -}}

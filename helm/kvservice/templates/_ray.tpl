@@ -137,14 +137,21 @@ spec:
   {{- with $model.runtimeClassName }}
   runtimeClassName: {{ . }}
   {{- end }}
+  {{- with $model.schedulerName }}
+  schedulerName: {{ . }}
+  {{- end }}
   {{- $placing := pick $model "nodeSelector" "tolerations" "affinity" }}
   {{- with $root.Values.ray.priorityClassName }}{{ $_ := set $placing "priorityClassName" . }}{{ end }}
   {{- with include "kvservice.placing" $placing }}
   {{- . | nindent 2 }}
   {{- end }}
   {{- include "kvservice.spread" (dict "root" $root "component" $component "constraints" $model.topologySpreadConstraints) | nindent 2 }}
-  {{- if ne $model.source.type "volume" }}
+  {{- if or $model.initContainers (ne $model.source.type "volume") }}
   initContainers:
+    {{- range $model.initContainers }}
+    - {{ merge (deepCopy .) (dict "securityContext" (include "kvservice.containerSecurity" $root | fromYaml)) | toYaml | nindent 6 | trim }}
+    {{- end }}
+    {{- if ne $model.source.type "volume" }}
     - name: model
       {{- if eq $model.source.type "fetch" }}
       image: {{ include "kvservice.image" (dict "root" $root "image" $image) }}
@@ -172,6 +179,7 @@ spec:
         {{- else }}
         - {name: models, mountPath: /models}
         {{- end }}
+    {{- end }}
   {{- end }}
   containers:
     - name: ray-worker
@@ -192,6 +200,13 @@ spec:
         - {name: TRITON_CACHE_DIR, value: /var/lib/kvservice/triton}
         {{- end }}
         {{- include "kvservice.rayEnv" $root | nindent 8 }}
+        {{- with $model.extraEnv }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+      {{- with $model.envFrom }}
+      envFrom:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
       ports:
         - {name: internal, containerPort: {{ include "kvservice.ports.internal" $root }}}
         - {name: kv-metrics, containerPort: {{ include "kvservice.ports.metrics" $root }}}
@@ -222,10 +237,16 @@ spec:
           {{- if $gpus }}
           {{ $model.gpuResource | default "nvidia.com/gpu" }}: {{ $gpus | quote }}
           {{- end }}
+          {{- range $name, $count := $model.extraResources }}
+          {{ $name }}: {{ $count | quote }}
+          {{- end }}
         limits:
           memory: {{ $memory | quote }}
           {{- if $gpus }}
           {{ $model.gpuResource | default "nvidia.com/gpu" }}: {{ $gpus | quote }}
+          {{- end }}
+          {{- range $name, $count := $model.extraResources }}
+          {{ $name }}: {{ $count | quote }}
           {{- end }}
       volumeMounts:
         {{- include "kvservice.rayMounts" $root | nindent 8 }}

@@ -9,6 +9,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from kvservice.client import Client, RetryPolicy
 from kvservice.errors import ConfigError, InvalidRequest, NotFound, Unavailable
 from kvservice.gateway.server import SERVICE_NAMES, Gateway
 from kvservice.store.memory import MemoryStateStore
@@ -68,6 +69,37 @@ async def test_a_drain_refuses_new_calls_lets_running_ones_end_and_says_so_in_he
         worker.go.set()
         assert (await answer).finished.num_tokens == 3
         await service.gateway.drain()
+
+
+async def test_callers_of_a_gateway_that_leaves_go_to_another_at_once_and_their_streams_end_well() -> None:
+    async with running() as first:
+        other = Gateway(config(), first.store)
+        try:
+            address = await other.start()
+            await eventually(lambda: bool(other.fleet.views()))
+            # A call may cross the news that the connection ends; the next attempt goes elsewhere.
+            async with Client(f"ipv4:{first.address},{address}", retry=RetryPolicy(max_attempts=3)) as client:
+                session = await client.create_session()
+                first.worker.pause_after = 1
+                answer = asyncio.create_task(client.ask(session.session_id, "q", max_new_tokens=2))
+                await first.worker.wait_for("submits")
+                leaving = asyncio.create_task(first.gateway.leave())
+                await eventually(lambda: closed(first.address))
+                assert (await client.stats()).draining is False
+                for _ in range(5):
+                    assert await client.create_session()
+                first.worker.go.set()
+                assert (await answer).finished.num_tokens == 3
+                await leaving
+        finally:
+            await other.stop()
+
+
+def closed(address: str) -> bool:
+    """Whether nobody listens there any more."""
+    host, _, port = address.rpartition(":")
+    with socket.socket() as connection:
+        return connection.connect_ex((host, int(port))) != 0
 
 
 async def test_after_the_grace_running_calls_are_cancelled_and_sessions_are_as_before() -> None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
+import yaml
 
 from kvservice.types import Headroom, Load, WorkerStats
 from kvservice.worker.scaling import RETIRING, Descent, Goals, MissMeter, target
@@ -147,3 +148,19 @@ def test_ray_serves_policy_remembers_who_retires_from_call_to_call() -> None:
     wanted, state = policy(context([a], {"occupancy": {a: 0.1}}, {**state, "of Ray's": 1}))
     assert (wanted, state) == (1, {RETIRING: []})
     assert policy(context([a], None, None)) == (2, {RETIRING: []})
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_only_what_may_shrink_has_somebody_who_takes_workers_away() -> None:
+    from kvservice.config.ray import Autoscaling, RayConfig, RayDeployment
+    from kvservice.worker.ray_serve import cluster_config
+
+    def applications(*scalings: Autoscaling | None) -> list[dict]:
+        deployments = [RayDeployment(name=f"m{i}", autoscaling=each) for i, each in enumerate(scalings)]
+        return yaml.safe_load(cluster_config(RayConfig(), deployments, "a:worker", "a:scaler"))["applications"]
+
+    (scaler,) = (each for each in applications(Autoscaling(max_replicas=2), None) if each["import_path"] == "a:scaler")
+    assert list(scaler["args"]) == ["m0"]
+    # Two that never change, and one that isn't scaled.
+    alone = applications(Autoscaling(min_replicas=2, max_replicas=2), None)
+    assert [each["import_path"] for each in alone] == ["a:worker", "a:worker"]
