@@ -26,7 +26,7 @@ FAILED = 1
 
 
 def drill(
-    reduced: Annotated[bool, typer.Option("--reduced", help="As in CI: less than a minute.")] = False,
+    reduced: Annotated[bool, typer.Option("--reduced", help="The short form, as CI runs it.")] = False,
     part: Annotated[
         str,
         typer.Option(
