@@ -35,8 +35,8 @@ SHORT_TTL_S = 3.0
 DRAIN_S = 150.0
 """Longer than stored KV lives that nobody renews."""
 SLACK_FILES = 44
-"""That a process may have more than after the warm-up: its pools of connections to `state` (32, 8 and 4 at most) grow with
-the most calls that ever came at once, and don't shrink."""
+"""That a process may have more than after the warm-up: its pools of connections to `state` (32, 8 and 4 at most) grow
+with the most calls that ever came at once, and don't shrink."""
 SLACK_THREADS = 4
 SLACK_RSS_BYTES = 24 << 20
 """That a process's memory may grow by in the second half of all sessions: allocators keep what they may need again."""

@@ -29,6 +29,8 @@ def main() -> None:
     target = next(each for each in targets(Path(tempfile.mkdtemp(prefix="kvservice-fuzz-"))) if each.name == name)
     for index, data in enumerate(target.seeds):
         (folder / f"seed-{index}").write_bytes(data)
+        # What is loaded on first use must not count as a slow input.
+        target.feed(data)
 
     def feed(data: bytes) -> None:
         target.feed(target.mend(data) if target.mend is not None else data)
