@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,15 +12,25 @@ import typer
 
 from kvservice.cli.options import JsonFile, api_key, client_tls
 from kvservice.cli.output import show_table, write_json
-from kvservice.cli.settings import REDIS_URL_VARIABLE, STATE_URL_VARIABLE, read_settings, service_config, url_from
+from kvservice.cli.settings import (
+    REDIS_URL_VARIABLE,
+    STATE_URL_VARIABLE,
+    Settings,
+    read_settings,
+    service_config,
+    url_from,
+)
 from kvservice.errors import ConfigError, KVServiceError
 
 if TYPE_CHECKING:
     from kvservice.client import ServiceStats
-    from kvservice.drill.doctor import Finding, RedisFacts
+    from kvservice.config.service import ServiceConfig
+    from kvservice.drill.doctor import Finding, MachineFacts, RedisFacts
     from kvservice.types import ModelInfo
 
 FAILED = 1
+NO_SECRET = "0" * 64
+"""Stands for one that comes from elsewhere."""
 
 
 def doctor(
@@ -42,10 +53,11 @@ def doctor(
     Says what to do about each finding. Exits 1 if anything is broken. Nothing that lasts is written.
     """
     from kvservice.drill import doctor as judge
+    from kvservice.drill import doctor_settings
     from kvservice.drill.examination import ask_machine
 
     settings = read_settings(config)
-    settings.pop("gateway", None)
+    gateway = settings.pop("gateway", None)
     checked = service_config(settings)
     state = url_from(state_url, STATE_URL_VARIABLE) or (checked.state_url and checked.state_url.get_secret_value())
     worker_url = checked.worker.redis_url
@@ -67,7 +79,11 @@ def doctor(
     if service is not None:
         findings += judge.of_service(service)
     needed = checked.worker.kv_bytes + checked.worker.host_bytes if config is not None else 0
-    findings += judge.of_machine(ask_machine(needed))
+    machine = ask_machine(needed)
+    findings += judge.of_machine(machine)
+    if config is not None:
+        findings += _of_settings(gateway if isinstance(gateway, dict) else None, checked, machine)
+        findings += doctor_settings.of_quotas(checked.worker.tenant_stored_bytes, kv_facts, service)
     rows = [(finding.subject, finding.level.value, finding.found, finding.advice or "-") for finding in findings]
     show_table("Doctor", ("what", "how", "found", "what to do"), rows)
     if json_file is not None:
@@ -75,6 +91,26 @@ def doctor(
         write_json(json_file, {"config": str(config) if config else None, "address": address}, {"findings": results})
     if judge.worst(findings) is judge.Level.BROKEN:
         raise typer.Exit(FAILED)
+
+
+def _of_settings(gateway: Settings | None, checked: ServiceConfig, machine: MachineFacts) -> list[Finding]:
+    """Of a gateway only if the file is one's. Its secret is of no interest here."""
+    from kvservice.config.gateway import GatewayConfig
+    from kvservice.drill import doctor_settings as judge
+
+    now = dt.datetime.now(dt.UTC)
+    certificates = [("workers' TLS", checked.worker.tls)]
+    found: list[Finding] = []
+    if gateway is not None:
+        told = GatewayConfig.model_validate({**gateway, "secret": gateway.get("secret") or NO_SECRET})
+        certificates += [("internal TLS", told.internal_tls)]
+        if told.tls is not None:
+            found.append(judge.of_certificate("public TLS", told.tls.cert, told.tls.key, now))
+        found += judge.of_listening(told.host, has_tls=told.tls is not None, has_keys=checked.api_keys is not None)
+        found += judge.of_connections(told.limits.connections, machine)
+    return found + [
+        judge.of_certificate(subject, tls.cert, tls.key, now) for subject, tls in certificates if tls is not None
+    ]
 
 
 async def _ask(

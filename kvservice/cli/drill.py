@@ -26,7 +26,7 @@ FAILED = 1
 
 
 def drill(
-    reduced: Annotated[bool, typer.Option("--reduced", help="The short form: about two minutes.")] = False,
+    reduced: Annotated[bool, typer.Option("--reduced", help="The short form, as CI runs it.")] = False,
     part: Annotated[
         str,
         typer.Option(
@@ -160,7 +160,7 @@ def churn(
     """
     if plot is not None:
         import kvservice.bench.plots
-    from kvservice.drill.churn import Churn, ChurnReport
+    from kvservice.drill.churn import REQUEST_MEMORY_S, Churn, ChurnReport
     from kvservice.drill.deployment import Deployment, DrillConfig
     from kvservice.models.tiny import write_tiny_checkpoint
 
@@ -171,7 +171,8 @@ def churn(
     with tempfile.TemporaryDirectory(prefix="kvservice-churn-") as folder, progress_bar() as bar:
         place = Path(folder)
         name = str(write_tiny_checkpoint(place / "model")) if model == TINY else model
-        config = DrillConfig(name, place / "data", dtype="fp32" if model == TINY else "bf16", seed=seed)
+        limits = {"request_memory_s": REQUEST_MEMORY_S}
+        config = DrillConfig(name, place / "data", dtype="fp32" if model == TINY else "bf16", seed=seed, limits=limits)
         task = bar.add_task("sessions", total=sessions)
         found = _run(run(config, lambda begun: bar.update(task, completed=begun)))
     first, last = found.samples[0].processes, found.samples[-1].processes
@@ -201,6 +202,12 @@ def churn(
                 for process in first
             }
             for label, (name, unit) in quantities.items()
+        }
+        panels["sessions held"] = {"by workers": [sample.held_sessions for sample in found.samples]}
+        panels["KV held, MiB"] = {"by workers": [sample.held_bytes / (1 << 20) for sample in found.samples]}
+        panels["keys"] = {
+            "state": [sample.state_keys for sample in found.samples],
+            "kv": [sample.kv_keys for sample in found.samples],
         }
         minutes = [sample.time_s / 60 for sample in found.samples]
         kvservice.bench.plots.plot_churn(plot, minutes, panels, f"{found.sessions:,} short sessions")

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,15 +24,18 @@ from typing import Self
 from kvservice.client import Client, LocalService, RetryPolicy, ServiceStats
 from kvservice.drill.cluster import DrillCluster
 from kvservice.drill.proxy import LinkFault, Proxy
+from kvservice.drill.ray_cluster import DrillRay
 from kvservice.drill.servers import KV_SETTINGS, STATE_SETTINGS, DrillSentinel, DrillServer, free_port
 from kvservice.drill.skewed import write_skew
 from kvservice.errors import KVServiceError, Unavailable
-from kvservice.types import Role
+from kvservice.types import Role, WorkerId
 
 TENANT = "local"
 """Whose sessions are looked at; its key is an operator's."""
 CROWD_TENANT = "crowd"
 """Another one, without rights."""
+RAY = "ray"
+"""What stands for all workers that run on Ray: their deployment, their links."""
 READY_TIMEOUT_S = 120.0
 POLL_S = 0.05
 
@@ -57,7 +60,10 @@ class DrillConfig:
         workers: their names.
         seed: of all that is random.
         kv: what the kv role is.
+        on_ray: as many workers, as replicas on a Ray cluster, whose ids Ray chooses; the cluster is `Deployment.ray`.
         has_keys: the service asks for API keys: those of `Deployment.keys`.
+        limits: of the gateways, beside those that a drill needs.
+        kv_keys: the file of keys that workers seal stored KV with; None: it isn't sealed.
     """
 
     model: str
@@ -67,7 +73,10 @@ class DrillConfig:
     workers: tuple[str, ...] = ("a", "b")
     seed: int = 7
     kv: KvKind = KvKind.ONE
+    on_ray: bool = False
     has_keys: bool = False
+    limits: Mapping[str, float] = field(default_factory=dict)
+    kv_keys: Path | None = None
 
 
 @dataclass(slots=True)
@@ -88,12 +97,14 @@ class Deployment:
     replica: DrillServer | None = field(init=False, default=None)
     sentinel: DrillSentinel | None = field(init=False, default=None)
     cluster: DrillCluster | None = field(init=False, default=None)
+    ray: DrillRay | None = field(init=False, default=None)
     links: dict[str, Links] = field(init=False, default_factory=dict)
     processes: dict[str, LocalService] = field(init=False, default_factory=dict)
     clients: dict[str, Client] = field(init=False, default_factory=dict)
     http_ports: dict[str, int] = field(init=False, default_factory=dict)
     keys: dict[str, str] = field(init=False, default_factory=dict)
     """Of the API, by tenant; empty where it asks for none."""
+    _found_workers: tuple[str, ...] = field(init=False, default=())
     _stack: AsyncExitStack = field(init=False, default_factory=AsyncExitStack)
 
     async def __aenter__(self) -> Self:
@@ -116,8 +127,8 @@ class Deployment:
 
     @property
     def workers(self) -> tuple[str, ...]:
-        """Their names."""
-        return self.config.workers
+        """Their names: where they run on Ray, those that `until_whole` found last."""
+        return self._found_workers if self.config.on_ray else self.config.workers
 
     @property
     def seed(self) -> int:
@@ -173,18 +184,24 @@ class Deployment:
                         why = error.message
                     else:
                         there = {worker.worker_id for worker in stats.workers if worker.tier.connected}
-                        if there == set(self.config.workers):
+                        if self._are_all(there):
                             return stats
                         why = f"workers in touch with the kv server: {', '.join(sorted(there)) or 'none'}"
                     await asyncio.sleep(POLL_S)
         except TimeoutError:
             raise Unavailable(f"the deployment isn't whole after {timeout_s:g} s: {why}", reason="not_whole") from None
 
+    def _are_all(self, there: set[WorkerId]) -> bool:
+        if not self.config.on_ray:
+            return there == set(self.config.workers)
+        self._found_workers = tuple(sorted(there))
+        return len(there) == len(self.config.workers)
+
     async def _start(self) -> None:
         folder = self.config.folder
         folder.mkdir(mode=0o700, exist_ok=True)
         await self._start_servers(folder)
-        gateways, workers = self.config.gateways, self.config.workers
+        gateways, workers = self.config.gateways, (RAY,) if self.config.on_ray else self.config.workers
         for index, name in enumerate((*gateways, *workers)):
             links = Links(Proxy("127.0.0.1", self.state.port, seed=self.config.seed + index))
             await links.state.start()
@@ -203,11 +220,13 @@ class Deployment:
             # A port of its own: one that was killed must come back where its callers look for it.
             file = self._gateway_file(name, secret)
             self.processes[name] = self._process("gateway", name, file, free_port())
-        for name in workers:
+        for name in () if self.config.on_ray else workers:
             self.processes[name] = self._process("worker", name, self._worker_file(name), 0)
         for process in self.processes.values():
             self._stack.push_async_callback(process.kill)
         await asyncio.gather(*(process.start() for process in self.processes.values()))
+        if self.config.on_ray:
+            await self._start_ray()
         for name in gateways:
             self.clients[name] = await self._stack.enter_async_context(self.client_of(name, TENANT))
         await self.until_whole()
@@ -233,6 +252,26 @@ class Deployment:
         if self.cluster is not None:
             await self.cluster.join()
 
+    async def _start_ray(self) -> None:
+        """A cluster, and the workers on it. What differs from node to node they find in their environment."""
+        settings = self._worker_settings(RAY)
+        environment = {
+            "KVSERVICE_STATE_URL": self.state.url(self.links[RAY].state.port),
+            "KVSERVICE_REDIS_URL": str(settings.pop("redis_url")),
+        }
+        self.ray = DrillRay(self.config.folder / "ray", environment)
+        self._stack.push_async_callback(self.ray.aclose)
+        await self.ray.start()
+        deployment = {
+            "name": RAY,
+            "worker": settings,
+            "num_cpus": 0.25,
+            "health_check_period_s": 1,
+            "replicas": len(self.config.workers),
+        }
+        table = {"address": self.ray.address, "deployments": [deployment]}
+        await self.ray.deploy(self._settings_file(RAY, {"ray": table}))
+
     def _process(self, command: str, name: str, settings: Path, port: int) -> LocalService:
         self.skew(name, 0.0)
         module = ("kvservice.drill.skewed", str(self._skew_file(name)))
@@ -252,7 +291,7 @@ class Deployment:
 
     def _gateway_file(self, name: str, secret: str) -> Path:
         # Sessions may be left to expire within the drill.
-        limits = {"min_ttl_s": 1.0}
+        limits = {"min_ttl_s": 1.0, **self.config.limits}
         gateway = {
             "secret": secret,
             "discovery_interval_s": 0.2,
@@ -264,10 +303,12 @@ class Deployment:
         return self._settings_file(name, {"gateway": gateway, "api_keys": keys})
 
     def _worker_file(self, name: str) -> Path:
+        return self._settings_file(name, {"worker": {"worker_id": name, **self._worker_settings(name)}})
+
+    def _worker_settings(self, name: str) -> dict[str, object]:
         link = self.links[name].kv
         assert link is not None
-        worker = {
-            "worker_id": name,
+        return {
             "model": self.config.model,
             "dtype": self.config.dtype,
             "deterministic": True,
@@ -276,9 +317,9 @@ class Deployment:
             "threads": 1,
             "drain_grace_s": 1.0,
             "kv_ttl_s": 60.0,
+            "kv_keys": str(self.config.kv_keys.absolute()) if self.config.kv_keys is not None else None,
             "redis_url": self._kv_url(link),
         }
-        return self._settings_file(name, {"worker": worker})
 
     def _settings_file(self, name: str, settings: dict[str, object]) -> Path:
         own = {"state_url": self.state.url(self.links[name].state.port), "log_level": "WARNING"}

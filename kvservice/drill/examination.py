@@ -11,6 +11,7 @@ import socket
 import statistics
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -91,14 +92,26 @@ def ask_machine(needed_bytes: int) -> MachineFacts:
 
 
 def _available_bytes() -> int:
+    """Of the machine's memory, and of what this process's group of processes may have of it."""
+    free = [*_free_of_machine(), *_free_of_group()]
+    return min(free, default=0)
+
+
+def _free_of_machine() -> list[int]:
     try:
         with open("/proc/meminfo") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
+            return [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     except OSError:
-        return 0
-    return 0
+        return []
+
+
+def _free_of_group(folder: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Inside a container that folder is its own group's (cgroup v2); without a limit there is nothing to tell."""
+    try:
+        most, used = (folder / "memory.max").read_text().strip(), int((folder / "memory.current").read_text())
+    except (OSError, ValueError):
+        return []
+    return [int(most) - used] if most.isdigit() else []
 
 
 async def _told(client: Any, *command: str) -> Any:  # noqa: ANN401 -- a client of `connect`, and its answer

@@ -40,6 +40,8 @@ RECOVERED_STORED_S = 5.0
 """After a fault one that isn't by then, since its worker hadn't heard of the end, is left for the next."""
 STORED_S = 20.0
 """Frames of a session are stored, and named by a manifest, within this time."""
+GONE_S = 15.0
+"""What a call held that its caller gave up, or whose session was closed, is let go within this time."""
 POLL_S = 0.05
 
 Judged = tuple[Outcome, int, str]
@@ -247,15 +249,27 @@ class Examiner:
         for session in prepared.sessions:
             with contextlib.suppress(NotFound):
                 await client.close_session(session, purge=True)
-        left = await client.verify(self._tenant)
+        left_frames, left_bytes = await self._left(client)
         return DataReport(
             short_sessions=short,
             checked_frames=found.checked_frames,
             missing_frames=found.missing_frames,
             corrupt_frames=found.corrupt_frames,
-            left_frames=max(0, left.own_frames - self._others[0]),
-            left_bytes=max(0, left.stored_bytes + left.reserved_bytes - self._others[1]),
+            left_frames=left_frames,
+            left_bytes=left_bytes,
         )
+
+    async def _left(self, client: Client) -> tuple[int, int]:
+        """Frames and bytes that are there still; what is on its way out is given `GONE_S`."""
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + GONE_S
+        while True:
+            there = await client.verify(self._tenant)
+            frames = max(0, there.own_frames - self._others[0])
+            stored = max(0, there.stored_bytes + there.reserved_bytes - self._others[1])
+            if not (frames or stored) or loop.time() > give_up:
+                return frames, stored
+            await asyncio.sleep(POLL_S)
 
     async def misses(self) -> Counter[str]:
         """Frames not read and not written, over all workers since they started, by reason."""

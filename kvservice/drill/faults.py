@@ -34,6 +34,7 @@ class Fault:
         may_fail: calls may be refused while it lasts, clearly.
         reduced: part of the short form.
         kv: what the kv role must be.
+        on_ray: the workers must run on Ray.
         most_s: so long a call may take under it; 0: however long.
     """
 
@@ -45,6 +46,7 @@ class Fault:
     may_fail: bool = False
     reduced: bool = False
     kv: KvKind = KvKind.ONE
+    on_ray: bool = False
     most_s: float = 0.0
 
 
@@ -145,11 +147,11 @@ _LARGE = (("CONFIG", "SET", "maxmemory", "512mb"), ("CONFIG", "SET", "maxmemory-
 
 FAULTS: tuple[Fault, ...] = (
     _of_kv_link("latency and jitter", LinkFault(latency_s=0.05, jitter_s=0.1)),
-    _of_kv_link("resets in mid-frame", LinkFault(reset_after_bytes=5000), "connection", "breaker", reduced=True),
+    _of_kv_link("resets in mid-frame", LinkFault(reset_after_bytes=5000), "connection", "breaker"),
     _of_kv_link("truncated replies", LinkFault(truncate_after_bytes=5000), "connection", "breaker"),
     _of_kv_link("bits flipped in replies", LinkFault(flip_every_bytes=20_000), "checksum", "connection", reduced=True),
     _of_kv_link("bits flipped in requests", LinkFault(flip_every_bytes=5000, flip_requests=True)),
-    _of_kv_link("black hole", LinkFault(black_hole=True), "timeout", "breaker", reduced=True),
+    _of_kv_link("black hole", LinkFault(black_hole=True), "timeout", "breaker"),
     _of_kv_link("slow drip", LinkFault(drip_bytes_per_s=20_000), "timeout", "breaker"),
     _of_kv_link("connections refused", LinkFault(refuses=True), "connection", "breaker"),
     _of_kv_link("LOADING", LinkFault(error="-LOADING Redis is loading the dataset in memory"), "connection", "breaker"),
@@ -162,7 +164,6 @@ FAULTS: tuple[Fault, ...] = (
         _kv_commands(*_SMALL, ("CONFIG", "SET", "maxmemory-policy", "noeviction")),
         _kv_commands(*_LARGE),
         frozenset({"write:oom", "write:breaker"}),
-        reduced=True,
     ),
     Fault(
         "evicted between look-up and read",
@@ -197,7 +198,7 @@ FAULTS: tuple[Fault, ...] = (
     _of_state_link("state: resets", LinkFault(reset_after_bytes=500)),
     _of_state_link("state: black hole", LinkFault(black_hole=True)),
     _of_state_link("state: connections refused", LinkFault(refuses=True)),
-    Fault("state: killed, restarted", STATE, _kill_state, _start_state, may_fail=True, reduced=True),
+    Fault("state: killed, restarted", STATE, _kill_state, _start_state, may_fail=True),
     Fault("state: server frozen", STATE, _freeze_state, _thaw_state, may_fail=True),
 )
 """In the order in which they are tried."""

@@ -1,6 +1,6 @@
 """More that the fuzzer feeds: what operators write into files, and what callers post over HTTP.
 
-settings    of the whole service, as JSON
+settings    of the whole service, as JSON or TOML
 seals       the file of keys that stored KV is sealed with
 bodies      of OpenAI's requests, and the messages that they become
 """
@@ -8,6 +8,7 @@ bodies      of OpenAI's requests, and the messages that they become
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -46,14 +47,16 @@ def _settings() -> list[bytes]:
     gateway = {"secret": "s" * 32, "port": 0, "limits": {"min_ttl_s": 1.0}, "quota": {"requests_per_minute": 5}}
     worker = {"model": "m", "kv_bytes": "64MiB", "host_bytes": 128, "deterministic": True, "redis_url": "redis://h:1/0"}
     whole = {"gateway": gateway, "worker": worker, "workers": 2, "state_url": "redis://h:2/0", "log_level": "INFO"}
-    return [json.dumps(each).encode() for each in (whole, {"gateway": gateway}, {"worker": worker}, {})]
+    in_toml = b'workers = 2\n[gateway]\nport = 0\nsecret = "ssssssssssssssssssssssssssssssss"\n[worker]\nmodel = "m"\n'
+    return [json.dumps(each).encode() for each in (whole, {"gateway": gateway}, {"worker": worker}, {})] + [in_toml]
 
 
 def _read_settings(data: bytes) -> str:
     try:
-        settings = json.loads(data.decode())
+        text = data.decode()
+        settings = json.loads(text) if text.startswith("{") else tomllib.loads(text)
     except (ValueError, RecursionError):
-        return "refused: not JSON"
+        return "refused: illegible"
     if not isinstance(settings, dict):
         return "refused: not a table"
     try:

@@ -6,6 +6,7 @@ replies     a Redis server's answers to GETs, as the reader of frames takes them
 manifests   as the state store gives them
 messages    every public and internal message, and what the service makes of it
 maps, keys  files that an operator names
+documents   what callers upload
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from kvservice.config.api_keys import load_api_keys
 from kvservice.config.limits import Limits
 from kvservice.config.recipes import RECIPES
 from kvservice.drill.fuzz import FalseAcceptanceError, Target
+from kvservice.drill.fuzz_documents import document_target
 from kvservice.drill.fuzz_settings import more_targets
 from kvservice.errors import CorruptFrame, InternalError, KVServiceError, Unavailable
 from kvservice.gateway import convert as public
@@ -81,6 +83,7 @@ def targets(folder: Path) -> tuple[Target, ...]:
         Target("maps", _maps(), _file_target(folder / "map.json", _read_map), ("kvservice/compression/",)),
         Target("keys", _key_files(), _file_target(folder / "keys.json", load_api_keys), ("kvservice/config/",)),
         *more_targets(folder),
+        document_target(folder),
     )
 
 

@@ -23,6 +23,8 @@ from kvservice.drill.faults_of_machines import (
     has_own_network,
     open_own_network,
 )
+from kvservice.drill.faults_of_ray import RAY_FAULTS
+from kvservice.drill.faults_of_threads import thread_faults
 from kvservice.drill.outcomes import FaultReport
 from kvservice.drill.processes import (
     PROCESS,
@@ -75,7 +77,10 @@ def plan(*, reduced: bool, parts: Sequence[str] = DEFAULT_PARTS, only: Sequence[
             f"part {NETWORK}: networks are cut in a namespace of the drill's own: run it by "
             f"`unshare --net --map-root-user kvservice drill --part {NETWORK}`"
         )
-    known_faults = (*FAULTS, *MACHINE_FAULTS, *caller_faults(), *CLUSTER_FAULTS, *NETWORK_FAULTS)
+    known_faults = (
+        *(*FAULTS, *MACHINE_FAULTS, *caller_faults(), *CLUSTER_FAULTS, *thread_faults()),
+        *(*RAY_FAULTS, *NETWORK_FAULTS),
+    )
     of_servers = [fault for fault in known_faults if fault.part in parts and (fault.reduced or not reduced)]
     of_processes: list[ProcessFault | WritersFault] = []
     if PROCESS in parts:
@@ -131,15 +136,15 @@ class _Drill:
         self._recipe = recipe
         self._stack = AsyncExitStack()
         self._num_deployments = 0
-        self._kv = KvKind.ONE
+        self._kind = (KvKind.ONE, False)
         self._examiner: Examiner | None = None
         self._processes: ProcessExaminer | None = None
 
-    async def begin(self, kv: KvKind = KvKind.ONE) -> FaultReport:
+    async def begin(self, kv: KvKind = KvKind.ONE, *, on_ray: bool = False) -> FaultReport:
         self._num_deployments += 1
-        self._kv = kv
+        self._kind = (kv, on_ray)
         folder = self._config.folder / f"deployment-{self._num_deployments}"
-        config = replace(self._config, folder=folder, kv=kv, has_keys=True)
+        config = replace(self._config, folder=folder, kv=kv, on_ray=on_ray, has_keys=True)
         deployment = await self._stack.enter_async_context(Deployment(config))
         self._examiner = Examiner(deployment, self._recipe)
         self._processes = None
@@ -164,11 +169,11 @@ class _Drill:
 
     async def _struck(self, fault: Fault | ProcessFault | WritersFault) -> FaultReport:
         try:
-            kv = fault.kv if isinstance(fault, Fault) else KvKind.ONE
-            if kv is not self._kv:
+            kv, on_ray = (fault.kv, fault.on_ray) if isinstance(fault, Fault) else (KvKind.ONE, False)
+            if (kv, on_ray) != self._kind:
                 await self.aclose()
             if self._examiner is None:
-                await self.begin(kv)
+                await self.begin(kv, on_ray=on_ray)
             found = await self._strike(fault)
         except (KVServiceError, TimeoutError) as error:
             logger.exception("drill_broken")
@@ -188,7 +193,6 @@ class _Drill:
             return await examine_writers(self._deployment, self._examiner)
         if self._processes is None:
             self._processes = ProcessExaminer(self._deployment, self._examiner)
-            await self._processes.rehearse()
         return await self._processes.examine(fault)
 
     async def aclose(self) -> None:

@@ -200,6 +200,7 @@ class Engine:
             self.cancel(running.call.call_id)
         if purge:
             self._writer.delete(tenant_tag, session_id)
+        self._writer.forget(session_id)
         return self._sequences.drop(session_id)
 
     def take_byte_seconds(self, session_id: SessionId) -> ByteSeconds:

@@ -66,6 +66,10 @@ class GroupWriter(Protocol):
         """
         ...
 
+    def forget(self, session_id: SessionId) -> None:
+        """A session is gone from here: nothing is kept in memory any more to write longer blobs with."""
+        ...
+
     def delete(self, tenant_tag: bytes, session_id: SessionId) -> None:
         """Deletes all blobs of a session."""
         ...
@@ -112,6 +116,9 @@ class NoWriter:
         self, tenant_tag: bytes, session_id: SessionId, start: int, token_ids: Sequence[int], pairs: Tensor
     ) -> None:
         """Forgets."""
+
+    def forget(self, session_id: SessionId) -> None:
+        """Nothing is kept."""
 
     def delete(self, tenant_tag: bytes, session_id: SessionId) -> None:
         """Nothing to delete."""

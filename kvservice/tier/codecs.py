@@ -33,8 +33,6 @@ ZSTD_RATIO = 0.7
 """What is left of bf16 KV, about."""
 SCALE_BYTES = 8
 """A scale and a least value, fp32."""
-MAX_SCALE = 1e30
-"""No value is anywhere near; a sealed frame that says so isn't of our making."""
 
 _VALUE_BITS = {"values8": 8, "values4": 4}
 CODECS = ("raw", "zstd", *_VALUE_BITS)
@@ -156,7 +154,10 @@ def _dequantise(header: FrameHeader, stored: memoryview, into: Sequence[memoryvi
     codes = np.frombuffer(stored[key_bytes + 2 * scales :], np.uint8).reshape(*shape[:-2], -1)
     if bits == 4:
         codes = np.concatenate((codes & 0xF, codes >> 4), -1)
-    if not (np.isfinite(scale).all() and np.isfinite(least).all() and scale.max(initial=0.0) < MAX_SCALE):
+    with np.errstate(over="ignore", invalid="ignore"):
+        most = scale * np.float32(2**bits - 1) + least
+    # Of any finite values the scale is no less than 0, and they all lie between the least and the most.
+    if not (np.isfinite(most).all() and np.isfinite(least).all() and (scale >= 0).all()):
         raise ValueError("scales that no values have")
     values = codes * scale
     values += least

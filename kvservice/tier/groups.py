@@ -281,6 +281,11 @@ class GroupFrames:
             chunks.append(following)
         return chunks
 
+    def forget(self, session_id: SessionId) -> None:
+        """Drops what waits for more of a session's groups; what of it was queued is written."""
+        for session in [each for each in self._tails if each[1] == session_id]:
+            self._drop_tail(session)
+
     def delete(self, tenant_tag: bytes, session_id: SessionId) -> None:
         """Deletes all frames of a session, in time."""
         session = (tenant_tag, session_id)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 import torch
 from hypothesis import given
@@ -78,6 +80,20 @@ def test_cut_payloads_are_refused(codec, cut):
     stored = b"".join(map(bytes, codecs.encode(header, layer_memory(groups))))
     with pytest.raises(CorruptFrame):
         codecs.decode(header, memoryview(stored)[:-cut], layer_memory(torch.zeros_like(groups)))
+
+
+@pytest.mark.parametrize(
+    ("scale", "least"), [(-3e38, 0.0), (3e38, 0.0), (1e36, 3.4e38), (float("nan"), 0.0), (-1.0, 5.0)]
+)
+def test_scales_that_no_values_have_are_refused(scale, least):
+    values = random_kv()[..., 1:, :].contiguous()
+    header = header_of(values, "values8", FrameRole.VALUE)
+    stored = bytearray(b"".join(map(bytes, codecs.encode(header, layer_memory(values)))))
+    rows = values.numel() // values.shape[-1]
+    stored[:4] = struct.pack("<f", scale)
+    stored[4 * rows : 4 * rows + 4] = struct.pack("<f", least)
+    with pytest.raises(CorruptFrame):
+        codecs.decode(header, memoryview(bytes(stored)), layer_memory(torch.zeros_like(values)))
 
 
 def test_zstd_that_unpacks_to_more_than_it_should_is_refused():
