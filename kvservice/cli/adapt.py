@@ -55,7 +55,7 @@ def pod(
     ] = None,
     sharing: Annotated[
         SharingMode, typer.Option("--sharing", help="What layers without keys score by; to be served likewise.")
-    ] = SharingMode.KEY,
+    ] = SharingMode.SCORE,
     method: Annotated[
         str, typer.Option("--method", help="lora: matrices of low rank are added. full: whole ones; a large file.")
     ] = "lora",
@@ -78,7 +78,7 @@ def pod(
         float, typer.Option("--state-weight", min=0, help="Of the distance between layers' outputs in the loss.")
     ] = 0.0,
     recompute: Annotated[
-        bool, typer.Option("--recompute", help="Compute layers again for gradients: less memory, a third slower.")
+        bool, typer.Option("--recompute", help="Compute layers again for gradients: less memory, more time.")
     ] = False,
     eval_every: Annotated[int, typer.Option("--eval-every", min=1, help="Steps between two looks at --held.")] = 25,
     save_every: Annotated[int, typer.Option("--save-every", min=1, help="Steps after which a run may be cut.")] = 5,

@@ -21,7 +21,7 @@ class TrainingSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    mode: SharingMode = SharingMode.KEY
+    mode: SharingMode
     steps: int = Field(ge=1)
     context: int = Field(2048, gt=FIRST_DISTANT)
     texts_per_step: int = Field(2, ge=1)

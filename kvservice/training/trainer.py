@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvservice.compression.layer_groups import LayerGroups
 from kvservice.compression.sharing import SharingPlan
+from kvservice.errors import ConfigError
 from kvservice.models.adapter import LowRank, MatrixChange
 from kvservice.training.attention import SharedAttention
 from kvservice.training.loss import distances, kl_to, state_distance
@@ -81,6 +82,9 @@ class Trainer:
         settings: see there.
         texts: to train on.
         held: not to train on; may be none.
+
+    Raises:
+        ConfigError: the groups share nothing.
     """
 
     def __init__(
@@ -190,6 +194,9 @@ def _changed_layers(groups: LayerGroups, settings: TrainingSettings) -> Sequence
     if settings.layers == "all":
         return range(groups.num_layers)
     heads = range(groups.num_kv_heads)
-    return [
+    found = [
         layer for layer in range(groups.num_layers) if not all(groups.stores_distant_key(layer, head) for head in heads)
     ]
+    if not found:
+        raise ConfigError("the map shares no keys: there is nothing to train; make one with a lower --delta")
+    return found

@@ -44,7 +44,7 @@ def adapt(home: Path, *more: str, out: str = "out.safetensors") -> int:
             (
                 *("adapt", "pod", "--model", str(home / "tiny"), "--map", str(home / "map.json"), *SIZES),
                 *("--text", str(home / "a"), str(home / "b"), "--held", str(home / "held")),
-                *("--out", str(home / out), *more),
+                *("--out", str(home / out), "--sharing", "key", *more),
             )
         )
     return int(ended.value.code or 0)
