@@ -277,6 +277,37 @@ def plot_sharing(path: Path, lines: Mapping[str, Sequence[tuple[float, float]]],
     _save(figure, path)
 
 
+def plot_training(
+    path: Path,
+    trained: Sequence[tuple[int, float]],
+    held: Mapping[int, tuple[float, float]],
+    title: str,
+) -> None:
+    """How far from dense a model is while it is trained, one line for what it reads and two for what it doesn't.
+
+    Args:
+        path: of the PNG.
+        trained: steps done, and KL in nats.
+        held: KL and the change of NLL on texts held out, in nats, by steps done.
+        title: of the figure.
+
+    Raises:
+        ConfigError: the file can't be written.
+    """
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*trained, strict=True), color=LINES[0], linewidth=0.8, label="KL, texts trained on")
+    if held:
+        axes.plot(list(held), [kl for kl, _ in held.values()], "o-", color=LINES[1], label="KL, texts held out")
+        axes.plot(list(held), [nll for _, nll in held.values()], "s--", color=LINES[2], label="NLL change, held out")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("steps")
+    axes.set_ylabel("nats a token")
+    axes.set_title(title)
+    axes.legend()
+    _save(figure, path)
+
+
 def plot_churn(
     path: Path, minutes: Sequence[float], panels: Mapping[str, Mapping[str, Sequence[float]]], title: str
 ) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from kvservice.compression.sharing import SharingPlan
     from kvservice.engine import Engine
     from kvservice.engine.grammar import GrammarCompiler
+    from kvservice.models.adapter import Adapter
     from kvservice.models.base import Model, ModelSpec
     from kvservice.tier.groups import FrameSet
     from kvservice.tier.journal import FrameJournal
@@ -148,7 +149,18 @@ def num_threads(config: WorkerConfig) -> int:
     return config.threads or len(os.sched_getaffinity(0))
 
 
-def open_model(config: WorkerConfig, folder: Path) -> Model:
+def open_adapter(config: WorkerConfig) -> Adapter | None:
+    """The adapter that a worker's model is to have; None without one.
+
+    Raises:
+        ConfigError: it can't be read, or is damaged.
+    """
+    from kvservice.models.adapter import read_adapter
+
+    return None if config.adapter is None else read_adapter(config.adapter)
+
+
+def open_model(config: WorkerConfig, folder: Path, adapter: Adapter | None = None) -> Model:
     """Loads a worker's model, and sets the threads that it computes with. Blocks for as long as that takes."""
     import torch
 
@@ -164,7 +176,8 @@ def open_model(config: WorkerConfig, folder: Path) -> Model:
     else:
         torch.set_num_threads(threads)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
-    return load_model(folder, dtype=dtype, device=torch.device(config.device), deterministic=config.deterministic)
+    device = torch.device(config.device)
+    return load_model(folder, dtype=dtype, device=device, deterministic=config.deterministic, adapter=adapter)
 
 
 def make_engine(
@@ -185,7 +198,7 @@ def make_engine(
 
     Raises:
         ModelError: the model can't be used, or its layers can't share keys and a map was named.
-        ConfigError: the map is damaged, or another model's.
+        ConfigError: the map or the adapter is damaged or another model's, or they aren't for one another.
     """
     from kvservice.engine import Engine
     from kvservice.engine.ports import NoWriter
@@ -194,14 +207,17 @@ def make_engine(
     from kvservice.tier.groups import FrameSet, GroupFrames, kv_fingerprint
 
     give_back_big_blocks()
-    model = open_model(config, folder)
+    adapter = open_adapter(config)
+    model = open_model(config, folder, adapter)
     spec = model.spec
     sharing = sharing_plan(config, folder, spec)
+    if adapter is not None and sharing is not None:
+        adapter.check_plan(sharing)
     if frames is None:
         return Engine(model, engine_config(config), NoWriter(), grammars, sharing=sharing)
     layout = KVLayout.of(spec.shape, model.dtype)
     fingerprint = kv_fingerprint(
-        weights=spec.digest,
+        weights=spec.digest if spec.adapter is None else f"{spec.digest} {spec.adapter}",
         origin=spec.origin,
         dtype=config.dtype,
         rope_theta=spec.rope_theta,

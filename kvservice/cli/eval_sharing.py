@@ -15,6 +15,7 @@ from kvservice.cli.options import DEFAULT_MODEL, JsonFile, Model, MoreTextFiles,
 from kvservice.cli.output import hint, human_bytes, progress_bar, show_table, write_json
 from kvservice.cli.settings import worker_config
 from kvservice.compression.layer_groups import delta_for_saving, group_layers
+from kvservice.compression.sharing import SharingPlan
 from kvservice.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from kvservice.engine import Engine
     from kvservice.evaluation.sharing_helpers import Fit
     from kvservice.evaluation.sharing_table import Case, Kept, Row, SavedBytes, ServedRow, Text
+    from kvservice.models.adapter import Adapter
     from kvservice.models.llama import LlamaModel
 
 Texts = list[tuple[str, list[int]]]
@@ -55,6 +57,10 @@ def sharing(
     context: Annotated[int, typer.Option("--context", min=1, help="Tokens read before the measured ones.")] = 4096,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Measured tokens of each text.")] = 256,
     fit_tokens: Annotated[int, typer.Option("--fit-tokens", min=1, help="Tokens read of each text to fit on.")] = 2048,
+    adapters: Annotated[
+        list[Path] | None,
+        typer.Option("--adapter", metavar="FILE", help="Also weights trained by `adapt pod`; may be repeated."),
+    ] = None,
     keep: Annotated[
         Path | None,
         typer.Option("--keep", metavar="FILE", help="Measurements go here one by one; a run that was cut off goes on."),
@@ -111,8 +117,11 @@ def sharing(
     read_densely = work.read()
     saved = work.saved_bytes(cases)
     work.cases(cases, read_densely)
-    work.served(_served_engine(model, dtype, threads, served), served, read_densely)
+    work.served(_served_engine(model, dtype, threads, SharingPlan(served)), served, read_densely)
     rows, recipes = summarize(cases, read_densely, kept, seed), served_rows(served, read_densely, kept, seed)
+    if adapters:
+        more_rows, more_recipes = _adapted(work, read_densely, adapters, model, dtype, threads, seed)
+        rows, recipes = rows + more_rows, recipes + more_recipes
     title = f"after {context:,} tokens: {new_tokens * len(read):,} tokens of {len(read)} text(s)"
     tables = _tables(rows, recipes, saved, served, title)
     for name, columns, cells in tables:
@@ -136,6 +145,38 @@ def sharing(
     if plot is not None:
         lines = _lines(rows)
         kvservice.bench.plots.plot_sharing(plot, lines, f"{loaded.spec.name} {title}")
+
+
+def _adapted(
+    work: _Work, texts: Sequence[Text], paths: Sequence[Path], model: str, dtype: str, threads: int | None, seed: int
+) -> tuple[list[Row], list[ServedRow]]:
+    """Measures adapters, one after the other, since each is a model of its own."""
+    import torch
+
+    from kvservice.evaluation.sharing_adapted import Adapted, measure, measure_served, rows, served_rows
+    from kvservice.models.adapter import adapt, read_adapter
+    from kvservice.models.fetch import resolve
+    from kvservice.models.llama import LlamaModel
+    from kvservice.models.loader import read_model
+    from kvservice.models.sharing import model_facts
+
+    found = []
+    with progress_bar() as bar:
+        task = bar.add_task("adapters", total=len(paths) * len(texts))
+        for path in paths:
+            adapter = read_adapter(path)
+            spec, weights = read_model(resolve(model, None), work.model.dtype)
+            adapter.check_model(model_facts(spec))
+            one = Adapted(path.stem, adapter.facts, adapter.digest)
+            in_one_pass = LlamaModel(*adapt(spec, weights, adapter), torch.device("cpu"))
+            engine = _served_engine(model, dtype, threads, one.plan, adapter)
+            for text in texts:
+                measure(in_one_pass, one, text, work.kept)
+                measure_served(engine, one, text, work.kept)
+                bar.advance(task)
+            engine.close()
+            found.append(one)
+    return rows(found, texts, work.kept, seed), served_rows(found, texts, work.kept, seed)
 
 
 def _parse_deltas(text: str) -> list[float]:
@@ -173,20 +214,19 @@ def _load(model: str, dtype: str, threads: int | None, path: Path, num_tokens: i
     return LlamaModel(spec, weights, torch.device("cpu")), read_map(path, model_facts(spec))
 
 
-def _served_engine(model: str, dtype: str, threads: int | None, groups: LayerGroups) -> Engine:
+def _served_engine(
+    model: str, dtype: str, threads: int | None, plan: SharingPlan, adapter: Adapter | None = None
+) -> Engine:
     import torch
 
     from kvservice.cli.compose import engine_config, open_model
-    from kvservice.compression.sharing import SharingPlan
     from kvservice.engine import Engine
     from kvservice.engine.ports import NoWriter
     from kvservice.models.fetch import resolve
 
     config = worker_config({"model": model, "kv_bytes": EVAL_KV_BYTES, "dtype": dtype, "threads": threads})
     used = torch.get_num_threads()
-    engine = Engine(
-        open_model(config, resolve(model, None)), engine_config(config), NoWriter(), sharing=SharingPlan(groups)
-    )
+    engine = Engine(open_model(config, resolve(model, None), adapter), engine_config(config), NoWriter(), sharing=plan)
     # Opening a model may leave torch one thread; the other model needs them all.
     torch.set_num_threads(used)
     return engine

@@ -12,6 +12,7 @@ import typer
 
 from kvservice.cli.options import (
     DEFAULT_MODEL,
+    AdapterFile,
     JsonFile,
     Map,
     Model,
@@ -165,6 +166,7 @@ def passkey(
     ] = 0,
     sessions: Annotated[int, typer.Option("--sessions", min=1, help="Sessions at a time. Changes no answer.")] = 4,
     sharing_map: Map = None,
+    adapter: AdapterFile = None,
     sharing: Sharing = None,
     skip_above: SkipAbove = None,
     model: Model = DEFAULT_MODEL,
@@ -196,7 +198,9 @@ def passkey(
         count=lambda part: len(tokenizer.encode(part, TextRole.DOCUMENT, PromptFormat.RAW, first=True)),
     )
     shared = sharing_settings(spec, sharing_map, sharing, skip_above)
-    engine = load_engine(model, dtype, threads, shared)
+    adapted: Settings = {"adapter": str(adapter), "recipe": spec.name} if adapter else {}
+    engine = load_engine(model, dtype, threads, shared | adapted)
+    reference = load_engine(model, dtype, threads) if adapter else None
     with progress_bar() as bar:
         task = bar.add_task("sessions", total=len(compared(spec)) * len(asked))
         results = run_cases(
@@ -207,6 +211,7 @@ def passkey(
             talk_tokens=talk_tokens,
             at_once=sessions,
             report=lambda: bar.advance(task),
+            reference=reference,
         )
     figures = summarize(results)
     where = f"{tokens:,} tokens of {haystack.value}"
@@ -231,6 +236,7 @@ def passkey(
             "text": str(text) if text is not None else None,
             "threads": threads,
             **shared,
+            **adapted,
         }
         answers = [
             {"tokens": result.num_tokens}

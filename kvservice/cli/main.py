@@ -11,6 +11,7 @@ import typer
 
 from kvservice import __version__
 from kvservice.cli import (
+    adapt,
     bench,
     calibrate,
     catalogue,
@@ -76,6 +77,7 @@ evaluate.app.command("precision")(eval_precision.precision)
 evaluate.app.command("sharing")(eval_sharing.sharing)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(calibrate.app, name="calibrate")
+app.add_typer(adapt.app, name="adapt")
 
 
 def _print_version(wanted: bool) -> None:

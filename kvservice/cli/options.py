@@ -109,6 +109,14 @@ Map = Annotated[
         help="Which layers share distant keys, of `calibrate pod`. Recipes pod and pod-exact need it.",
     ),
 ]
+AdapterFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--adapter",
+        metavar="FILE",
+        help="Weights trained for that map, of `adapt pod`. Only recipes pod and pod-exact are served then.",
+    ),
+]
 Sharing = Annotated[
     str | None,
     typer.Option("--sharing", help="Layers without distant keys score by their anchor's queries (score) or own (key)."),

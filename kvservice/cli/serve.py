@@ -9,7 +9,17 @@ from typing import Annotated
 
 import typer
 
-from kvservice.cli.options import HostBytes, HostLink, KvBytes, Map, Recipe, Sharing, SkipAbove, parse_bytes
+from kvservice.cli.options import (
+    AdapterFile,
+    HostBytes,
+    HostLink,
+    KvBytes,
+    Map,
+    Recipe,
+    Sharing,
+    SkipAbove,
+    parse_bytes,
+)
 from kvservice.cli.settings import (
     REDIS_URL_VARIABLE,
     SECRET_VARIABLE,
@@ -166,6 +176,7 @@ def serve(
     deterministic: Deterministic = None,
     host_link: HostLink = None,
     sharing_map: Map = None,
+    adapter: AdapterFile = None,
     sharing: Sharing = None,
     skip_above: SkipAbove = None,
     grace_s: Grace = None,
@@ -204,6 +215,7 @@ def serve(
                 "deterministic": deterministic,
                 "host_link_bytes_per_s": host_link,
                 "sharing_map": sharing_map,
+                "adapter": adapter,
                 "sharing": sharing,
                 "skip_above": skip_above,
                 "threads": threads,
@@ -311,6 +323,7 @@ def worker(
     deterministic: Deterministic = None,
     host_link: HostLink = None,
     sharing_map: Map = None,
+    adapter: AdapterFile = None,
     sharing: Sharing = None,
     skip_above: SkipAbove = None,
     grace_s: Grace = None,
@@ -343,6 +356,7 @@ def worker(
                 "deterministic": deterministic,
                 "host_link_bytes_per_s": host_link,
                 "sharing_map": sharing_map,
+                "adapter": adapter,
                 "sharing": sharing,
                 "skip_above": skip_above,
                 "threads": threads,

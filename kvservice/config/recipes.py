@@ -206,13 +206,15 @@ PLAIN_RECIPES: tuple[str, ...] = tuple(
 """Those of this service's own: every worker serves them, and no published method has a say in them."""
 
 
-def served_recipes(*, shares_keys: bool) -> tuple[str, ...]:
+def served_recipes(*, shares_keys: bool, is_adapted: bool = False) -> tuple[str, ...]:
     """The recipes that a worker serves.
 
     Args:
         shares_keys: whether it has a map of the layers that share distant keys.
+        is_adapted: whether its weights were trained for that. Other recipes promise the model as it is.
     """
-    return tuple(name for name in SERVED_RECIPES if shares_keys or not RECIPES[name].shares_keys)
+    served = {True, False} if shares_keys and not is_adapted else {shares_keys}
+    return tuple(name for name in SERVED_RECIPES if RECIPES[name].shares_keys in served)
 
 
 def get_recipe(name: str) -> RecipeSpec:

@@ -54,6 +54,10 @@ class WorkerConfig(BaseModel):
     sharing: Literal["score", "key"] = Field(
         "score", description="what a layer without distant keys scores by: its anchor's queries, or its own"
     )
+    adapter: Path | None = Field(
+        None,
+        description="trained changes of the weights for that map, of `adapt pod`; recipes that don't share are refused",
+    )
     skip_above: float | None = Field(
         None, gt=0, le=1, description="such a layer leaves distant tokens out where what is near has this share"
     )
@@ -104,5 +108,18 @@ class WorkerConfig(BaseModel):
             raise ValueError(
                 f"recipe {self.recipe!r} shares distant keys between layers: name a map of which (--map), made by "
                 "`kvservice calibrate pod`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapts_what_it_serves(self) -> WorkerConfig:
+        if self.adapter is None:
+            return self
+        if self.sharing_map is None:
+            raise ValueError("adapter without a map: name the map that it was trained with (--map)")
+        if not RECIPES[self.recipe].shares_keys:
+            raise ValueError(
+                f"recipe {self.recipe!r} with an adapter: it changes the model's weights for all sessions of a worker, "
+                "and serves only recipes that share distant keys: choose pod or pod-exact (--recipe)"
             )
         return self

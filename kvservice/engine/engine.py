@@ -23,7 +23,7 @@ from kvservice.compression.methods import reuse_of, stages_of
 from kvservice.compression.protocols import RECALL_INDEXES
 from kvservice.compression.sharing import SharingPlan, shape_under
 from kvservice.config.engine import EngineConfig
-from kvservice.config.recipes import DEFAULT_RECIPE, RECIPES, served_recipes
+from kvservice.config.recipes import DEFAULT_RECIPE, POD, RECIPES, served_recipes
 from kvservice.engine.admission import Admission
 from kvservice.engine.arrivals import Arrivals
 from kvservice.engine.calls import Calls, is_stored
@@ -46,6 +46,7 @@ from kvservice.errors import (
     ConfigError,
     Conflict,
     FailedPrecondition,
+    InvalidRequest,
     NotFound,
     Overloaded,
 )
@@ -88,8 +89,8 @@ class Engine:
         sharing: how distant keys are shared between the model's layers; without it recipes that share are refused.
 
     Raises:
-        ConfigError: `kv_bytes` doesn't hold the prefill workspace, the model can't be deterministic and should, or
-            `sharing` is for another one.
+        ConfigError: `kv_bytes` doesn't hold the prefill workspace, the model can't be deterministic and should,
+            `sharing` is for another one, or the model was adapted and there is no `sharing`.
     """
 
     def __init__(
@@ -103,6 +104,8 @@ class Engine:
     ) -> None:
         if config.deterministic and not model.is_deterministic:
             raise ConfigError("deterministic: this model was loaded without row blocks", field="deterministic")
+        if model.spec.adapter is not None and sharing is None:
+            raise ConfigError("adapter without a map: its weights are for layers that share distant keys; name both")
         RECALL_INDEXES.discover("kvservice.methods")
         for recipe in RECIPES.values():
             stages_of(recipe)
@@ -115,7 +118,7 @@ class Engine:
         # The most groups that one step can push out of windows; each sequence may round up.
         self._step_groups = config.step_tokens // GROUP_TOKENS + config.max_prefills
         layout = KVLayout.of(self._shape, model.dtype)
-        self._recipes = served_recipes(shares_keys=sharing is not None)
+        self._recipes = served_recipes(shares_keys=sharing is not None, is_adapted=model.spec.adapter is not None)
         self._sequences = HeldSequences(
             self._shape, layout, config, model.device, sharing, clock, separators=model.spec.separator_ids
         )
@@ -146,7 +149,8 @@ class Engine:
     def info(self) -> ModelInfo:
         """What the engine serves."""
         spec = self._model.spec
-        return ModelInfo(spec.name, self._shape, self._recipes, DEFAULT_RECIPE, spec.origin)
+        default = DEFAULT_RECIPE if spec.adapter is None else POD.name
+        return ModelInfo(spec.name, self._shape, self._recipes, default, spec.origin)
 
     @property
     def has_work(self) -> bool:
@@ -162,13 +166,21 @@ class Engine:
         soon as idle sequences, or those of its tenant's calls of a lower priority, have given way.
 
         Raises:
-            InvalidRequest: nothing to compute, a wrong grammar, or a recipe that needs a map and there is none.
+            InvalidRequest: nothing to compute, a wrong grammar, a recipe that needs a map and there is none, or one
+                that promises the model as it is and it was adapted.
             PromptTooLong: more tokens than the model has positions.
             Conflict: the session has a call running.
             FailedPrecondition: the recipe needs what the session dropped, or KV is missing and `on_miss` is FAIL.
             BudgetTooSmall: it would not fit if it were alone.
             Overloaded: it doesn't fit now.
         """
+        if self._model.spec.adapter is not None and not call.recipe.shares_keys:
+            raise InvalidRequest(
+                f"recipe {call.recipe.name!r} promises the model as it is, and this worker's was trained to share "
+                "distant keys between layers: use pod or pod-exact, or a worker without --adapter",
+                field="recipe",
+                reason="model_adapted",
+            )
         self._admission.submit(call)
 
     def cancel(self, call_id: CallId) -> None:

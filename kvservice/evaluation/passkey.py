@@ -68,6 +68,7 @@ def run_cases(
     talk_tokens: int = 0,
     at_once: int = 1,
     report: Callable[[], None] = lambda: None,
+    reference: Engine | None = None,
 ) -> list[CaseResult]:
     """Asks for what is hidden, under the recipe and under `dense`. Blocks for seconds a case.
 
@@ -79,25 +80,26 @@ def run_cases(
         talk_tokens: that the model goes on with, whatever it then says, before it is asked once more.
         at_once: sessions at a time.
         report: told of each session that has ended.
+        reference: answers under `dense`, where `engine` has adapted weights; None: the same engine.
 
     Raises:
         KVServiceError: it doesn't fit in the engine's budget, or has more tokens than the model has positions.
     """
     prompts = [_Prompt.of(case, tokenizer) for case in cases]
-    specs = compared(recipe)
-    conversations = [
-        _ask(engine, SessionId(f"{spec.name}-{number}-{turn}"), spec, prompt, talk_tokens)
-        for number, prompt in enumerate(prompts)
-        for turn, spec in enumerate(specs)
-    ]
-    answers: list[Answers] = []
-    for first, later in converse(engine, conversations, at_once):
-        answers.append(Answers(*(tuple(tokenizer.decode(one) for one in some) for some in (first, later))))
-        report()
-    own, dense = answers[:: len(specs)], answers[len(specs) - 1 :: len(specs)]
+    told: list[list[Answers]] = []
+    for spec in compared(recipe):
+        asked = engine if reference is None or spec.name != DENSE.name else reference
+        conversations = [
+            _ask(asked, SessionId(f"{spec.name}-{number}"), spec, prompt, talk_tokens)
+            for number, prompt in enumerate(prompts)
+        ]
+        told.append([])
+        for first, later in converse(asked, conversations, at_once):
+            told[-1].append(Answers(*(tuple(tokenizer.decode(one) for one in some) for some in (first, later))))
+            report()
     return [
-        CaseResult(case, prompt.num_tokens + talk_tokens, *told)
-        for case, prompt, *told in zip(cases, prompts, own, dense, strict=True)
+        CaseResult(case, prompt.num_tokens + talk_tokens, own, dense)
+        for case, prompt, own, dense in zip(cases, prompts, told[0], told[-1], strict=True)
     ]
 
 

@@ -7,6 +7,7 @@
     mass          as many groups or fewer, by mass-weighted similarity
     offset        similarity and scores, with one number for each follower: see `sharing_helpers`
     key map       similarity and keys, with one matrix for each follower: see `sharing_helpers`
+    adapter       trained weights with their own groups: see `sharing_adapted`
     streaming     nothing is shared: as many bytes hold sinks and a longer window, and nothing else
 
 Everything is measured in one pass of each text (`one_pass`), recipes besides as they are served. A measurement of one
@@ -290,10 +291,10 @@ def _row(case: Case, texts: Sequence[Text], measured: Sequence[Distances], seed:
         delta=case.delta,
         num_groups=case.groups.num_groups if case.groups else 0,
         saved_fraction=case.saved_fraction(len(texts[0].token_ids) - 1),
-        kl_mean=_mean([one.kl for one in measured]),
+        kl_mean=mean([one.kl for one in measured]),
         kl_interval=bootstrap_interval([one.kl for one in measured], seed),
-        nll_change=_mean(changes),
-        top1_agreement=_mean([one.agrees for one in measured]),
+        nll_change=mean(changes),
+        top1_agreement=mean([one.agrees for one in measured]),
     )
 
 
@@ -413,10 +414,10 @@ def served_rows(groups: LayerGroups, texts: Sequence[Text], kept: Kept, seed: in
         rows.append(
             ServedRow(
                 recipe=name,
-                kl_mean=_mean(kl),
+                kl_mean=mean(kl),
                 kl_interval=bootstrap_interval(kl, seed),
-                nll_change=_mean([one.nll - dense.nll for one, dense in found]),
-                top1_agreement=_mean([one.agrees for one, _ in found]),
+                nll_change=mean([one.nll - dense.nll for one, dense in found]),
+                top1_agreement=mean([one.agrees for one, _ in found]),
             )
         )
     return rows
@@ -426,5 +427,6 @@ def _served_key(name: str, groups: LayerGroups) -> str:
     return f"served/{name}/{groups.digest}"
 
 
-def _mean(texts: Sequence[Tensor]) -> float:
+def mean(texts: Sequence[Tensor]) -> float:
+    """Of all tokens of each text, each text weighing the same."""
     return float(torch.stack([values.float().mean() for values in texts]).mean())

@@ -78,16 +78,16 @@ def measure_text(
         KVServiceError: a session doesn't fit in the engine's budget.
     """
     targets = torch.tensor(token_ids[context_tokens + 1 :])
-    reference, _ = _logits(engine, DENSE, token_ids, context_tokens, report)
+    reference, _ = logits_under(engine, DENSE, token_ids, context_tokens, report)
     dense = distances(reference, reference, targets)
     measured = []
     for spec in specs:
-        logits, kv = _logits(engine, spec, token_ids, context_tokens, report)
+        logits, kv = logits_under(engine, spec, token_ids, context_tokens, report)
         measured.append(Measured(distances(reference, logits, targets), dense.nll, kv))
     return measured
 
 
-def _logits(
+def logits_under(
     engine: Engine, spec: RecipeSpec, token_ids: Sequence[int], context_tokens: int, report: Report
 ) -> tuple[Tensor, KvTelemetry]:
     """The logits after each forced token, fp32 `[n, vocab]`, and what recalling them took."""

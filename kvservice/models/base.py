@@ -37,6 +37,8 @@ class ModelSpec:
     """Whether queries and keys are RMS-normed per head before rotation."""
     separator_ids: frozenset[int] = frozenset()
     """Tokens that are a punctuation mark, a space or the end of a line, and nothing else."""
+    adapter: str | None = None
+    """Digest of the adapter that was added to the weights; `digest` is that of the files."""
 
 
 @dataclass(frozen=True, slots=True)

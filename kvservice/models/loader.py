@@ -8,6 +8,7 @@ import torch
 
 from kvservice.errors import ModelError
 from kvservice.kernels import cpu, triton
+from kvservice.models.adapter import Adapter, adapt
 from kvservice.models.base import MODELS, Model, ModelFamily, ModelIdentity, ModelSpec, ModelWeights
 from kvservice.models.checkpoint import Checkpoint
 from kvservice.models.cpu_llama import CpuLlama
@@ -15,11 +16,19 @@ from kvservice.models.fetch import NOTE_FILE
 from kvservice.models.folder import FETCH_HINT, read_eos_token_ids, read_json, read_optional_json, read_separator_ids
 from kvservice.models.llama import LlamaModel
 from kvservice.models.rows import DETERMINISTIC_ROWS
+from kvservice.models.sharing import model_facts
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device, deterministic: bool = False) -> Model:
+def load_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    deterministic: bool = False,
+    adapter: Adapter | None = None,
+) -> Model:
     """The model in `folder`, with the fastest runner that there is for it here. Blocks: 0.5 s for 135M parameters.
 
     Args:
@@ -27,11 +36,16 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device, determ
         dtype: see `read_model`.
         device: any torch device.
         deterministic: a token's result may not depend, in any bit, on the other tokens of a step.
+        adapter: changes of the weights, made for this model.
 
     Raises:
         ModelError: see `read_model`.
+        ConfigError: the adapter is another model's.
     """
     spec, weights = read_model(folder, dtype)
+    if adapter is not None:
+        adapter.check_model(model_facts(spec))
+        spec, weights = adapt(spec, weights, adapter)
     if device.type == "cuda" and not deterministic and triton.can_run(device):
         # An extra, which those that don't use it needn't have.
         from kvservice.models.cuda_llama import CudaLlama

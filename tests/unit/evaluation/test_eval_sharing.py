@@ -64,3 +64,26 @@ def test_it_writes_the_tables_and_goes_on_with_what_is_kept(
 def test_deltas_that_are_no_numbers_are_bad_usage(folder: str, texts: Path, shared_map: Path) -> None:
     files = ("--texts", str(texts), "--fit-texts", str(texts), "--map", str(shared_map))
     assert run("eval", "sharing", "--model", folder, *files, "--deltas", "high") == 2
+
+
+def test_adapters_are_measured_beside_the_rest(folder: str, texts: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("kvservice.evaluation.bootstrap.DRAWS", 20)
+    shared_map = tmp_path / "map.json"
+    measured = ("--context", "500", "--queries", "16", "--threads", "1", "--dtype", "fp32", "--delta", "0.1")
+    assert run("calibrate", "pod", "--model", folder, "--text", str(texts), "--out", str(shared_map), *measured) == 0
+    trained, report = tmp_path / "trained.safetensors", tmp_path / "s.json"
+    sizes = ("--context", "420", "--loss-tokens", "32", "--threads", "1", "--dtype", "fp32", "--learning-rate", "0.01")
+    files = ("--text", str(texts / "a.txt"), "--map", str(shared_map), "--out", str(trained))
+    assert run("adapt", "pod", "--model", folder, *files, *sizes, "--steps", "2", "--sharing", "score") == 0
+    given = ("--texts", str(texts), "--fit-texts", str(texts / "b.txt"), "--map", str(shared_map))
+    asked = ("eval", "sharing", "--model", folder, *given, *SIZES, "--deltas", "1.1", "--random", "1")
+    assert run(*asked, "--adapter", str(trained), "--json", str(report)) == 0
+    results = json.loads(report.read_text())["results"]
+    rows = {row["method"]: row for row in results["rows"]}
+    one, unshared = rows["adapter trained"], rows["adapter trained, unshared"]
+    assert one["saved_fraction"] > 0
+    assert one["kl_mean"] > unshared["kl_mean"] > 0
+    served = {row["recipe"]: row for row in results["served"]["rows"]}
+    # The same weights and the same attention, in one pass and as served.
+    assert served["pod-exact, adapter trained"]["kl_mean"] == pytest.approx(one["kl_mean"], rel=0.05)
+    assert "pod, adapter trained" in served
