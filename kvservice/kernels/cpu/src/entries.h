@@ -176,7 +176,7 @@ void attend_held(const KvHeld* held) {
 }
 
 constexpr Kernels kKernels = {linear, norm_linear, rms_norm_rows, pre, attend, recall, post, attend_parts, merge,
-                              encode_keys, highest_rows, draw_rows,     attend_held};
+                              encode_keys, highest_rows, draw_rows, attend_held};
 
 }  // namespace
 }  // namespace kv
