@@ -193,6 +193,13 @@ class Eviction:
     """Shares `kept_tokens` out among layers and KV heads; None: alike."""
     merger: str | None = None
     """What becomes of dropped tokens; None: nothing."""
+    codec: str | None = None
+    """Stores kept tokens in `bits` bits a number, so that more of them take the bytes of `kept_tokens`; None: they are
+    stored as they are."""
+    bits: int = 0
+    """Of a codec."""
+    remembers: int = 0
+    """Numbers of 4 bytes that the scorer keeps of each token in a KV head, beside the arena."""
     params: tuple[tuple[str, float], ...] = ()
     """Of the scorer, where they aren't its defaults."""
 
@@ -355,6 +362,12 @@ def most_held(eviction: Eviction, num_tokens: int, num_unread: int) -> int:
     return min(num_tokens, max(eviction.kept_tokens + 1, reading))
 
 
+def _remembered_bytes(shape: ModelShape, eviction: Eviction, held_tokens: int) -> int:
+    """What a scorer remembers of tokens that take the bytes of so many."""
+    tokens = held_tokens * 8 * shape.dtype_bytes // eviction.bits if eviction.codec else held_tokens
+    return 4 * eviction.remembers * tokens * shape.num_layers * shape.num_kv_heads
+
+
 def footprint(shape: ModelShape, recipe: RecipeSpec, num_tokens: int, num_unread: int = 0) -> Footprint:
     """The most bytes a sequence takes while it grows to `num_tokens` tokens, by owner.
 
@@ -372,7 +385,12 @@ def footprint(shape: ModelShape, recipe: RecipeSpec, num_tokens: int, num_unread
         columns = _ceil_div(most_held(recipe.eviction, num_tokens, num_unread), BLOCK_TOKENS)
         # A block more in one layer: there kernels put a token of the layer that they are in.
         blocks = columns * shape.num_cells + 2 * shape.num_kv_heads
-        return Footprint(window_bytes=blocks * shape.block_bytes, index_bytes=0, slot_bytes=0, host_bytes=0)
+        return Footprint(
+            window_bytes=blocks * shape.block_bytes,
+            index_bytes=_remembered_bytes(shape, recipe.eviction, columns * BLOCK_TOKENS),
+            slot_bytes=0,
+            host_bytes=0,
+        )
     if recipe.distant is Distant.RESIDENT:
         widest = num_tokens
     else:

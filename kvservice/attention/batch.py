@@ -108,11 +108,16 @@ class SequenceRows:
         """Whether it selects by low-bit keys, as kernels can."""
         return self.memory.key_index is not None
 
-    @property
-    def lands(self) -> bool:
-        """Whether a method has a say in its attention, so that kernels do no more than write its tokens."""
-        looking = self.memory.looking
-        return self.memory.held is not None or (looking is not None and looking.answers(self.first, self.num_queries))
+    def lands(self, *, deterministic: bool) -> bool:
+        """Whether a method has a say in its attention, so that kernels do no more than write its tokens.
+
+        Deterministic attention mustn't depend on which tokens come together in a step, and so not on whether a method
+        must see one of them.
+        """
+        held, looking = self.memory.held, self.memory.looking
+        if held is not None:
+            return deterministic or held.needs_weights
+        return looking is not None and looking.answers(self.first, self.num_queries)
 
     @property
     def has_distant(self) -> bool:
@@ -227,7 +232,7 @@ class BatchAttention:
         self._landing.clear()
 
     def _described(self, sequence: SequenceRows) -> StepSequence:
-        if sequence.lands:
+        if self._lands(sequence):
             return self._landed(sequence)
         state, is_shared = sequence.memory.state, self._is_shared_by_kernels(sequence)
         is_whole = sequence.anchors is None or is_shared
@@ -292,7 +297,7 @@ class BatchAttention:
                 continue
             rows = sequence.rows
             queries = _by_kv_head(q[rows], num_kv)
-            if sequence.lands:
+            if self._lands(sequence):
                 self._take_landed(sequence, layer)
                 merged = self._attend(sequence, layer, queries)
             elif sequence.anchors and (self._deterministic or sequence.crosses_slide):
@@ -303,9 +308,12 @@ class BatchAttention:
                 merged = self._with_distant(sequence, layer, queries, AttnPartial(_by_kv_head(out[rows], num_kv), lses))
             out[rows] = _by_query(merged, sequence.num_queries)
 
+    def _lands(self, sequence: SequenceRows) -> bool:
+        return sequence.lands(deterministic=self._deterministic)
+
     def _is_far_by_torch(self, sequence: SequenceRows) -> bool:
         """Whether kernels leave a sequence's distant tokens to torch; or, in a fixed order, all of them."""
-        if sequence.lands:
+        if self._lands(sequence):
             return True
         if sequence.anchors is not None and not self._is_shared_by_kernels(sequence):
             return self._deterministic or sequence.has_distant
@@ -381,9 +389,9 @@ class BatchAttention:
         return self._pairs_of_masks[first]
 
     def _attend(self, sequence: SequenceRows, layer: int, q: Tensor) -> Tensor:
-        if sequence.memory.held is not None:
-            return attend_held(sequence.memory.held, layer, q, self._turns, deterministic=self._deterministic)
-        if sequence.lands:
+        if self._lands(sequence):
+            if sequence.memory.held is not None:
+                return attend_held(sequence.memory.held, layer, q, self._turns, deterministic=self._deterministic)
             assert sequence.memory.looking is not None
             return attend_found(sequence.memory.looking, layer, q)
         group_size = q.shape[1] // sequence.num_queries

@@ -11,17 +11,20 @@ depends on the tokens that are computed with it.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from kvservice.compression.methods import EMPTY, PositionPolicy, Seen
 from kvservice.errors import InternalError
-from kvservice.recall.held import HeldTokens
+from kvservice.kernels import cpu
+from kvservice.kernels.cpu import HeldPart
+from kvservice.recall.held import HeldStep, HeldTokens
 from kvservice.recall.looking import Looking
 
-MOST_SCORES = 1 << 21
-"""Scores that are computed at a time: 8 MiB each of logits and weights."""
+MOST_SCORES = 1 << 18
+"""Scores that are computed at a time: a MiB each of logits and weights, so that they stay in the cache."""
 
 
 def attend_held(
@@ -40,23 +43,85 @@ def attend_held(
     Returns:
         As `q`.
     """
-    step, scorer = held.step, held.stages.scorer
-    if step is None:
+    step = _step_of(held)
+    if held.stages.positions is not None and turns is None:
+        raise InternalError("keys that stand elsewhere can't be turned: nobody said by how much a position does")
+    if (deterministic or step.num_tokens == 1) and _kernels_can(q):
+        part = held.part(layer, step.positions.shape[1])
+        if part is not None:
+            return _one_by_one(held, layer, q, replace(part, turns=turns))
+    return _in_torch(held, layer, q, turns, deterministic=deterministic)
+
+
+def _step_of(held: HeldTokens) -> HeldStep:
+    if held.step is None:
         raise InternalError("a sequence that drops tokens attends outside of a step")
+    return held.step
+
+
+def _kernels_can(q: Tensor) -> bool:
+    return q.device.type == "cpu" and cpu.isa() != "none" and q.shape[-1] % cpu.HEAD_DIM_STEP == 0
+
+
+def _one_by_one(held: HeldTokens, layer: int, q: Tensor, part: HeldPart) -> Tensor:
+    """By the C++ kernels, which take a query at a time and tell its weights."""
+    step = _step_of(held)
+    num_kv, num_rows, dim = q.shape
+    group = num_rows // step.num_tokens
+    rows = slice(layer * num_kv, (layer + 1) * num_kv)
+    positions, counts = step.positions[rows], step.counts[rows]
+    back = None
+    if held.stages.positions is not None:
+        back = (positions - held.stages.positions.places(positions)).clamp(min=0)
+    outs = []
+    for i in range(step.num_tokens):
+        if back is not None:
+            own = back.gather(1, (counts + i).long().unsqueeze(1))
+            # What stands further on than the query is seen by none.
+            part = replace(part, moves=(own - back).clamp(min=0))
+        out, logits, probs = cpu.attend_held(
+            q[:, i * group : (i + 1) * group], part, counts + (i + 1), 1 / math.sqrt(dim)
+        )
+        outs.append(out)
+        _show(held, layer, logits.unsqueeze(2), probs.unsqueeze(2), slice(i, i + 1))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+
+
+def _show(held: HeldTokens, layer: int, logits: Tensor, probs: Tensor, some: slice) -> None:
+    """Shows the scorer the attention of some queries `[kv, g, q, t]`, if it wants to see it."""
+    step, scorer = _step_of(held), held.stages.scorer
+    num_after = step.num_after + step.num_tokens - some.stop
+    if not scorer.watches(num_after):
+        return
+    first, near = held.state.num_computed + some.start, slice(probs.shape[3])
+    rows = slice(layer * probs.shape[0], (layer + 1) * probs.shape[0])
+    seen = Seen(
+        layer=layer,
+        logits=logits,
+        probs=probs,
+        positions=step.positions[rows, near],
+        first=first,
+        num_after=num_after,
+        num_answered=max(0, first - held.read_until),
+    )
+    told = scorer.observe(seen, {name: numbers[rows, near] for name, numbers in step.remembered.items()})
+    for name, numbers in told.items():
+        step.remembered[name][rows, near] = numbers
+
+
+def _in_torch(held: HeldTokens, layer: int, q: Tensor, turns: Tensor | None, *, deterministic: bool) -> Tensor:
+    step = _step_of(held)
     num_kv, num_rows, dim = q.shape
     count, first = step.num_tokens, held.state.num_computed
     rows = slice(layer * num_kv, (layer + 1) * num_kv)
     positions = step.positions[rows]
     queries = q.view(num_kv, count, num_rows // count, dim).transpose(1, 2).float()
-    keys, values = (part.float() for part in held.state.read(layer, positions.shape[1]))
+    keys, values = (part.float() for part in held.read(layer, positions.shape[1]))
     if step.has_empty:
         # Anything may lie there.
         values = values.masked_fill((positions == EMPTY).unsqueeze(2), 0)
-    if held.stages.positions is not None:
-        if turns is None:
-            raise InternalError("keys that stand elsewhere can't be turned: nobody said by how much a position does")
+    if held.stages.positions is not None and turns is not None:
         queries, keys = _moved(held.stages.positions, queries, keys, positions, first, turns)
-    remembered = {name: numbers.clone() for name, numbers in step.of_layer(rows).items()}
     at_once = 1 if deterministic else max(1, MOST_SCORES // (num_rows // count * num_kv * positions.shape[1]))
     outs = []
     for start in range(0, count, at_once):
@@ -71,21 +136,7 @@ def attend_held(
             logits.masked_fill_(_hidden(positions[:, near], first, some), -math.inf)
         probs = logits.softmax(-1)
         outs.append(probs @ near_values.unsqueeze(1))
-        if remembered:
-            seen = Seen(
-                layer=layer,
-                logits=logits,
-                probs=probs,
-                keys=keys[:, near],
-                positions=positions[:, near],
-                first=first + start,
-                num_after=step.num_after + count - some.stop,
-                num_answered=max(0, first + start - held.read_until),
-            )
-            told = scorer.observe(seen, {name: numbers[:, near] for name, numbers in remembered.items()})
-            for name, numbers in told.items():
-                remembered[name][:, near] = numbers
-    step.learn(rows, remembered)
+        _show(held, layer, logits, probs, some)
     return torch.cat(outs, 2).transpose(1, 2).reshape(q.shape).to(q.dtype)
 
 

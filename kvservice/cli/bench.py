@@ -16,6 +16,7 @@ from kvservice.cli.bench_fairness import fairness
 from kvservice.cli.bench_gateway import gateway
 from kvservice.cli.bench_interference import interference
 from kvservice.cli.bench_kernels import kernels
+from kvservice.cli.bench_methods import methods
 from kvservice.cli.bench_placement import placement
 from kvservice.cli.bench_quotas import quotas
 from kvservice.cli.bench_replicas import kills, scale
@@ -341,6 +342,7 @@ def _show_turns(load: SessionLoad, kv_bytes: int, result: SessionsResult) -> Non
 
 
 app.command("context")(context)
+app.command("methods")(methods)
 app.command("roofline")(roofline)
 app.command("start")(start)
 app.command("soak")(soak)

@@ -137,5 +137,5 @@ def _named(recipe: RecipeSpec) -> set[str | None]:
     """The methods that a recipe names."""
     named = {recipe.index, recipe.reuse.plan if recipe.reuse else None}
     if recipe.eviction is not None:
-        named |= {getattr(recipe.eviction, stage) for stage in ("scorer", "positions", "allocator", "merger")}
+        named |= {getattr(recipe.eviction, stage) for stage in ("scorer", "positions", "allocator", "merger", "codec")}
     return named

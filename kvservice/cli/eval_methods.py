@@ -18,9 +18,20 @@ from kvservice.errors import ConfigError
 from kvservice.types import BLOCK_TOKENS
 
 if TYPE_CHECKING:
+    from kvservice.evaluation.haystack import PasskeyCase
     from kvservice.evaluation.methods_table import MethodFigures
+    from kvservice.models.tokenizer import Tokenizer
 
 PNG = "methods.png"
+COLUMNS = (
+    *("recipe", "tokens", "device", "of dense", "KL", "95 %", "seeds"),
+    *("top-1", "NLL", "mass", "keys", "read", "ms"),
+)
+MEANING = (
+    "tokens: whose bytes a KV head may keep, or that a query looks at. mass: of dense attention, what falls on held "
+    "tokens; of the ceiling, on the best ones. keys: pass keys found, of those that dense finds. read: tokens whose KV "
+    "a query reads. ms: for a token of one session alone."
+)
 
 
 def methods(
@@ -34,14 +45,25 @@ def methods(
     ] = "2,4,8,16",
     context: Annotated[int, typer.Option("--context", min=64, help="Tokens read before the measured ones.")] = 3072,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Measured tokens of each text.")] = 128,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Of recipes that draw numbers.")] = 3,
+    passkey_cases: Annotated[
+        int, typer.Option("--passkey-cases", min=0, help="Pass keys hidden in noise, that each is asked for.")
+    ] = 5,
+    passkey_tokens: Annotated[int, typer.Option("--passkey-tokens", min=128, help="Of their texts.")] = 1024,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Also each method with what sets it apart broken: it should be worse.")
+    ] = False,
     log: Annotated[
         Path | None, typer.Option("--log", metavar="FILE", help="Keeps what is measured; a second run goes on from it.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the intervals.")] = 7,
+    seed: Annotated[int, typer.Option("--seed", help="Of the intervals, and of pass keys.")] = 7,
     model: Model = DEFAULT_MODEL,
     dtype: Dtype = "bf16",
     threads: Threads = None,
     json_file: JsonFile = None,
+    markdown_file: Annotated[
+        Path | None, typer.Option("--markdown", metavar="FILE", help="Also the table as documents have it.")
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="DIR", help=f"Also draw {PNG}. Needs the extra `plots`.")
     ] = None,
@@ -50,33 +72,49 @@ def methods(
 
     All read the same texts. Takes seconds to minutes for each text, method and budget.
     """
-    check_writable("--json", json_file)
-    check_writable("--log", log)
+    for option, path in (("--json", json_file), ("--log", log), ("--markdown", markdown_file)):
+        check_writable(option, path)
     if plot is not None:
         if not plot.is_dir():
             raise ConfigError(f"--plot {plot}: there is no such folder")
         import kvservice.bench.plots
-    from kvservice.evaluation.methods_table import COMPARED, LEAST_TOKENS, Log, measure_text, summarize
+    from kvservice.evaluation.methods_log import Log
+    from kvservice.evaluation.methods_table import COMPARED, LEAST_TOKENS, ask_all, cases, measure_text, summarize
 
     budgets = _budgets(shares, context, LEAST_TOKENS)
     names = list(dict.fromkeys(recipe or COMPARED))
     for name in names:
         if name not in COMPARED:
             raise ConfigError(f"--recipe {name}: choose among {', '.join(COMPARED)}")
-    wanted = [(name, kept) for name in names for kept in budgets]
     chosen, skipped = read_texts([*texts, *(more_texts or [])], context, new_tokens, model)
     engine, kept_log = load_engine(model, dtype, threads), Log(log)
-    info = engine.info
+    info, wanted = engine.info, cases(names, budgets, seeds, controls=controls)
+    tokenizer, asked = _passkeys(model, passkey_cases, passkey_tokens, seed)
     measured = []
     with progress_bar() as bar:
-        task = bar.add_task("tokens", total=(1 + len(wanted)) * (context + new_tokens) * len(chosen))
+        task = bar.add_task("tokens", total=len(wanted) * (context + new_tokens) * len(chosen))
         for text in chosen:
             bar.update(task, description=text[0])
-            report = functools.partial(bar.advance, task)
-            measured.append(measure_text(engine, kept_log, wanted, text, context, report))
-    rows = [summarize(texts_of, seed) for texts_of in zip(*measured, strict=True)]
-    _show(context, new_tokens * len(chosen), rows)
+            measured += measure_text(engine, kept_log, wanted, text, context, functools.partial(bar.advance, task))
+        task = bar.add_task("pass keys", total=len(wanted) * len(asked))
+        whole = [case for case in wanted if not case.control]
+        answers = ask_all(
+            engine,
+            tokenizer,
+            kept_log,
+            whole,
+            asked,
+            num_tokens=passkey_tokens,
+            report=functools.partial(bar.advance, task),
+        )
+    rows = summarize(measured, answers, seed)
+    title = f"{info.name} after {context:,} tokens: {new_tokens * len(chosen):,} tokens of {len(chosen)} text(s)"
+    lines = [_line(row, is_asked=bool(asked)) for row in rows]
+    show_table(title, COLUMNS, lines, numeric=COLUMNS[1:])
+    hint(MEANING)
     hint(f"Model {info.name}: {info.origin}. Its figures say nothing about another model: measure yours.")
+    if markdown_file is not None:
+        markdown_file.write_text(_markdown(lines))
     if json_file is not None:
         settings = {
             "recipes": names,
@@ -88,16 +126,47 @@ def methods(
             "new_tokens": new_tokens,
             "texts": [name for name, _ in chosen],
             "skipped_texts": skipped,
+            "seeds": seeds,
+            "passkey_cases": passkey_cases,
+            "passkey_tokens": passkey_tokens,
             "seed": seed,
             "threads": threads,
         }
         write_json(json_file, settings, {"rows": [asdict(row) for row in rows]})
     if plot is not None:
-        title = f"{info.name} after {context:,} tokens: {new_tokens * len(chosen):,} tokens of {len(chosen)} text(s)"
-        lines: dict[str, list[tuple[float, float]]] = {}
-        for row in rows:
-            lines.setdefault(row.recipe, []).append((row.kept_tokens, row.kl_mean))
-        kvservice.bench.plots.plot_recall(plot / PNG, lines, "tokens of a KV head that are kept, or looked at", title)
+        x_label = "share of dense KV that is kept on the device; of tidal_decode, recycled_attention, oracle: looked at"
+        kvservice.bench.plots.plot_recall(plot / PNG, _points(rows, context), x_label, title)
+
+
+def _passkeys(model: str, count: int, num_tokens: int, seed: int) -> tuple[Tokenizer, list[PasskeyCase]]:
+    from kvservice.evaluation.haystack import make_cases, noise_units
+    from kvservice.models.fetch import resolve
+    from kvservice.models.tokenizer import Tokenizer
+    from kvservice.types import PromptFormat, TextRole
+
+    tokenizer = Tokenizer.load(resolve(model, None))
+    if count == 0:
+        return tokenizer, []
+    asked = make_cases(
+        noise_units(),
+        is_prose=False,
+        num_tokens=num_tokens,
+        num_cases=count,
+        seed=seed,
+        count=lambda part: len(tokenizer.encode(part, TextRole.DOCUMENT, PromptFormat.RAW, first=True)),
+    )
+    return tokenizer, asked
+
+
+def _points(rows: Sequence[MethodFigures], context: int) -> dict[str, list[tuple[float, float]]]:
+    """A line for each recipe, points of (share of dense, KL)."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row.kept_tokens:
+            # What saves no memory stands where it would if it kept what it looks at.
+            x = row.device_share if row.device_share < 1 and not row.tier_bytes else row.kept_tokens / context
+            points.setdefault(row.recipe, []).append((x, row.kl_mean))
+    return points
 
 
 def _budgets(shares: str, context: int, least: int) -> list[int]:
@@ -112,24 +181,25 @@ def _budgets(shares: str, context: int, least: int) -> list[int]:
     return budgets
 
 
-def _show(context: int, num_tokens: int, rows: Sequence[MethodFigures]) -> None:
-    columns = ("recipe", "tokens", "KL", "95 %", "top-1", "NLL change", "device", "of dense", "ms/token")
-    show_table(
-        f"Distance from dense after {context:,} tokens, {num_tokens:,} tokens measured",
-        columns,
-        [
-            (
-                row.recipe,
-                str(row.kept_tokens),
-                f"{row.kl_mean:.4f}",
-                f"{row.kl_interval[0]:.4f}-{row.kl_interval[1]:.4f}",
-                f"{row.top1_agreement:.1%}",
-                f"{row.nll_change:+.3f}",
-                human_bytes(row.device_bytes),
-                f"{row.device_share:.1%}",
-                f"{row.ms_per_token:.1f}",
-            )
-            for row in rows
-        ],
-        numeric=columns[1:],
+def _line(row: MethodFigures, *, is_asked: bool) -> tuple[str, ...]:
+    keys = "" if row.found is None else f"{row.found[0]}/{row.found[1]}"
+    return (
+        row.recipe,
+        str(row.kept_tokens or "all"),
+        human_bytes(row.device_bytes),
+        f"{row.device_share:.1%}",
+        f"{row.kl_mean:.4f}",
+        f"{row.kl_interval[0]:.4f}-{row.kl_interval[1]:.4f}",
+        "" if row.kl_of_seeds is None else f"{row.kl_of_seeds[0]:.4f}-{row.kl_of_seeds[1]:.4f}",
+        f"{row.top1_agreement:.1%}",
+        f"{row.nll_change:+.3f}",
+        "" if row.mass is None else f"{row.mass:.1%}",
+        keys if row.found is not None or not is_asked else "not measurable",
+        f"{row.tokens_read:,.0f}",
+        f"{row.ms_per_token:.1f}",
     )
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    table = [COLUMNS, ["---"] * len(COLUMNS), *lines]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in table) + f"\n{MEANING}\n"

@@ -14,9 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import ClassVar, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from kvservice.errors import ConfigError
+from kvservice.kernels.cpu import PackedPart
 from kvservice.registry import Registry
 from kvservice.types import Distant, Eviction, RecipeSpec
 
@@ -34,7 +36,6 @@ class Seen:
         layer: the layer.
         logits: fp32 `[kv, g, q, t]`, scaled; minus infinity where a query sees nothing.
         probs: fp32 `[kv, g, q, t]`, their softmax.
-        keys: fp32 `[kv, t, d]`; anything where a slot is empty.
         positions: int64 `[kv, t]`, of the slots.
         first: position of the first query; the others follow it.
         num_after: queries that come behind the last of these before tokens are dropped next.
@@ -44,7 +45,6 @@ class Seen:
     layer: int
     logits: Tensor
     probs: Tensor
-    keys: Tensor
     positions: Tensor
     first: int
     num_after: int
@@ -87,9 +87,22 @@ class Scorer(Protocol):
     """Ranks tokens by their worth. Its settings are its fields, with the published defaults."""
 
     remembers: ClassVar[tuple[str, ...]] = ()
-    """Numbers kept for each token and row; 0 of a new token. A scorer that remembers is shown all attention."""
+    """Numbers kept for each token and row; 0 of a new token."""
     restarts: ClassVar[bool] = False
     """They are 0 again once tokens were dropped."""
+    goes_by_keys: ClassVar[bool] = False
+    """What is remembered of a token follows from its key, see `meet`."""
+
+    def watches(self, num_after: int) -> bool:  # noqa: ARG002 -- part of the protocol
+        """Whether it must see the attention of a query behind which `num_after` come before tokens are dropped next.
+
+        Attention that nobody must see is left to the fast kernels, which don't tell it.
+        """
+        return bool(self.remembers) and not self.goes_by_keys
+
+    def meet(self, keys: Tensor) -> Mapping[str, Tensor]:  # noqa: ARG002 -- part of the protocol
+        """What is remembered of new tokens, fp32 `[rows, n]` each, by their keys, fp32 `[rows, n, d]`."""
+        return {}
 
     def slack(self, kept_tokens: int) -> int:  # noqa: ARG002 -- part of the protocol
         """How many tokens fewer than it may a row is left with, so that it drops some less often."""
@@ -170,6 +183,34 @@ class Merger(Protocol):
         ...
 
 
+class Codec(Protocol):
+    """Stores tokens in few bits, in groups.
+
+    Attributes:
+        group_tokens: of a group.
+        exact_tokens: the latest tokens, which stay as they are.
+    """
+
+    group_tokens: ClassVar[int]
+    exact_tokens: int
+
+    def part_bytes(self, head_dim: int, dtype: torch.dtype, bits: int) -> tuple[int, ...]:
+        """Bytes of each part that a group is stored as. Each divides a block of the arena, or is some blocks."""
+        ...
+
+    def encode(self, keys: Tensor, values: Tensor, bits: int) -> tuple[Tensor, ...]:
+        """The parts of groups `[n, tokens, d]`, uint8 `[n, bytes]` each."""
+        ...
+
+    def decode(self, parts: Sequence[Tensor], head_dim: int, dtype: torch.dtype, bits: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of groups again, `[n, tokens, d]` in `dtype`, from parts `[n, bytes]`."""
+        ...
+
+    def for_kernels(self, parts: Sequence[Tensor], head_dim: int, dtype: torch.dtype, bits: int) -> PackedPart | None:
+        """The same of a layer, from parts `[kv, groups, bytes]`, as kernels take it; None: they can't decode it."""
+        ...
+
+
 class ReusePlan(Protocol):
     """When a query of an answer looks at all tokens, and by what it goes when it doesn't. Nothing is dropped.
 
@@ -220,6 +261,7 @@ class Method:
     positions: PositionPolicy | None = None
     allocator: BudgetAllocator | None = None
     merger: Merger | None = None
+    codec: Codec | None = None
     reuse: ReusePlan | None = None
     is_published: bool = True
 
@@ -229,7 +271,10 @@ class Method:
         return tuple(name for name in (*STAGES, "reuse") if getattr(self, name) is not None)
 
 
-STAGES = ("scorer", "positions", "allocator", "merger")
+STAGES = ("scorer", "positions", "allocator", "merger", "codec")
+
+CODEC_BITS = (2, 4, 8)
+"""That a codec may use for a number."""
 
 METHODS: Registry[Method] = Registry("method")
 
@@ -245,6 +290,7 @@ class Stages:
     positions: PositionPolicy | None = None
     allocator: BudgetAllocator | None = None
     merger: Merger | None = None
+    codec: Codec | None = None
 
 
 def stages_of(recipe: RecipeSpec) -> Stages | None:
@@ -266,11 +312,15 @@ def stages_of(recipe: RecipeSpec) -> Stages | None:
         positions=_method(limits.positions).positions,
         allocator=_method(limits.allocator).allocator,
         merger=_method(limits.merger).merger,
+        codec=_method(limits.codec).codec,
     )
     for stage in STAGES:
         if (name := getattr(limits, stage)) is not None:
             _found(recipe, stage, name, getattr(stages, stage))
     stages = replace(stages, scorer=_with_params(recipe, stages.scorer, limits.params))
+    if limits.remembers != len(stages.scorer.remembers):
+        count = len(stages.scorer.remembers)
+        raise _impossible(recipe, f"remembers={limits.remembers}: {limits.scorer!r} keeps {count} of each token")
     if stages.scorer.slack(limits.kept_tokens) >= limits.kept_tokens:
         raise _impossible(recipe, f"of {limits.kept_tokens} tokens {limits.scorer!r} would keep none: give more")
     return stages
@@ -327,6 +377,12 @@ def _check_pairs(recipe: RecipeSpec, limits: Eviction) -> None:
         raise _impossible(recipe, "keys that are rotated to other places can't be averaged: leave out one of the two")
     if limits.positions is not None and limits.allocator is not None:
         raise _impossible(recipe, "places count the tokens of a KV head, so all must keep the same number of them")
+    if limits.codec is not None and (limits.positions, limits.allocator, limits.merger) != (None, None, None):
+        raise _impossible(
+            recipe, "tokens in few bits can't be rotated or averaged, and all KV heads have as many: leave out the rest"
+        )
+    if (limits.codec is None) != (limits.bits == 0) or limits.bits not in (0, *CODEC_BITS):
+        raise _impossible(recipe, f"bits={limits.bits}: must be one of {CODEC_BITS} with a codec, 0 without")
 
 
 def _impossible(recipe: RecipeSpec, why: str) -> ConfigError:

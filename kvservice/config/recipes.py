@@ -69,8 +69,10 @@ def _evicting(
     positions: str | None = None,
     allocator: str | None = None,
     merger: str | None = None,
+    packed: tuple[str | None, int] = (None, 0),
+    remembers: int = 0,
 ) -> RecipeSpec:
-    eviction = Eviction(name, KEPT_TOKENS, read_tokens, positions, allocator, merger)
+    eviction = Eviction(name, KEPT_TOKENS, read_tokens, positions, allocator, merger, *packed, remembers)
     return RecipeSpec(name, Distant.EVICT, summary, eviction=eviction)
 
 
@@ -81,23 +83,37 @@ EVICTING = (
         KEPT_TOKENS + STRIDE_TOKENS,
         positions="streaming_llm",
     ),
-    _evicting("h2o", "The latest 256 tokens, and 256 that attracted most attention so far."),
-    _evicting("scissorhands", "Up to 512 tokens; the half that the last 400 queries looked at least goes at once."),
-    _evicting("l2_norm", "The 512 tokens whose keys have the smallest norm."),
-    _evicting("keyformer", "The latest 153 tokens, and 359 that attracted most attention, with noise."),
+    _evicting("h2o", "The latest 256 tokens, and 256 that attracted most attention so far.", remembers=1),
+    _evicting(
+        "scissorhands",
+        "Up to 512 tokens; the half that the last 400 queries looked at least goes at once.",
+        remembers=1,
+    ),
+    _evicting(
+        "l2_norm", "The 448 tokens whose keys have the smallest norm, and up to 64 that came since.", remembers=1
+    ),
+    _evicting("keyformer", "The latest 153 tokens, and 359 that attracted most attention, with noise.", remembers=1),
     _evicting("sepllm", "The first 4 tokens, the latest 128 separators, and a window of 256 to 380."),
-    _evicting("chunkkv", "The latest 64 to 128 tokens, and the chunks of 10 that these look at most."),
+    _evicting("chunkkv", "The latest 64 to 128 tokens, and the chunks of 10 that these look at most.", remembers=1),
     _evicting(
         "cascading_kv",
         "The first 64 tokens, and four windows of 112, each sparser than the one before, at contiguous positions.",
         KEPT_TOKENS + STRIDE_TOKENS,
         positions="cascading_kv",
+        remembers=1,
     ),
     _evicting(
         "d2o",
         "As h2o, 512 tokens on average over layers that get more or fewer; dropped ones are merged into similar ones.",
         allocator="d2o",
         merger="d2o",
+        remembers=1,
+    ),
+    _evicting(
+        "more_tokens",
+        "Up to 1,440 tokens that the last 8 queries looked at, in 4 bits, and the latest 8 to 80: bytes of 512 tokens.",
+        packed=("more_tokens", 4),
+        remembers=1,
     ),
 )
 """Those that drop tokens for good. A session of any length takes a bounded number of bytes."""

@@ -389,7 +389,7 @@ class Engine:
         Returns:
             fp32 `[len(token_ids), vocab]` on the CPU.
         """
-        memory = self._idle(session_id)
+        memory = self.memory_of(session_id)
         state = memory.state
         self._room.await_room(session_id, Wish(len(state.tokens) + len(token_ids)))
         reach = Reach.SELECT if memory.recipe.distant is Distant.RECALL else Reach.FULL
@@ -406,9 +406,10 @@ class Engine:
 
     def telemetry(self, session_id: SessionId) -> KvTelemetry:
         """Where a held session's bytes are, and what its recall has done so far."""
-        return kv_telemetry(self._idle(session_id), self._shape, RecallCounters())
+        return kv_telemetry(self.memory_of(session_id), self._shape, RecallCounters())
 
-    def _idle(self, session_id: SessionId) -> SequenceMemory:
+    def memory_of(self, session_id: SessionId) -> SequenceMemory:
+        """What an idle session holds on the device: for evaluation."""
         memory = self._sequences.get(session_id)
         if memory is None or self._sequences.is_busy(session_id) or memory.place is not Place.DEVICE:
             raise FailedPrecondition(f"session {session_id} is not on the device, or has a call running")

@@ -36,13 +36,15 @@ def read_document(
     recipe: RecipeSpec,
     token_ids: Sequence[int],
     report: Report = ignore_progress,
+    *,
+    base: Sequence[int] = (),
 ) -> None:
-    """Opens a session and reads a document into it. The session stays until it is released.
+    """Reads a document into a session, which is opened if `base`, its tokens, are none. It stays until it is released.
 
     Raises:
         KVServiceError: it doesn't fit in the engine's budget, or has more tokens than the model has positions.
     """
-    call = EngineCall(CallId("read"), session_id, recipe, base_tokens=(), document_tokens=tuple(token_ids))
+    call = EngineCall(CallId("read"), session_id, recipe, tuple(base), document_tokens=tuple(token_ids))
     engine.submit(call)
     done = 0
     for event in _outcomes(engine, {call.call_id}):

@@ -47,15 +47,16 @@ class CaseResult:
     @property
     def is_correct(self) -> bool:
         """Whether the recipe found all that is hidden."""
-        return _all_found(self.answers.last, self.case)
+        return is_all_found(self.answers.last, self.case)
 
     @property
     def is_dense_correct(self) -> bool:
         """Whether `dense` did."""
-        return _all_found(self.dense_answers.last, self.case)
+        return is_all_found(self.dense_answers.last, self.case)
 
 
-def _all_found(answers: Sequence[str], case: PasskeyCase) -> bool:
+def is_all_found(answers: Sequence[str], case: PasskeyCase) -> bool:
+    """Whether each answer is what is hidden."""
     return all(is_answered(answer, needle.number) for answer, needle in zip(answers, case.needles, strict=True))
 
 
@@ -101,6 +102,14 @@ def run_cases(
         CaseResult(case, prompt.num_tokens + talk_tokens, own, dense)
         for case, prompt, own, dense in zip(cases, prompts, told[0], told[-1], strict=True)
     ]
+
+
+def answer_case(
+    engine: Engine, tokenizer: Tokenizer, spec: RecipeSpec, case: PasskeyCase
+) -> Conversation[tuple[str, ...]]:
+    """Asks for what is hidden in one text, under one recipe."""
+    first, _ = yield from _ask(engine, SessionId(f"key-{spec.name}"), spec, _Prompt.of(case, tokenizer), 0)
+    return tuple(tokenizer.decode(one) for one in first)
 
 
 def compared(recipe: RecipeSpec) -> list[RecipeSpec]:

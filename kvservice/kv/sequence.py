@@ -194,6 +194,11 @@ class SequenceState:
         values = self._arena.read(rows[1])[:, :num_resident]
         return keys, values
 
+    def cells(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The arena, `[blocks, 16, d]`, and its blocks of a layer, int32 `[2 * kv, columns]`: keys, then values."""
+        num_kv = self.layout.num_kv_heads
+        return self._arena.cells, self.table[2 * layer * num_kv : 2 * (layer + 1) * num_kv]
+
     def read_at(self, layer: int, local: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of K and V in some slots of a layer, each `[kv, n, d]`; `local` is int64 `[kv, n]`."""
         num_kv = self.layout.num_kv_heads

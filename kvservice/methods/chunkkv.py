@@ -30,6 +30,10 @@ class Chunks(Scorer):
         """See `Scorer`: a window is filled before there is another choice."""
         return min(self.window, kept_tokens // 4)
 
+    def watches(self, num_after: int) -> bool:
+        """See `Scorer`."""
+        return num_after < self.window
+
     def observe(self, seen: Seen, remembered: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """See `Scorer`."""
         return {"mass": remembered["mass"] + seen.probs[:, :, seen.among_last(self.window)].sum((1, 2))}
@@ -53,7 +57,7 @@ METHODS.register("chunkkv")(
         paper="Liu et al., ChunkKV, arXiv:2502.00299",
         summary="chunks of 10 tokens that the last 64 queries look at; pairs of layers keep the same",
         saves="all but the kept tokens' KV",
-        costs="the weights of all attention; 4 bytes for each kept token of a KV head",
+        costs="the weights of the last 64 queries' attention; 4 bytes for each kept token of a KV head",
         deviates="chosen anew whenever an answer has filled the budget, 64 tokens later (in the paper once, of the "
         "prompt); the last chunk is cut where the budget ends; scores aren't smoothed before they are averaged over "
         "chunks; the window is a quarter of budgets below 256",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,11 +12,10 @@ from torch import Tensor
 
 from kvservice.compression.methods import METHODS, Held, Method, Scorer, Seen
 
-_MIX = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
-"""Odd numbers of 64 bits, as splitmix64 has them."""
+_DRAWS = 1 << 18
+"""Numbers of noise that there are; which of them a score gets follows from where it stands."""
 
-_MOST_LAYERS, _MOST_HEADS = 1 << 12, 1 << 12
-"""Of models: that many have noise of their own."""
+_ODD = 0x9E3779B1
 
 
 @dataclass(frozen=True)
@@ -54,19 +54,25 @@ class GumbelMass(Scorer):
         device = seen.logits.device
         heads = torch.arange(num_kv * group, device=device).view(num_kv, group, 1, 1)
         queries = (seen.first + torch.arange(count, device=device)).view(-1, 1)
-        keys = seen.positions.view(num_kv, 1, 1, -1)
-        start = (self.seed * _MOST_LAYERS + seen.layer) * _MOST_HEADS
-        mixed = _mixed(_mixed(_mixed(heads + start) + queries) + keys)
-        share = ((mixed >> 40) & 0xFFFFFF).double().add_(0.5) / (1 << 24)
-        return -(-share.log()).log().float()
+        of_query = _scrambled((self.seed * 1009 + seen.layer) * 4099 + heads + _scrambled(queries) * 31)
+        of_key = _scrambled(seen.positions.view(num_kv, 1, 1, -1) * 8191 + 1)
+        # Adding is all that is done for each score: of a long text there are a billion.
+        places = (of_query + of_key).to(torch.int32) & (_DRAWS - 1)
+        return _draws(self.seed, device)[places]
 
 
-def _mixed(numbers: Tensor) -> Tensor:
-    """Scrambles int64 numbers; products wrap around."""
-    numbers = numbers * _MIX[0]
-    numbers = (numbers ^ ((numbers >> 30) & 0x3FFFFFFFF)) * _MIX[1]
-    numbers = (numbers ^ ((numbers >> 27) & 0x1FFFFFFFFF)) * _MIX[2]
-    return numbers ^ ((numbers >> 31) & 0x1FFFFFFFF)
+@functools.cache
+def _draws(seed: int, device: torch.device) -> Tensor:
+    """Gumbel's numbers, fp32 `[_DRAWS]`."""
+    share = torch.rand(_DRAWS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return -(-share.clamp(min=1e-12).log()).log().float().to(device)
+
+
+def _scrambled(numbers: Tensor) -> Tensor:
+    """Spreads int64 numbers over 24 bits."""
+    numbers = (numbers ^ (numbers >> 15)) * _ODD & 0xFFFFFFFF
+    numbers = (numbers ^ (numbers >> 13)) * _ODD & 0xFFFFFFFF
+    return numbers >> 8
 
 
 METHODS.register("keyformer")(

@@ -30,6 +30,10 @@ class Pivotal(Scorer):
         """See `Scorer`."""
         return int(kept_tokens * self.dropped_share)
 
+    def watches(self, num_after: int) -> bool:
+        """See `Scorer`."""
+        return num_after < self.window
+
     def observe(self, seen: Seen, remembered: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """See `Scorer`."""
         counted = seen.among_last(self.window)
@@ -47,7 +51,7 @@ METHODS.register("scissorhands")(
         paper="Liu et al., Scissorhands, arXiv:2305.17118",
         summary="tokens to which the last 400 queries hardly attended are dropped, half of all at a time",
         saves="all but the kept tokens' KV; between half the budget and all of it is used",
-        costs="the weights of all attention; 4 bytes for each kept token of a KV head",
+        costs="the weights of the last 400 queries' attention; 4 bytes for each kept token of a KV head",
         deviates="no official code: window, recent tokens and threshold as in a third party's; all layers keep alike "
         "(the paper gives later ones more); attention is averaged over the query heads of a KV head; queries before "
         "tokens were last dropped don't count, where fewer than 400 followed",

@@ -5,7 +5,6 @@ Knows nothing of attention, scheduling or models. Which tokens stay, and what be
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -13,7 +12,9 @@ from torch import Tensor
 
 from kvservice.compression.methods import EMPTY, Dropping, Held, Stages
 from kvservice.errors import InternalError
+from kvservice.kernels.cpu import HeldPart
 from kvservice.kv.sequence import SequenceState
+from kvservice.recall.packed import PackedTokens
 from kvservice.types import BLOCK_TOKENS
 
 
@@ -26,27 +27,26 @@ class HeldStep:
         has_empty: some rows hold fewer tokens than others.
         widest: the most tokens that a row held before.
         num_after: tokens that come behind them before some are dropped.
-        remembered: fp32 `[rows, t]` each; of a layer that has been passed, with what was seen there.
+        counts: int32 `[rows]`, the tokens that each row held before.
+        remembered: fp32 `[rows, t]` each; of a layer that has been passed, with what was seen there. The step's own.
     """
 
     def __init__(
-        self, num_tokens: int, positions: Tensor, widest: int, num_after: int, remembered: dict[str, Tensor]
+        self,
+        num_tokens: int,
+        positions: Tensor,
+        widest: int,
+        num_after: int,
+        counts: Tensor,
+        remembered: dict[str, Tensor],
     ) -> None:
         self.num_tokens = num_tokens
         self.positions = positions
+        self.counts = counts
         self.has_empty = bool((positions == EMPTY).any())
         self.widest = widest
         self.num_after = num_after
         self.remembered = remembered
-
-    def of_layer(self, rows: slice) -> dict[str, Tensor]:
-        """What is remembered of the tokens of one layer."""
-        return {name: numbers[rows] for name, numbers in self.remembered.items()}
-
-    def learn(self, rows: slice, remembered: Mapping[str, Tensor]) -> None:
-        """Takes in what was seen in a layer."""
-        for name, numbers in self.remembered.items():
-            numbers[rows] = remembered[name]
 
 
 class HeldTokens:
@@ -56,16 +56,27 @@ class HeldTokens:
         stages: these.
         state: the sequence's KV; all of it is on the device when this is used.
         separators: the model's, see `Held`.
+        packed: what it keeps in few bits, if its recipe has a codec. Its slots come before those of the state.
+        most_groups: of packed tokens.
 
     Attributes:
         read_until: tokens behind this position are those of an answer.
         num_dropped: tokens that it dropped so far, over all (layer, KV head)s.
     """
 
-    def __init__(self, stages: Stages, state: SequenceState, separators: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        stages: Stages,
+        state: SequenceState,
+        separators: frozenset[int] = frozenset(),
+        packed: PackedTokens | None = None,
+        most_groups: int = 0,
+    ) -> None:
         self.stages = stages
         self.state = state
+        self.packed = packed
         self.read_until = 0
+        self._most_groups = most_groups
         self._separators = separators
         self.step: HeldStep | None = None
         self._remembered: dict[str, Tensor] = {}
@@ -75,9 +86,20 @@ class HeldTokens:
 
     @property
     def num_held(self) -> int:
-        """Tokens that a (layer, KV head) holds, on average, rounded up."""
+        """Tokens that a (layer, KV head) holds, on average, rounded up; packed ones count by their bytes."""
         state = self.state
-        return -(-int(state.counts.sum()) // self._num_rows) if state.is_ragged else state.num_computed
+        exact = -(-int(state.counts.sum()) // self._num_rows) if state.is_ragged else state.num_computed
+        return exact + (self.packed.worth_tokens if self.packed else 0)
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of a (layer, KV head)."""
+        return self._num_packed + self.state.num_resident
+
+    @property
+    def positions(self) -> Tensor:
+        """The position in each slot, int64 `[layers * kv, num_slots]`; EMPTY where there is none."""
+        return self._positions()
 
     @property
     def turns_keys(self) -> bool:
@@ -115,8 +137,15 @@ class HeldTokens:
             if name in self._remembered:
                 numbers[:, :widest] = self._remembered[name]
             remembered[name] = numbers
-        self.step = HeldStep(num_tokens, positions, widest, self._num_after(num_tokens), remembered)
+        counts = counts.squeeze(1).to(torch.int32)
+        self.step = HeldStep(num_tokens, positions, widest, self._num_after(num_tokens), counts, remembered)
         return self.step
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether the step's attention can't be left to kernels that tell no weights, of tokens that stand in order."""
+        assert self.step is not None
+        return self.state.is_ragged or self.stages.scorer.watches(self.step.num_after)
 
     def commit(self) -> int:
         """The step's tokens are computed, and counted in by the state: drops what there are too many of.
@@ -128,6 +157,7 @@ class HeldTokens:
         if step is None:
             raise InternalError("tokens are committed that no step computed")
         self._remembered = step.remembered
+        self._meet(step)
         limits, num_held = self.stages.limits, self.num_held
         is_read = self.state.num_computed == len(self.state.tokens)
         if num_held <= limits.kept_tokens or not (is_read or num_held >= limits.read_tokens):
@@ -135,9 +165,28 @@ class HeldTokens:
         self._drop()
         return num_held - self.num_held
 
+    def read(self, layer: int, num_slots: int) -> tuple[Tensor, Tensor]:
+        """Copies of K and V in the first slots of a layer, each `[kv, num_slots, d]`."""
+        keys, values = self.state.read(layer, num_slots - self._num_packed)
+        if self.packed is None or not self._num_packed:
+            return keys, values
+        packed_keys, packed_values = self.packed.read(layer)
+        return torch.cat([packed_keys, keys], 1), torch.cat([packed_values, values], 1)
+
+    def part(self, layer: int, num_slots: int) -> HeldPart | None:
+        """The same as kernels take it; None if they can't unpack it."""
+        packed = None
+        if self.packed is not None and self._num_packed:
+            packed = self.packed.for_kernels(layer)
+            if packed is None:
+                return None
+        arena, table = self.state.cells(layer)
+        return HeldPart(arena, table, num_slots, packed)
+
     def fork(self, state: SequenceState) -> HeldTokens:
         """The same of another sequence, which holds the same tokens."""
-        twin = HeldTokens(self.stages, state, self._separators)
+        packed = self.packed.fork() if self.packed else None
+        twin = HeldTokens(self.stages, state, self._separators, packed, self._most_groups)
         twin.read_until = self.read_until
         twin._remembered = dict(self._remembered)
         twin._limits = self._limits
@@ -159,8 +208,13 @@ class HeldTokens:
         layout = self.state.layout
         return layout.num_layers * layout.num_kv_heads
 
+    @property
+    def _num_packed(self) -> int:
+        return self.packed.num_tokens if self.packed else 0
+
     def _positions(self) -> Tensor:
-        return self.state.positions.long().expand(self._num_rows, -1)
+        exact = self.state.positions.long().expand(self._num_rows, -1)
+        return torch.cat([self.packed.positions, exact], 1) if self.packed else exact
 
     def _num_after(self, num_tokens: int) -> int:
         """Tokens behind the next `num_tokens` that come before some are dropped."""
@@ -169,6 +223,15 @@ class HeldTokens:
         if held + pending <= limits.kept_tokens:
             return limits.kept_tokens + 1 - held
         return max(0, min(pending, limits.read_tokens - held))
+
+    def _meet(self, step: HeldStep) -> None:
+        """Remembers what follows from the keys of a step's tokens."""
+        if not self.stages.scorer.goes_by_keys:
+            return
+        new = step.counts.long().unsqueeze(1) + torch.arange(step.num_tokens, device=step.counts.device)
+        keys = self._at(new - self._num_packed)[0].float()
+        for name, numbers in self.stages.scorer.meet(keys).items():
+            self._remembered[name].scatter_(1, new, numbers)
 
     def _drop(self) -> None:
         state, stages = self.state, self.stages
@@ -186,15 +249,53 @@ class HeldTokens:
             self._limits = self._allocate(held)
             held = replace(held, limits=self._limits)
         scores = stages.scorer.score(held).masked_fill(positions == EMPTY, -torch.inf)
+        if self.packed is not None:
+            self._pack(self.packed, scores, positions)
+            return
         stays = highest(scores, self._limits - stages.scorer.slack(stages.limits.kept_tokens))
         self.num_dropped += int((positions != EMPTY).sum() - stays.sum())
         if stages.merger is not None:
             self._merge(stays, positions != EMPTY)
+        self._reorder(state.keep(stays))
+
+    def _pack(self, packed: PackedTokens, scores: Tensor, positions: Tensor) -> None:
+        """Packs all exact tokens but the latest, or the best of them, and drops the groups that are worth least."""
+        codec, state, size, first = self.stages.codec, self.state, packed.group_tokens, packed.num_tokens
+        assert codec is not None
+        old = positions[:, first:].argsort(dim=1)[:, : state.num_resident - codec.exact_tokens]
+        count = min(old.shape[1] // size, self._most_groups)
+        new = old[:, : count * size]
+        if count == self._most_groups:
+            best = scores[:, first:].gather(1, old).topk(count * size, dim=1).indices
+            new = old.gather(1, best.sort(dim=1).values)
+            gone = old
+        else:
+            gone = new
+        parts = packed.pack(*self._at(new))
+        worth = torch.cat([scores[:, :first], scores[:, first:].gather(1, new)], 1)
+        worth = worth.view(self._num_rows, -1, size).mean(2)
+        kept = worth.topk(min(worth.shape[1], self._most_groups), dim=1).indices.sort(dim=1).values
+        before = int((positions != EMPTY).sum())
+        stays = torch.ones_like(positions[:, first:], dtype=torch.bool).scatter_(1, gone, value=False)
         source = state.keep(stays)
-        if stages.scorer.restarts:
+        packed.replace(parts, positions[:, first:].gather(1, new), kept)
+        self.num_dropped += before - int((self._positions() != EMPTY).sum())
+        slots = torch.cat([torch.arange(first, device=new.device).expand(self._num_rows, -1), new + first], 1)
+        slots = slots.view(self._num_rows, -1, size).gather(1, kept.unsqueeze(2).expand(-1, -1, size)).flatten(1)
+        self._reorder(torch.cat([slots, source + first], 1))
+
+    def _reorder(self, source: Tensor) -> None:
+        """What is remembered goes with the tokens: `source` is where each slot was before, int64 `[rows, t]`."""
+        if self.stages.scorer.restarts:
             self._remembered = {}
         else:
             self._remembered = {name: numbers.gather(1, source) for name, numbers in self._remembered.items()}
+
+    def _at(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of some of the state's slots of each row, `[rows, n, d]`; `slots` is int64 `[rows, n]`."""
+        by_layer = slots.view(-1, self.state.layout.num_kv_heads, slots.shape[1])
+        pairs = [self.state.read_at(layer, some) for layer, some in enumerate(by_layer)]
+        return torch.cat([keys for keys, _ in pairs]), torch.cat([values for _, values in pairs])
 
     def _even(self, positions: Tensor) -> Tensor:
         return positions.new_full((positions.shape[0],), self.stages.limits.kept_tokens)

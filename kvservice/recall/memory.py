@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvservice.compression.methods import reuse_of, stages_of
+from kvservice.compression.methods import Stages, reuse_of, stages_of
 from kvservice.compression.protocols import ScanTally
 from kvservice.errors import InternalError
 from kvservice.kv.arena import Arena
@@ -20,6 +20,7 @@ from kvservice.recall.distant import DistantKV
 from kvservice.recall.held import HeldTokens
 from kvservice.recall.index import SequenceIndex
 from kvservice.recall.looking import Looking
+from kvservice.recall.packed import PackedTokens, most_groups
 from kvservice.recall.parking import Parking, Place
 from kvservice.recall.reach import Reach, ReachLog
 from kvservice.recall.residency import RecallSlots
@@ -139,7 +140,7 @@ class SequenceMemory:
         self.shared = store.shared.cells if store.shared and recipe.shares_keys else None
         self.state = SequenceState(store.arena)
         stages = stages_of(recipe)
-        self.held = None if stages is None else HeldTokens(stages, self.state, store.separators)
+        self.held = None if stages is None else _held(recipe, stages, self.state, store)
         plan = reuse_of(recipe)
         self.looking = None if plan is None else Looking(plan, self.state)
         self.distant = DistantKV(host, store.arena.layout.head_dim)
@@ -159,7 +160,11 @@ class SequenceMemory:
     @property
     def window_bytes(self) -> int:
         """Arena bytes of sinks and window, shared ones included."""
-        own = self.state.window_bytes if self.place is Place.DEVICE else 0
+        own = (
+            self.state.window_bytes + (self._packed.num_bytes if self._packed else 0)
+            if self.place is Place.DEVICE
+            else 0
+        )
         return own + self._parking.held_bytes(Owner.WINDOW)
 
     @property
@@ -222,12 +227,13 @@ class SequenceMemory:
         if self.recipe.slides:
             column = min(column, 1)
         shared = state.num_shared_from(0 if self.held else column)
+        shared += self._packed.num_shared() if self._packed else 0
         shared += self.index.num_shared_from(groups) if self.index else 0
         return (shared * layout.block_bytes, host)
 
     def swap_bytes(self) -> int:
         """Host bytes that its device blocks would take."""
-        num_blocks = self.state.blocks().numel() + (self.index.blocks().numel() if self.index else 0)
+        num_blocks = self._window_blocks().numel() + (self.index.blocks().numel() if self.index else 0)
         return self._parking.groups_for(num_blocks) * self._store.arena.layout.group_bytes
 
     @property
@@ -509,7 +515,7 @@ class SequenceMemory:
         self._drop_slots()
         if self.state.prepared_bytes:  # of a chunk on its way through the layers, which is read again
             self.state.shrink(self.state.num_computed)
-        blocks = {Owner.WINDOW: self.state.blocks()}
+        blocks = {Owner.WINDOW: self._window_blocks()}
         if self.index:
             blocks[Owner.INDEX] = self.index.blocks()
         self._parking.leave(blocks)
@@ -531,7 +537,10 @@ class SequenceMemory:
         """
         blocks = self._parking.poll()
         if blocks is not None:
-            self.state.move_to(blocks[Owner.WINDOW])
+            window, count = blocks[Owner.WINDOW], self.state.blocks().numel()
+            self.state.move_to(window[:count])
+            if self._packed:
+                self._packed.move_to(window[count:])
             if self.index:
                 self.index.move_to(blocks[Owner.INDEX])
             rollback, self._rollback = self._rollback, None
@@ -557,11 +566,15 @@ class SequenceMemory:
         if self.place is not Place.DEVICE:
             self._parking.close()
             self.state.forget()
+            if self._packed:
+                self._packed.forget()
             if self.index:
                 self.index.forget()
             return
         tokens = list(self.state.tokens)
         self.state.close()
+        if self._packed:
+            self._packed.close()
         self.state.tokens = tokens
         if self.index:
             self.index.truncate(0)
@@ -577,7 +590,7 @@ class SequenceMemory:
         """Every device block it holds, int32 `[n]`."""
         held = [self._parking.blocks()]
         if self.place is Place.DEVICE:
-            held.append(self.state.blocks())
+            held.append(self._window_blocks())
             if self.index:
                 held.append(self.index.blocks())
         if self._slots:
@@ -599,6 +612,14 @@ class SequenceMemory:
         if self.state.num_computed > len(self.state.tokens):
             raise InternalError(f"KV of {self.state.num_computed} tokens, {len(self.state.tokens)} token ids")
 
+    @property
+    def _packed(self) -> PackedTokens | None:
+        return self.held.packed if self.held else None
+
+    def _window_blocks(self) -> Tensor:
+        """Device blocks of sinks and window, and behind them those of packed tokens."""
+        return torch.cat([self.state.blocks(), self._packed.blocks()]) if self._packed else self.state.blocks()
+
     def _distant_keys(self, layer: int, start: int, stop: int) -> Tensor:
         """See `KeySource`."""
         arena, num_kv = self._store.arena, self._store.arena.layout.num_kv_heads
@@ -612,3 +633,10 @@ class SequenceMemory:
         if self._slots:
             self._slots.close()
             self._slots = None
+
+
+def _held(recipe: RecipeSpec, stages: Stages, state: SequenceState, store: Store) -> HeldTokens:
+    if stages.codec is None:
+        return HeldTokens(stages, state, store.separators)
+    packed = PackedTokens(stages.codec, stages.limits.bits, store.arena)
+    return HeldTokens(stages, state, store.separators, packed, most_groups(recipe, stages.codec, store.arena.layout))

@@ -17,12 +17,20 @@ from tests.unit.engine.driving import PLENTY, Drive, answering, device_bytes, ma
 
 FP32_LOGITS = 1e-3
 KEPT, READ = 64, 160
+
+
+def kept_by(recipe):
+    """In the bytes of 64 tokens there is no room for packed ones beside the latest."""
+    return KEPT if recipe.eviction.codec is None else 2 * KEPT
+
+
 RECIPES = {recipe.name: recipe for recipe in EVICTING}
 METHODS.discover("kvservice.methods")
 
 
-def small(recipe, kept=KEPT, read=READ):
+def small(recipe, kept=None, read=READ):
     """The same for short texts."""
+    kept = kept_by(recipe) if kept is None else kept
     return replace(recipe, eviction=replace(recipe.eviction, kept_tokens=kept, read_tokens=read))
 
 
@@ -60,7 +68,7 @@ def test_budgets_are_kept_in_tokens_and_in_bytes(fast_model, recipe, length):
         drive.step()
         memory = memory_of(drive)
         reads = memory.num_computed < length
-        assert memory.held.num_held <= (READ if reads else KEPT)
+        assert memory.held.num_held <= (READ if reads else recipe.eviction.kept_tokens)
         limit = footprint(fast_model.spec.shape, recipe, length + 40, length if reads else 0)
         assert memory.device_bytes <= limit.device_bytes
     assert drive.engine.stats().window_bytes == memory.device_bytes
@@ -84,7 +92,7 @@ def test_what_is_remembered_of_tokens_is_bounded(fast_model, recipe):
     drive = Drive(make_engine(fast_model))
     drive.ask("s", recipe, document=tokens(400), sampling=answering(30))
     memory, shape = memory_of(drive), fast_model.spec.shape
-    numbers = len(memory.held.stages.scorer.remembers) * memory.state.num_resident
+    numbers = len(memory.held.stages.scorer.remembers) * memory.held.num_slots
     assert memory.held.remembered_bytes == 4 * numbers * shape.num_layers * shape.num_kv_heads
 
 
@@ -186,7 +194,7 @@ def test_forks_answer_alike_and_each_for_itself(model, recipe):
     for session in ("twin", "s"):
         drive.ask(session, recipe, base=DOCUMENT, prompt=QUESTION, sampling=LOGPROBS)
     assert answer_of(drive, "twin") == answer_of(drive, "s")
-    assert memory_of(drive).held.num_held <= KEPT
+    assert memory_of(drive).held.num_held <= recipe.eviction.kept_tokens
 
 
 def test_a_fork_at_an_earlier_token_is_computed_again_and_says_so(model, recipe):
@@ -231,7 +239,7 @@ def test_a_session_goes_on_turn_after_turn_without_computing_anything_again(fast
         finished = drive.ask("s", recipe, base=base, prompt=tokens(9, turn), sampling=answering(15))
         assert finished.usage.recomputed_tokens == 0
         base += finished.appended_tokens
-        assert memory_of(drive).held.num_held <= KEPT
+        assert memory_of(drive).held.num_held <= recipe.eviction.kept_tokens
     other = Drive(make_engine(fast_model))
     finished = other.ask("s", recipe, base=base, prompt=tokens(9, 9), sampling=answering(3))
     assert finished.usage.recomputed_tokens >= len(base) - 1
@@ -251,8 +259,7 @@ def made_up(num_kv=2, group=2, count=3, width=40):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(num_kv, group, count, width, generator=generator)
     positions = torch.stack([torch.randperm(width, generator=generator) for _ in range(num_kv)])
-    keys = torch.randn(num_kv, width, 8, generator=generator)
-    return Seen(0, logits, logits.softmax(-1), keys, positions, width, 0, 0)
+    return Seen(0, logits, logits.softmax(-1), positions, width, 0, 0)
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
@@ -260,7 +267,7 @@ def test_nothing_that_a_method_is_given_is_changed(name):
     scorer, seen = stages_of(RECIPES[name]).scorer, made_up()
     remembered = {each: torch.rand(2, 40) for each in scorer.remembers}
     held = Held(seen.positions, 43, tokens(43), torch.tensor([20, 20]), 2, remembered, frozenset(range(100)))
-    tensors = [seen.logits, seen.probs, seen.keys, seen.positions, held.limits, *remembered.values()]
+    tensors = [seen.logits, seen.probs, seen.positions, held.limits, *remembered.values()]
     before = [tensor.clone() for tensor in tensors]
     told = scorer.observe(seen, remembered)
     scores = scorer.score(held)
@@ -305,6 +312,10 @@ H2O = RECIPES["h2o"]
         (small(H2O, kept=0), "at least 1"),
         (replace(H2O, eviction=replace(H2O.eviction, positions="h2o")), "'h2o' has no positions"),
         (replace(H2O, eviction=replace(H2O.eviction, params=(("sinks", 3),))), "no setting 'sinks'"),
+        (replace(H2O, eviction=replace(H2O.eviction, codec="h2o", bits=4)), "'h2o' has no codec"),
+        (replace(H2O, eviction=replace(H2O.eviction, bits=4)), "0 without"),
+        (replace(H2O, eviction=replace(H2O.eviction, codec="more_tokens", bits=3)), "bits=3: must be one of"),
+        (replace(H2O, eviction=replace(H2O.eviction, codec="more_tokens", bits=4, merger="d2o")), "in few bits can't"),
     ],
 )
 def test_impossible_recipes_are_refused_with_the_reason(wrong, why):

@@ -21,7 +21,9 @@ pytestmark = pytest.mark.skipif(cpu.isa() == "none", reason="the C++ kernels are
 def small(recipe):
     if recipe.reuse is not None:
         return replace(recipe, reuse=Reuse(recipe.reuse.plan, (("tokens", 24),)))
-    return replace(recipe, eviction=replace(recipe.eviction, kept_tokens=64, read_tokens=160))
+    return replace(
+        recipe, eviction=replace(recipe.eviction, kept_tokens=128 if recipe.eviction.codec else 64, read_tokens=160)
+    )
 
 
 @pytest.fixture(scope="module")

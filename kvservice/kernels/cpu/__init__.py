@@ -10,6 +10,7 @@ depend on the instruction set.
 
 from __future__ import annotations
 
+from kvservice.kernels.cpu.held import PACKED_TOKENS, HeldPart, PackedPart, attend_held
 from kvservice.kernels.cpu.keys import encode_keys
 from kvservice.kernels.cpu.layers import DecoderLayers, LayerTensors, Part
 from kvservice.kernels.cpu.library import ISAS
@@ -30,15 +31,19 @@ from kvservice.kernels.cpu.step import Step, StepRecall, StepSequence, StepShari
 __all__ = [
     "HEAD_DIM_STEP",
     "ISAS",
+    "PACKED_TOKENS",
     "DecoderLayers",
     "Draw",
+    "HeldPart",
     "LayerTensors",
     "PackedLinear",
+    "PackedPart",
     "Part",
     "Step",
     "StepRecall",
     "StepSequence",
     "StepSharing",
+    "attend_held",
     "draw_tokens",
     "empty_bytes",
     "encode_keys",

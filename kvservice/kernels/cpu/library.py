@@ -143,6 +143,35 @@ class KvDraw(Structure):
     )
 
 
+class KvHeld(Structure):
+    """What each KV head of a sequence holds in one layer, and a query of it."""
+
+    _fields_ = (
+        ("queries", c_void_p),
+        ("arena", c_void_p),
+        ("table", c_void_p),
+        ("table_stride", c_int64),
+        ("visible", c_void_p),
+        ("moves", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("codes", c_void_p),
+        ("key_params", c_void_p),
+        ("value_params", c_void_p),
+        ("logits", c_void_p),
+        ("weights", c_void_p),
+        ("out", c_void_p),
+        ("scale", c_float),
+        ("num_kv", c_int32),
+        ("group", c_int32),
+        ("head_dim", c_int32),
+        ("width", c_int32),
+        ("num_groups", c_int32),
+        ("bits", c_int32),
+        ("dtype", c_int32),
+    )
+
+
 _PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "kv_isa": (ctypes.c_char_p, ()),
     "kv_limit_isa": (None, (ctypes.c_char_p,)),
@@ -161,6 +190,7 @@ _PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "kv_layer_post": (None, (POINTER(KvLayer), POINTER(KvStep))),
     "kv_layers": (None, (POINTER(KvLayer), c_int32, c_int32, POINTER(KvStep))),
     "kv_attend_parts": (None, (POINTER(KvLayer), POINTER(KvPart), c_int32, POINTER(KvStep))),
+    "kv_attend_held": (None, (POINTER(KvHeld),)),
     "kv_encode_groups": (None, (c_void_p, c_int64, c_int64, c_int32, c_int32, c_int32, c_void_p, c_void_p)),
     "kv_highest": (None, (c_void_p, c_int64, c_int32, c_int32, c_void_p, c_void_p)),
     "kv_draw": (None, (c_void_p, c_int64, POINTER(KvDraw), c_int32, c_int32, c_void_p)),

@@ -6,6 +6,8 @@ import pytest
 
 from kvservice.config.recipes import DENSE, RECALL
 from kvservice.evaluation.haystack import Needle, PasskeyCase, make_cases, noise_units
+from kvservice.evaluation.methods_log import Log
+from kvservice.evaluation.methods_table import Case, ask_all
 from kvservice.evaluation.passkey import Answers, CaseResult, at_first, mcnemar_p, run_cases, summarize
 from kvservice.models.tiny import write_tiny_checkpoint
 from kvservice.models.tokenizer import Tokenizer
@@ -90,3 +92,13 @@ def test_answers_dont_depend_on_how_many_sessions_there_are_at_a_time(engine, to
     assert together == run_cases(engine, tokenizer, RECALL, cases, talk_tokens=8)
     assert len(seen) == 6
     assert engine.headroom().resident_sessions == 0
+
+
+def test_methods_are_asked_alone_and_what_is_in_the_log_is_not_asked_again(tokenizer: Tokenizer, engine) -> None:
+    asked, log = some_cases(tokenizer, num_cases=2), Log(None)
+    wanted = [Case("dense", 0), Case("h2o", 96)]
+    told: list[int] = []
+    answers = ask_all(engine, tokenizer, log, wanted, asked, num_tokens=600, report=lambda: told.append(1))
+    assert {case: len(found) for case, found in answers.items()} == dict.fromkeys(wanted, 2)
+    assert len(told) == 4
+    assert ask_all(None, tokenizer, log, wanted, asked, num_tokens=600) == answers

@@ -15,14 +15,13 @@ def scorer(name, **params):
     return type(METHODS.get(name).scorer)(**params)
 
 
-def seen(probs, num_after=0, num_answered=0, logits=None, keys=None):
+def seen(probs, num_after=0, num_answered=0, logits=None):
     """Attention `[q][t]` of one query head, of queries that come last."""
     probs = torch.tensor(probs)[None, None]
     count, width = probs.shape[2:]
     positions = torch.arange(width).unsqueeze(0)
     logits = probs.log() if logits is None else torch.tensor(logits)[None, None]
-    keys = torch.zeros(1, width, 2) if keys is None else keys
-    return Seen(0, logits, probs, keys, positions, width - count, num_after, num_answered)
+    return Seen(0, logits, probs, positions, width - count, num_after, num_answered)
 
 
 def kept(method, limit, remembered=None, positions=range(12), slack=0, **more):
@@ -89,7 +88,7 @@ def test_scissorhands_counts_the_queries_just_before_tokens_are_dropped():
 
 def test_l2_norm_keeps_the_shortest_keys():
     keys = torch.tensor([[[3.0, 0.0], [0.0, 1.0], [1.2, 1.6]]])
-    told = observed(scorer("l2_norm"), seen([[0.2, 0.3, 0.5]], keys=keys))
+    told = {name: numbers[0].tolist() for name, numbers in scorer("l2_norm").meet(keys).items()}
     assert told["norm"] == pytest.approx([3, 1, 2])
     assert kept(scorer("l2_norm"), 2, told, range(3)) == [1, 2]
 
@@ -103,7 +102,7 @@ def test_keyformer_divides_by_a_temperature_that_rises_with_the_answer():
 
 def test_keyformer_without_noise_at_temperature_one_is_h2o_bit_for_bit():
     logits = torch.randn(2, 3, 5, 40, generator=torch.Generator().manual_seed(0))
-    attention = Seen(1, logits, logits.softmax(-1), torch.zeros(2, 40, 4), torch.arange(40).expand(2, -1), 40, 0, 7)
+    attention = Seen(1, logits, logits.softmax(-1), torch.arange(40).expand(2, -1), 40, 0, 7)
     before = {"mass": torch.rand(2, 40)}
     plain = scorer("keyformer", noise=0.0, rise=0.0).observe(attention, before)
     assert torch.equal(plain["mass"], scorer("h2o").observe(attention, before)["mass"])
@@ -111,13 +110,13 @@ def test_keyformer_without_noise_at_temperature_one_is_h2o_bit_for_bit():
 
 def test_keyformers_noise_is_gumbels_and_follows_from_seed_and_places():
     logits = torch.zeros(2, 2, 64, 500)
-    attention = Seen(1, logits, logits.softmax(-1), torch.zeros(2, 500, 4), torch.arange(500).expand(2, -1), 500, 0, 0)
+    attention = Seen(1, logits, logits.softmax(-1), torch.arange(500).expand(2, -1), 500, 0, 0)
     noise = scorer("keyformer", seed=3)._gumbel(attention)
     assert float(noise.mean()) == pytest.approx(0.5772, abs=0.02)
     assert float(noise.var()) == pytest.approx(math.pi**2 / 6, abs=0.05)
     assert abs(float(torch.corrcoef(noise[0, 0, :2])[0, 1])) < 0.15
     assert not torch.equal(noise, scorer("keyformer", seed=4)._gumbel(attention))
-    turned = Seen(1, logits, attention.probs, attention.keys, attention.positions.flip(1), 500, 0, 0)
+    turned = Seen(1, logits, attention.probs, attention.positions.flip(1), 500, 0, 0)
     assert torch.equal(scorer("keyformer", seed=3)._gumbel(turned), noise.flip(3))
 
 

@@ -200,6 +200,10 @@ void kv_attend_parts(const KvLayer* layer, const KvPart* parts, int32_t num_part
   call([&](const Kernels& k) { k.attend_parts(layer, parts, num_parts, step); });
 }
 
+void kv_attend_held(const KvHeld* held) {
+  call([&](const Kernels& k) { k.attend_held(held); });
+}
+
 void kv_merge(void* const* outs, float* const* lses, int32_t num_parts, int64_t heads, int32_t head_dim,
               int32_t dtype) {
   call([&](const Kernels& k) { k.merge(outs, lses, num_parts, heads, head_dim, dtype); });

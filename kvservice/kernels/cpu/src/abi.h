@@ -124,6 +124,33 @@ struct KvStep {
   int32_t is_uniform;        // a row's bits don't depend on how many queries its sequence has in the step; slower
 };
 
+// What each KV head of a sequence holds in one layer, and a query of it. A head's slots are first those of its packed
+// groups of 32 tokens, see held.h, then those in the arena; a query sees the first `visible` of them.
+struct KvHeld {
+  const void* queries;       // [num_kv, group, head_dim]
+  const void* arena;         // [blocks, 16, head_dim]
+  const int32_t* table;      // [2 * num_kv, columns], blocks of keys, then of values
+  int64_t table_stride;
+  const int32_t* visible;    // [num_kv]
+  const int64_t* moves;      // [num_kv, width], positions that a slot's key is rotated on before it is used; or null
+  const float* cos;          // [positions, head_dim / 2]; there if moves are
+  const float* sin;
+  const void* codes;         // [num_kv, num_groups, 2, 32 * head_dim * bits / 8], of keys, then of values
+  const void* key_params;    // [num_kv, num_groups, 2, head_dim], step and middle of each number
+  const void* value_params;  // [num_kv, num_groups, 2, 32], step and middle of each token
+  float* logits;             // [num_kv, group, width], scaled; minus infinity where the query sees nothing
+  float* weights;            // likewise, their softmax
+  void* out;                 // as queries
+  float scale;
+  int32_t num_kv;
+  int32_t group;
+  int32_t head_dim;
+  int32_t width;             // at least the most that a head holds
+  int32_t num_groups;
+  int32_t bits;              // 2, 4 or 8
+  int32_t dtype;             // KvDtype
+};
+
 // "amx", "avx512", "avx2" or "none": the best that machine, build and limit allow.
 const char* kv_isa();
 // Packed matrices stay valid. A name that this build doesn't have limits nothing but to what is built.
@@ -183,6 +210,8 @@ void kv_draw(const float* logits, int64_t stride, const struct KvDraw* how, int3
 
 // Attention of step->q over one part of each of some sequences into step->attended and step->lse.
 void kv_attend_parts(const KvLayer* layer, const KvPart* parts, int32_t num_parts, const KvStep* step);
+// Attention of one query over what its KV heads hold, with its weights.
+void kv_attend_held(const KvHeld* held);
 // Merges (out, lse) of disjoint parts by log-sum-exp into the first. heads = rows * num_heads; a part that a row saw
 // nothing of has lse minus infinity.
 void kv_merge(void* const* outs, float* const* lses, int32_t num_parts, int64_t heads, int32_t head_dim,

@@ -7,6 +7,7 @@
 #include "fold_decode.h"
 #include "fold_row.h"
 #include "fold_vec.h"
+#include "held.h"
 #include "kernels.h"
 #include "layer.h"
 #include "product_vec.h"
@@ -166,8 +167,16 @@ void encode_keys(const void* keys, int64_t stride, int64_t count, int32_t head_d
   }
 }
 
+void attend_held(const KvHeld* held) {
+  if (held->dtype == KV_BF16) {
+    attend_held_heads<bf16>(*held);
+  } else {
+    attend_held_heads<float>(*held);
+  }
+}
+
 constexpr Kernels kKernels = {linear, norm_linear, rms_norm_rows, pre, attend, recall, post, attend_parts, merge,
-                              encode_keys, highest_rows, draw_rows};
+                              encode_keys, highest_rows, draw_rows, attend_held};
 
 }  // namespace
 }  // namespace kv

@@ -18,6 +18,7 @@ struct Kernels {
   decltype(&::kv_encode_groups) encode_keys;
   decltype(&::kv_highest) highest;
   decltype(&::kv_draw) draw;
+  decltype(&::kv_attend_held) attend_held;
 };
 
 extern const Kernels kAvx2Kernels;
