@@ -11,7 +11,6 @@ import importlib
 import logging
 import os
 import time
-from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +30,7 @@ if TYPE_CHECKING:
     from kvservice.engine.grammar import GrammarCompiler
     from kvservice.models.adapter import Adapter
     from kvservice.models.base import Model, ModelSpec
-    from kvservice.tier.groups import FrameSet
-    from kvservice.tier.journal import FrameJournal
-    from kvservice.tier.restore import GroupReader
+    from kvservice.tier.frame_sets import FrameSets
     from kvservice.tier.writer import WriteBehind
     from kvservice.worker.server import WorkerServer
     from kvservice.worker.stored import StoredKv
@@ -65,7 +62,7 @@ async def worker(config: WorkerConfig, store: StateStore, stack: AsyncExitStack)
         lambda: (
             make_engine(config, folder, None, grammars)
             if tier is None
-            else make_engine(config, folder, tier.frames, grammars, tier.describe)
+            else make_engine(config, folder, tier.frames, grammars, tier.frame_sets)
         ),
         tokenizer,
         store,
@@ -88,26 +85,20 @@ class Tier:
 
     Attributes:
         frames: writes.
-        journal: knows what was written.
-        reader: reads.
+        frame_sets: what frames look like, once the model is loaded.
         stored: publishes, and brings back.
     """
 
     frames: WriteBehind
-    journal: FrameJournal
-    reader: GroupReader
+    frame_sets: FrameSets
     stored: StoredKv
-
-    def describe(self, frame_set: FrameSet) -> None:
-        """The model is loaded: this is what its frames look like."""
-        self.journal.describe(frame_set.fingerprint, frame_set.codec, frame_set.chunk_groups)
-        self.reader.serve(frame_set)
 
 
 async def _open_tier(config: WorkerConfig, store: StateStore, stack: AsyncExitStack) -> Tier | None:
     """The way to the kv Redis, found to be there and fit, and what publishes it; none when no Redis was named."""
     from kvservice.store.blobs import RedisBlobs
     from kvservice.tier.base import open_source, open_tier
+    from kvservice.tier.frame_sets import FrameSets
     from kvservice.tier.journal import FrameJournal, JournaledWriter
     from kvservice.tier.reader import FrameReader
     from kvservice.tier.restore import GroupReader
@@ -124,14 +115,14 @@ async def _open_tier(config: WorkerConfig, store: StateStore, stack: AsyncExitSt
         if problem.fatal:
             raise ConfigError(problem.message, reason="kv_server")
         logger.warning("kv_server_unfit", extra={"why": problem.message})
-    journal = FrameJournal()
+    frame_sets = FrameSets()
+    journal = FrameJournal(frame_sets)
     keyring = load_keyring(config.kv_keys) if config.kv_keys is not None else None
     frames = JournaledWriter(open_tier(url), journal, ttl_s=config.kv_ttl_s, keyring=keyring)
     await asyncio.to_thread(frames.start)
     stack.push_async_callback(asyncio.to_thread, frames.close, CLOSE_TIMEOUT_S)
     frame_reader = FrameReader(open_source(url), keyring=keyring)
     stack.push_async_callback(asyncio.to_thread, frame_reader.close)
-    reader = GroupReader(frame_reader)
     stored = StoredKv(
         WorkerId(config.worker_id),
         store,
@@ -139,9 +130,9 @@ async def _open_tier(config: WorkerConfig, store: StateStore, stack: AsyncExitSt
         journal,
         ttl_s=config.kv_ttl_s,
         scrub_interval_s=config.scrub_interval_s,
-        resumer=Resumer(reader, time.monotonic),
+        resumer=Resumer(GroupReader(frame_reader), frame_sets, time.monotonic),
     )
-    return Tier(frames, journal, reader, stored)
+    return Tier(frames, frame_sets, stored)
 
 
 def num_threads(config: WorkerConfig) -> int:
@@ -185,7 +176,7 @@ def make_engine(
     folder: Path,
     frames: WriteBehind | None = None,
     grammars: GrammarCompiler | None = None,
-    on_frames: Callable[[FrameSet], None] | None = None,
+    frame_sets: FrameSets | None = None,
 ) -> Engine:
     """Loads the model and makes its engine. Blocks for as long as that takes; called in the engine's thread.
 
@@ -194,7 +185,7 @@ def make_engine(
         folder: of the model.
         frames: where KV is written behind to; None: nowhere.
         grammars: for answers held to one; without it such calls are refused.
-        on_frames: told what the frames look like, before the first is written.
+        frame_sets: told what the frames look like, before the first is written.
 
     Raises:
         ModelError: the model can't be used, or its layers can't share keys and a map was named.
@@ -204,7 +195,9 @@ def make_engine(
     from kvservice.engine.ports import NoWriter
     from kvservice.kernels.memory import give_back_big_blocks
     from kvservice.kv.layout import KVLayout
-    from kvservice.tier.groups import FrameSet, GroupFrames, kv_fingerprint
+    from kvservice.recall.sharing import shared_frames
+    from kvservice.tier.frame_sets import FrameSet, FrameSets, kv_fingerprint
+    from kvservice.tier.groups import GroupFrames
 
     give_back_big_blocks()
     adapter = open_adapter(config)
@@ -224,10 +217,10 @@ def make_engine(
         keys_rotated=layout.keys_rotated,
         tokenizer=hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
     )
-    frame_set = FrameSet(fingerprint, layout.group_shape, layout.dtype, config.kv_codec)
-    if on_frames is not None:
-        on_frames(frame_set)
-    writer = GroupFrames(frames, frame_set)
+    whole = FrameSet(fingerprint, layout.group_shape, layout.dtype, config.kv_codec)
+    frame_sets = frame_sets or FrameSets()
+    frame_sets.describe(whole, shared_frames(whole, sharing, layout) if sharing is not None else None)
+    writer = GroupFrames(frames, frame_sets)
     return Engine(model, engine_config(config), writer, grammars, sharing=sharing)
 
 

@@ -258,6 +258,7 @@ def _ledger_report(message: admin_pb2.LedgerStats) -> LedgerReport:
         restored_tokens=message.resumed.restored_tokens,
         misses=dict(message.resumed.misses),
         kv_fingerprint=message.kv_fingerprint,
+        sharing_fingerprint=message.sharing_fingerprint,
     )
 
 

@@ -223,6 +223,8 @@ class LedgerReport:
     restored_tokens: int = 0
     misses: dict[str, int] = field(default_factory=dict)
     kv_fingerprint: str = ""
+    sharing_fingerprint: str = ""
+    """Of sessions whose layers share distant keys."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -185,8 +185,10 @@ def of_service(stats: ServiceStats) -> list[Finding]:
     found = [_of_fleet(stats), *(finding for worker in stats.workers for finding in _of_worker(worker))]
     by_model: dict[str, set[str]] = {}
     for worker in stats.workers:
+        # Together, so that a worker without a map is told from those that have one.
         if worker.ledger.kv_fingerprint:
-            by_model.setdefault(worker.model, set()).add(worker.ledger.kv_fingerprint)
+            kinds = f"{worker.ledger.kv_fingerprint} {worker.ledger.sharing_fingerprint}"
+            by_model.setdefault(worker.model, set()).add(kinds)
     for model, fingerprints in by_model.items():
         if len(fingerprints) > 1:
             advice = "give all workers of a model the same weights, dtype and map: what one stores no other has use for"

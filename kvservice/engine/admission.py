@@ -163,8 +163,8 @@ class Admission:
 def _is_more(brought: RestoredKv, found: Found, call: EngineCall) -> bool:
     """Whether KV that was brought for a call is more than what is held."""
     num_tokens = brought.num_tokens
-    # Frames have keys of every layer, and of every token, and no method had a say in them.
-    is_kept = not call.recipe.shares_keys and call.recipe.eviction is None and call.recipe.reuse is None
+    # Frames have every token, and no method had a say in them.
+    is_kept = call.recipe.eviction is None and call.recipe.reuse is None
     return is_kept and brought.num_groups > 0 and found.num_kept < num_tokens <= len(call.base_tokens)
 
 

@@ -2,17 +2,20 @@
 
     sinks: come, or are computed ──► distant groups: indexed as they come ──► near groups, window ──► question
 
-What doesn't come is computed behind what did.
+What doesn't come is computed behind what did. Where layers share distant keys, groups lack those of the others: they
+can't be near again, so what is computed behind them begins with an empty window.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from kvservice.engine.running import RunningSequence
 from kvservice.engine.sequences import HeldSequences
 from kvservice.recall.parking import Place
-from kvservice.types import GROUP_TOKENS, SINK_TOKENS, RestoredKv, RestoredWindow
+from kvservice.types import GROUP_TOKENS, SINK_TOKENS, RecipeSpec, RestoredKv, RestoredWindow
 
 GROUPS_BESIDE_OTHERS = 16
 """What is taken for a sequence between two steps that others wait for: some milliseconds."""
@@ -23,10 +26,12 @@ class Arrivals:
 
     Args:
         sequences: where it belongs.
+        deterministic: what can't be gone on from bit for bit isn't gone on from.
     """
 
-    def __init__(self, sequences: HeldSequences) -> None:
+    def __init__(self, sequences: HeldSequences, *, deterministic: bool) -> None:
         self._sequences = sequences
+        self._deterministic = deterministic
         self._awaited: RestoredKv | None = None
 
     def adopt(self, ready: Sequence[RunningSequence]) -> list[RunningSequence]:
@@ -67,20 +72,31 @@ class Arrivals:
                 # Nobody has the sinks: they are computed first, and what has come takes its place behind them.
                 return True
             memory.adopt(self._sequences.window_of(window)[:, :, :SINK_TOKENS])
-        groups = self._sequences.groups_of(restored)
+        groups = self._usable(sequence, restored, window if is_done else None)
         if others_wait and len(groups) > memory.num_adopted + GROUPS_BESIDE_OTHERS:
             groups, is_done = groups[: memory.num_adopted + GROUPS_BESIDE_OTHERS], False
         end = SINK_TOKENS + len(groups) * GROUP_TOKENS
-        whole = _fitting(window, end, memory.recipe.distant_groups(window.stop) if window else 0) if is_done else None
+        whole = _fitting(window, end, memory.recipe) if is_done else None
         memory.adopt_groups(groups, whole.stop if whole else end)
         if is_done:
             memory.adopt_rest(groups, self._sequences.window_of(whole)[:, :, SINK_TOKENS:] if whole else None)
             sequence.restored = None
         return is_done
 
+    def _usable(self, sequence: RunningSequence, restored: RestoredKv, window: RestoredWindow | None) -> Tensor:
+        """The groups that have come and can be gone on from; `window` once all has come, if there is one."""
+        recipe = sequence.memory.recipe
+        groups = self._sequences.groups_of(restored, recipe)
+        if not sequence.memory.shared:
+            return groups
+        # What is near at the end of the session must come with its window, or be computed.
+        groups = groups[: recipe.distant_groups(len(sequence.call.base_tokens))]
+        leads_up = _fitting(window, SINK_TOKENS + len(groups) * GROUP_TOKENS, recipe) is not None
+        return groups if leads_up or not self._deterministic else groups[:0]
 
-def _fitting(window: RestoredWindow | None, end: int, num_distant: int) -> RestoredWindow | None:
+
+def _fitting(window: RestoredWindow | None, end: int, recipe: RecipeSpec) -> RestoredWindow | None:
     """The window, if groups came up to where it begins, and enough of them for what is distant behind it."""
-    if window is None or window.start != end or SINK_TOKENS + num_distant * GROUP_TOKENS > end:
+    if window is None or window.start != end or recipe.window_start(window.stop) > end:
         return None
     return window

@@ -221,7 +221,8 @@ class Calls:
         start = SINK_TOKENS + memory.num_stored_groups * GROUP_TOKENS
         if self._writer.takes_window(memory.num_computed - start):
             tokens = memory.state.tokens[: memory.num_computed]
-            self._writer.write_window(call.tenant_tag, call.session_id, start, tokens, memory.stored_window())
+            window = memory.stored_window()
+            self._writer.write_window(call.tenant_tag, call.session_id, memory.recipe, start, tokens, window)
 
     def _telemetry(self, main: RunningSequence) -> KvTelemetry:
         redis_bytes = 0
@@ -231,10 +232,8 @@ class Calls:
 
 
 def is_stored(call: EngineCall, memory: SequenceMemory, writer: GroupWriter) -> bool:
-    """Whether a call's session is kept in the tier below. Frames are of one layer, and follow from tokens."""
-    return (
-        bool(call.retain and call.tenant_tag) and writer.stores and not memory.shared and memory.depends_on_tokens_alone
-    )
+    """Whether a call's session is kept in the tier below: what is there follows from tokens."""
+    return bool(call.retain and call.tenant_tag) and writer.stores and memory.depends_on_tokens_alone
 
 
 def _usage(running: RunningCall) -> Usage:

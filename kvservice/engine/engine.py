@@ -126,7 +126,7 @@ class Engine:
         rate = config.host_link_bytes_per_s
         link = HostLink(rate) if rate is not None else None
         self._forward = Forward(model, self._sequences, deterministic=config.deterministic, link=link)
-        self._arrivals = Arrivals(self._sequences)
+        self._arrivals = Arrivals(self._sequences, deterministic=config.deterministic)
         self._meters = Meters()
         self._turns = turns = Turns(self._meters)
         self._calls = Calls(self._shape, self._sequences, writer, self._meters, turns, clock)
@@ -362,15 +362,15 @@ class Engine:
         """
         call, memory = sequence.call, sequence.memory
         stop = memory.num_stored_groups
-        # Answers beyond the first belong to nobody's session. Frames are of one layer: those that share keys have none.
+        # Answers beyond the first belong to nobody's session.
         if stop <= first_group or sequence.index or not is_stored(call, memory, self._writer):
             return
-        begin = self._writer.begins_at(call.tenant_tag, call.session_id, first_group)
+        begin = self._writer.begins_at(call.tenant_tag, call.session_id, memory.recipe, first_group)
         tokens = memory.state.tokens[: SINK_TOKENS + stop * GROUP_TOKENS]
         groups = memory.stored_groups(first_group, stop) if left is None else left
         if begin < first_group:
             groups = torch.cat([memory.stored_groups(begin, first_group), groups])
-        self._writer.write(call.tenant_tag, call.session_id, begin, tokens, groups)
+        self._writer.write(call.tenant_tag, call.session_id, memory.recipe, begin, tokens, groups)
 
     def _wait(self) -> None:
         """Nothing can be computed now: waits for bytes on their way, or for the tier."""

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from kvservice.types import SessionId, TierStats
+from kvservice.types import RecipeSpec, SessionId, TierStats
 
 
 class GroupWriter(Protocol):
@@ -27,20 +27,27 @@ class GroupWriter(Protocol):
         ...
 
     def write(
-        self, tenant_tag: bytes, session_id: SessionId, first_group: int, token_ids: Sequence[int], groups: Tensor
+        self,
+        tenant_tag: bytes,
+        session_id: SessionId,
+        recipe: RecipeSpec,
+        first_group: int,
+        token_ids: Sequence[int],
+        groups: Tensor,
     ) -> None:
         """Takes groups as they lie in host memory, `[n, ...]`; the tensor is the writer's from then on.
 
         Args:
             tenant_tag: stands for the tenant in keys.
             session_id: the session.
+            recipe: how it keeps its KV.
             first_group: number of the first group.
             token_ids: all tokens of the session up to the end of the last group: they name the content.
             groups: the KV.
         """
         ...
 
-    def begins_at(self, tenant_tag: bytes, session_id: SessionId, first_group: int) -> int:
+    def begins_at(self, tenant_tag: bytes, session_id: SessionId, recipe: RecipeSpec, first_group: int) -> int:
         """From which group on `write` wants groups, when `first_group` is the first new one: that one or an earlier."""
         ...
 
@@ -53,13 +60,20 @@ class GroupWriter(Protocol):
         ...
 
     def write_window(
-        self, tenant_tag: bytes, session_id: SessionId, start: int, token_ids: Sequence[int], pairs: Tensor
+        self,
+        tenant_tag: bytes,
+        session_id: SessionId,
+        recipe: RecipeSpec,
+        start: int,
+        token_ids: Sequence[int],
+        pairs: Tensor,
     ) -> None:
         """Takes the KV of a session's sinks and of what follows its groups; the tensor is the writer's from then on.
 
         Args:
             tenant_tag: stands for the tenant in keys.
             session_id: the session.
+            recipe: how it keeps its KV.
             start: the position behind its last group.
             token_ids: all its tokens that have KV.
             pairs: `[layers, kv, n, 2, d]` on the CPU.
@@ -97,11 +111,17 @@ class NoWriter:
         """Returns at once."""
 
     def write(
-        self, tenant_tag: bytes, session_id: SessionId, first_group: int, token_ids: Sequence[int], groups: Tensor
+        self,
+        tenant_tag: bytes,
+        session_id: SessionId,
+        recipe: RecipeSpec,
+        first_group: int,
+        token_ids: Sequence[int],
+        groups: Tensor,
     ) -> None:
         """Forgets."""
 
-    def begins_at(self, tenant_tag: bytes, session_id: SessionId, first_group: int) -> int:  # noqa: ARG002 -- part of the protocol
+    def begins_at(self, tenant_tag: bytes, session_id: SessionId, recipe: RecipeSpec, first_group: int) -> int:  # noqa: ARG002 -- part of the protocol
         """The new ones."""
         return first_group
 
@@ -113,7 +133,13 @@ class NoWriter:
         return False
 
     def write_window(
-        self, tenant_tag: bytes, session_id: SessionId, start: int, token_ids: Sequence[int], pairs: Tensor
+        self,
+        tenant_tag: bytes,
+        session_id: SessionId,
+        recipe: RecipeSpec,
+        start: int,
+        token_ids: Sequence[int],
+        pairs: Tensor,
     ) -> None:
         """Forgets."""
 

@@ -171,13 +171,13 @@ class HeldSequences:
         """A sequence without tokens. It is held once it is `add`ed."""
         return SequenceMemory(recipe, self._store)
 
-    def groups_of(self, restored: RestoredKv) -> Tensor:
-        """The groups that have come from a tier, `[n, layers, kv, 64, 2, d]`."""
-        layout = self.arena.layout
-        arrived = restored.memory[: restored.num_arrived * layout.group_bytes]
+    def groups_of(self, restored: RestoredKv, recipe: RecipeSpec) -> Tensor:
+        """The groups that have come from a tier for a sequence, `[n, ...]` as its recipe has them in host memory."""
+        dtype, groups = self.arena.layout.dtype, self._store.host_of(recipe).groups
+        arrived = restored.memory[: restored.num_arrived * groups.group_bytes]
         if not arrived:
-            return torch.empty(0, *layout.group_shape, dtype=layout.dtype)
-        return torch.frombuffer(arrived, dtype=layout.dtype).view(-1, *layout.group_shape)
+            return torch.empty(0, *groups.shape, dtype=dtype)
+        return torch.frombuffer(arrived, dtype=dtype).view(-1, *groups.shape)
 
     def window_of(self, window: RestoredWindow) -> Tensor:
         """Sinks and window from a tier, `[layers, kv, n, 2, d]`."""

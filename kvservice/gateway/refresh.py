@@ -91,7 +91,9 @@ class Refresher:
         """Of the KV that workers of each model read, where all of them tell."""
         found: dict[str, set[str]] = {}
         for worker in await self._fleet.stats():
-            found.setdefault(worker.model, set()).add(worker.ledger.kv_fingerprint)
+            ledger = worker.ledger
+            of_sharing = {ledger.sharing_fingerprint} - {""}  # of those that have a map
+            found.setdefault(worker.model, set()).update({ledger.kv_fingerprint} | of_sharing)
         return {model: fingerprints for model, fingerprints in found.items() if "" not in fingerprints}
 
     async def _is_stale(self, record: SessionRecord, readable: dict[str, set[str]]) -> bool:

@@ -195,8 +195,8 @@ class SharedGroups:
         """What `pack` leaves out of whole groups: keys, `[n, followers, 64, d]`."""
         return groups.flatten(1, 2)[:, self.followers, :, 0]
 
-    def unpack(self, packed: Tensor, dropped_keys: Tensor) -> Tensor:
-        """Whole groups again: the inverse of `pack` and `dropped_keys`."""
+    def unpack(self, packed: Tensor, dropped_keys: Tensor | None = None) -> Tensor:
+        """Whole groups again: the inverse of `pack` and `dropped_keys`. Without these, zeros are in their place."""
         layout, num_own = self._layout, self.own.numel()
         cells = packed.new_empty(
             packed.shape[0], layout.num_layers * layout.num_kv_heads, GROUP_TOKENS, 2, layout.head_dim
@@ -204,5 +204,5 @@ class SharedGroups:
         cells[:, self.own] = packed[:, :num_own]
         sides = packed[:, num_own:].permute(0, 1, 3, 2, 4).flatten(1, 2)  # [n, 2 * pairs, 64, d]
         cells[:, self.followers, :, 1] = sides[:, : self.followers.numel()]
-        cells[:, self.followers, :, 0] = dropped_keys
+        cells[:, self.followers, :, 0] = 0.0 if dropped_keys is None else dropped_keys
         return cells.view(packed.shape[0], *layout.group_shape)

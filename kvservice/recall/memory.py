@@ -438,14 +438,15 @@ class SequenceMemory:
         """Takes the KV of the groups behind those that were adopted, as far as it is sure where they belong.
 
         Args:
-            groups: `[n, layers, kv, 64, 2, d]` on the CPU, from group 0 on.
+            groups: as they lie in host memory, `[n, ...]` on the CPU, from group 0 on.
             num_tokens: leading tokens that there will be KV of at least. What is distant of those is taken now, or all
-                where nothing is distant.
+                where nothing is distant, or where groups lack keys, so that they can't be anything else.
 
         Raises:
             InternalError: something else than sinks and distant groups is computed.
         """
-        first, stop = self.num_adopted, self.recipe.distant_groups(num_tokens)
+        first = self.num_adopted
+        stop = len(groups) if self.shared else self.recipe.distant_groups(num_tokens)
         if self.place is not Place.DEVICE or self.state.num_computed != SINK_TOKENS + first * GROUP_TOKENS:
             raise InternalError(f"KV of {self.state.num_computed} tokens is held: groups come behind groups")
         if self.recipe.distant is Distant.RESIDENT:
@@ -454,7 +455,8 @@ class SequenceMemory:
         for start in range(first, stop, ADOPTED_GROUPS):
             some = groups[start : min(start + ADOPTED_GROUPS, stop)]
             if self.index:
-                self.index.append(some.to(self._store.arena.device))
+                whole = self.shared.groups.unpack(some) if self.shared else some
+                self.index.append(whole.to(self._store.arena.device))
             self.distant.append(some)
         self.state.skip(max(0, stop - first))
         self.check()

@@ -1,15 +1,41 @@
-"""A sharing plan beside the memory it is about, and keys that are kept until a call can't be rolled back any more."""
+"""A sharing plan beside the memory and the frames it is about, and keys that are kept until a call can't be rolled back
+any more."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from kvservice.compression.sharing import SharingMode, SharingPlan
 from kvservice.kv.layout import KVLayout, SharedGroups
+from kvservice.tier.codecs import LOSSLESS
+from kvservice.tier.frame_sets import FrameSet, kv_fingerprint
 from kvservice.tier.host import HostTier
+
+
+def shared_frames(whole: FrameSet, plan: SharingPlan, layout: KVLayout) -> FrameSet:
+    """The frames of sessions that share distant keys. All of the plan shapes their KV, so it is in the fingerprint.
+
+    Codecs that tell values from keys by their place in a row aren't for rows of two values: then frames are raw.
+
+    Args:
+        whole: the frames of sessions that share none.
+        plan: how keys are shared.
+        layout: of whole KV.
+    """
+    fingerprint = kv_fingerprint(
+        whole=whole.fingerprint.hex(),
+        anchors=json.dumps(plan.groups.anchors),
+        mode=plan.mode.value,
+        skip_above=str(plan.skip_above),
+    )
+    (num_rows, *_) = SharedGroups(layout, plan.groups.anchors).shape
+    codec = whole.codec if whole.codec in LOSSLESS else "raw"
+    return replace(whole, fingerprint=fingerprint, codec=codec, shared_rows=num_rows)
 
 
 class SharedCells:

@@ -39,7 +39,7 @@ class FrameRole(Enum):
     """What a frame's payload is. The order of members is part of the format."""
 
     KV = "kv"
-    """Keys and values, of every layer of the layer group."""
+    """Keys and values: of a layer, or, of a group whose layers share keys, some of its rows."""
     SHARED_KEY = "shared_key"
     VALUE = "value"
     CENTROID = "centroid"
@@ -57,7 +57,7 @@ class FrameHeader:
     Attributes:
         tenant_tag: 16 bytes that stand for the tenant.
         fingerprint: 6 to 64 bytes that stand for all that shapes stored KV (serving.md §4).
-        layer_group: index of the layer group: of the layer, where each is a group of its own.
+        layer_group: index of the part of a group that it is: of the layer, unless layers share keys.
         chunk_hash: names the content: 16 bytes.
         start: first token position.
         stop: one past the last token position.

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from kvservice.tier.base import Buffer, TierBackend
+from kvservice.tier.frame_sets import FrameSets
 from kvservice.tier.header import FrameHeader
 from kvservice.tier.sealing import Keyring
 from kvservice.tier.writer import DEFAULT_TTL_S, Done, WriteBehind
@@ -27,21 +28,16 @@ class _Entry:
 
 
 class FrameJournal:
-    """Notes frames as they are submitted and written. All methods may be called from any thread and none blocks."""
+    """Notes frames as they are submitted and written. All methods may be called from any thread and none blocks.
 
-    def __init__(self) -> None:
-        self.fingerprint = b""
-        """Of the frames; empty before it is known. A worker has one model, so they have one."""
-        self.codec = "raw"
-        """Of the frames."""
-        self.chunk_groups = 1
-        """Groups of 64 tokens in a full chunk."""
+    Args:
+        frame_sets: what the frames look like.
+    """
+
+    def __init__(self, frame_sets: FrameSets) -> None:
+        self.frame_sets = frame_sets
         self._lock = threading.Lock()
         self._entries: dict[tuple[bytes, SessionId], _Entry] = {}
-
-    def describe(self, fingerprint: bytes, codec: str, chunk_groups: int) -> None:
-        """Says what frames there will be, before the first one."""
-        self.fingerprint, self.codec, self.chunk_groups = fingerprint, codec, chunk_groups
 
     def watch(self, tenant_tag: bytes, session_id: SessionId) -> None:
         """From now on, keeps what is written of a session."""
@@ -58,7 +54,6 @@ class FrameJournal:
     def submitted(self, header: FrameHeader) -> None:
         """A frame is about to be handed to the writer."""
         with self._lock:
-            self.fingerprint = header.fingerprint
             if (entry := self._entry(header)) is not None:
                 entry.pending += 1
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvservice.tier.chunks import chain, chunk_name, window_end
-from kvservice.tier.groups import Chunk, FrameSet
+from kvservice.tier.frame_sets import Chunk, FrameSet
 from kvservice.tier.reader import FrameFetch, FrameRead, FrameReader, FrameWant, ReaderStats
 from kvservice.types import GROUP_TOKENS, SINK_TOKENS, Reached, RestoredWindow, SessionId
 
@@ -198,24 +198,24 @@ class Plan:
     def __init__(
         self, frame_set: FrameSet, tenant_tag: bytes, chunks: Sequence[StoredChunk], window: StoredWindow | None
     ) -> None:
-        # Frames of one place, a layer each, follow one another.
-        self._layers = frame_set.group_shape[0]
         self._chunks = chunks
         self.num_groups = chunks[-1].chunk.stop_group if chunks else 0
         # Not zeroed: pages are touched when the values come.
         self.memory = np.empty(self.num_groups * frame_set.group_bytes, dtype=np.uint8).data
         self.window: RestoredWindow | None = None
         self.wants: list[FrameWant] = []
+        # Frames of one place follow one another.
+        self._last_of_places: set[int] = set()
         self._next_chunk = 0
         self._has_gap = self._misses_window = False
         if window is not None:
             num_bytes = frame_set.window_bytes(window.stop - window.start)
             self.window = RestoredWindow(window.start, window.stop, np.empty(num_bytes, dtype=np.uint8).data)
             headers = frame_set.window_headers(tenant_tag, window.home, window.start, window.stop, window.name)
-            pieces = _split(self.window.memory, self._layers)
-            self.wants += [FrameWant(header, [piece]) for header, piece in zip(headers, pieces, strict=True)]
+            pieces = _split(self.window.memory, len(headers))
+            self._add([FrameWant(header, [piece]) for header, piece in zip(headers, pieces, strict=True)])
         for stored in chunks:
-            self.wants += self._wants(frame_set, tenant_tag, stored)
+            self._add(self._wants(frame_set, tenant_tag, stored))
         self.num_bytes = len(self.memory) + (len(self.window.memory) if self.window is not None else 0)
 
     @property
@@ -232,7 +232,7 @@ class Plan:
                 arrival.misses[result.miss.value] += 1
                 self._has_gap |= not arrival.awaits_window
                 self._misses_window |= arrival.awaits_window
-            if (result.index + 1) % self._layers:
+            if result.index not in self._last_of_places:
                 continue
             if arrival.awaits_window:
                 arrival.note_window(came=not self._misses_window)
@@ -240,20 +240,19 @@ class Plan:
                 arrival.note_groups(self._chunks[self._next_chunk].chunk.stop_group)
                 self._next_chunk += 1
 
+    def _add(self, wants: list[FrameWant]) -> None:
+        self.wants += wants
+        self._last_of_places.add(len(self.wants) - 1)
+
     def _wants(self, frame_set: FrameSet, tenant_tag: bytes, stored: StoredChunk) -> list[FrameWant]:
         chunk, group_bytes = stored.chunk, frame_set.group_bytes
-        layer_bytes = group_bytes // self._layers
-        return [
-            FrameWant(
-                header,
-                [
-                    self.memory[start : start + layer_bytes]
-                    for group in range(chunk.first_group, chunk.stop_group)
-                    for start in [group * group_bytes + layer * layer_bytes]
-                ],
-            )
-            for layer, header in enumerate(frame_set.headers(tenant_tag, stored.home, chunk))
+        groups = [
+            frame_set.parts_of(self.memory[group * group_bytes : (group + 1) * group_bytes])
+            for group in range(chunk.first_group, chunk.stop_group)
         ]
+        headers = frame_set.headers(tenant_tag, stored.home, chunk)
+        pieces = zip(*groups, strict=True)
+        return [FrameWant(header, list(parts)) for header, parts in zip(headers, pieces, strict=True)]
 
 
 def _split(memory: memoryview, parts: int) -> list[memoryview]:
@@ -262,33 +261,14 @@ def _split(memory: memoryview, parts: int) -> list[memoryview]:
 
 
 class GroupReader:
-    """Reads groups by a `FrameReader`, which the caller closes. For one event loop; `serve` for any thread."""
+    """Reads groups by a `FrameReader`, which the caller closes. For one event loop."""
 
     def __init__(self, reader: FrameReader) -> None:
         self._reader = reader
-        self._set: FrameSet | None = None
-
-    def serve(self, frame_set: FrameSet) -> None:
-        """Says what the frames of the worker's model look like. Before that nothing can be read."""
-        self._set = frame_set
-
-    @property
-    def fingerprint(self) -> bytes:
-        """Of the frames that can be read; empty before `serve`."""
-        return self._set.fingerprint if self._set is not None else b""
-
-    @property
-    def group_bytes(self) -> int:
-        """Raw bytes of a group; 0 before `serve`."""
-        return self._set.group_bytes if self._set is not None else 0
 
     def stats(self) -> ReaderStats:
         """Of the reader below."""
         return self._reader.stats()
-
-    def plan(self, tenant_tag: bytes, chunks: Sequence[StoredChunk], window: StoredWindow | None) -> Plan | None:
-        """What to fetch, with memory for it; None before `serve`."""
-        return None if self._set is None else Plan(self._set, tenant_tag, chunks, window)
 
     async def fetch(self, plan: Plan, arrival: Arrival, timeout_s: float) -> None:
         """Brings what was planned, and ends `arrival`. Returns soon after `timeout_s`; raises nothing.

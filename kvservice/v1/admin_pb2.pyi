@@ -393,6 +393,7 @@ class LedgerStats(_message.Message):
     LAST_SCRUB_FIELD_NUMBER: _builtins.int
     RESUMED_FIELD_NUMBER: _builtins.int
     KV_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    SHARING_FINGERPRINT_FIELD_NUMBER: _builtins.int
     held_sessions: _builtins.int
     """Sessions that it owns in the ledger."""
     published_manifests: _builtins.int
@@ -402,6 +403,8 @@ class LedgerStats(_message.Message):
     """Of the KV that it writes and reads, in hexadecimal: workers of one model must agree, else none has use for what
     another stored.
     """
+    sharing_fingerprint: _builtins.str
+    """Likewise of sessions whose layers share distant keys: workers must have the same map. Empty without one."""
     @_builtins.property
     def failures(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Publications that failed and were left for later, by reason."""
@@ -422,10 +425,11 @@ class LedgerStats(_message.Message):
         last_scrub: Global___ScrubReport | None = ...,
         resumed: Global___ResumeStats | None = ...,
         kv_fingerprint: _builtins.str = ...,
+        sharing_fingerprint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["last_scrub", b"last_scrub", "resumed", b"resumed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failures", b"failures", "fenced_sessions", b"fenced_sessions", "held_sessions", b"held_sessions", "kv_fingerprint", b"kv_fingerprint", "last_scrub", b"last_scrub", "published_manifests", b"published_manifests", "resumed", b"resumed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failures", b"failures", "fenced_sessions", b"fenced_sessions", "held_sessions", b"held_sessions", "kv_fingerprint", b"kv_fingerprint", "last_scrub", b"last_scrub", "published_manifests", b"published_manifests", "resumed", b"resumed", "sharing_fingerprint", b"sharing_fingerprint"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -83,12 +83,14 @@ def engine_call(submit: worker_pb2.Submit, call_id: CallId, info: ModelInfo, now
 def ledger_stats(stored: StoredKv) -> admin_pb2.LedgerStats:
     """What a worker has published, and what its scrubber found."""
     stats, scrub = stored.publisher.stats(), stored.last_scrub
+    fingerprint, of_sharing = stored.publisher.frame_sets.fingerprints
     message = admin_pb2.LedgerStats(
         held_sessions=stats.held_sessions,
         published_manifests=stats.published,
         fenced_sessions=stats.fenced,
         failures=stats.failures,
-        kv_fingerprint=stored.publisher.fingerprint.hex(),
+        kv_fingerprint=fingerprint.hex(),
+        sharing_fingerprint=of_sharing.hex(),
     )
     if stored.resumer is not None:
         resumed = stored.resumer.stats()

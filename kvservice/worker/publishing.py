@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -25,6 +25,7 @@ from kvservice.store.manifests import WINDOW_ROLE, Chunk, FrameTable, Manifest
 from kvservice.store.sizes import allocated_bytes
 from kvservice.store.tasks import end_tasks
 from kvservice.tier.chunks import chain, chunk_name
+from kvservice.tier.frame_sets import FrameSet, FrameSets
 from kvservice.types import (
     GROUP_TOKENS,
     NOTHING_REACHED,
@@ -32,7 +33,6 @@ from kvservice.types import (
     CallId,
     EngineCall,
     FrameRef,
-    ModelShape,
     Reached,
     SessionId,
     TenantId,
@@ -58,16 +58,8 @@ class FrameLog(Protocol):
     """What has been written of which session. Any thread; nothing blocks."""
 
     @property
-    def fingerprint(self) -> bytes:
-        """Of the frames; empty before it is known."""
-
-    @property
-    def codec(self) -> str:
-        """Of the frames."""
-
-    @property
-    def chunk_groups(self) -> int:
-        """Groups of 64 tokens in a full chunk: each becomes a frame for every layer."""
+    def frame_sets(self) -> FrameSets:
+        """What the frames look like."""
 
     def watch(self, tenant_tag: bytes, session_id: SessionId) -> None:
         """Keeps what is written of a session from now on."""
@@ -104,6 +96,8 @@ class _Session:
     of other tokens, so no reader takes them, and go when their place is written again."""
     window: Chunk | None = None
     """The newest that was written, whatever has become of its tokens since."""
+    frame_set: FrameSet | None = None
+    """What this worker writes of it; None until a call says how it keeps its KV."""
     num_tokens: int = 0
     reached: Reached = NOTHING_REACHED
     is_shared: bool = False
@@ -120,6 +114,24 @@ class _Session:
     unplaced: list[FrameRef] = field(default_factory=list)
     """Written, and not in `frames` yet: the kv Redis couldn't be asked."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def fingerprint(self) -> bytes:
+        """Of its frames; empty before it is known."""
+        if self.frame_set is not None:
+            return self.frame_set.fingerprint
+        return self.manifest.fingerprint if self.manifest is not None else b""
+
+    @property
+    def codec(self) -> str:
+        """Of its frames."""
+        known = self.frame_set or self.manifest
+        return "raw" if known is None else known.codec
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether its manifest names frames of another model, layout or map: nobody can read both."""
+        return self.manifest is not None and self.manifest.fingerprint != self.fingerprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,23 +178,20 @@ class Publisher:
         self._loop = asyncio.get_running_loop()
 
     @property
-    def fingerprint(self) -> bytes:
-        """Of the frames that this worker writes; empty before it is known."""
-        return self._frames.fingerprint
+    def frame_sets(self) -> FrameSets:
+        """What the frames look like that this worker writes."""
+        return self._frames.frame_sets
 
     def stats(self) -> PublisherStats:
         """See `PublisherStats`."""
         return PublisherStats(len(self._sessions), self._published, self._fenced, dict(self._failures))
 
-    async def begin(
-        self, call: EngineCall, tenant: TenantId, shape: ModelShape, *, was_elsewhere: bool = False
-    ) -> Manifest | None:
+    async def begin(self, call: EngineCall, tenant: TenantId, *, was_elsewhere: bool = False) -> Manifest | None:
         """Prepares for what a call will write. Ends within a bounded time.
 
         Args:
             call: the call.
             tenant: whose it is.
-            shape: of the model.
             was_elsewhere: another worker may have had the session since this one.
 
         Returns:
@@ -199,15 +208,14 @@ class Publisher:
         try:
             async with asyncio.timeout(BEGIN_TIMEOUT_S):
                 session = await self._owned(call, tenant, was_elsewhere=was_elsewhere)
-                await self._reserve(session, call, shape)
+                await self._reserve(session, call)
         except LimitExceeded:
             raise
         except (KVServiceError, TimeoutError) as error:
             self._away_until = self._clock() + AWAY_S
             self._note_failure("begin", call.session_id, error)
             return self._begin_unasked(call, known)
-        self._turns[call.call_id] = _Turn(session, call)
-        return session.manifest
+        return self._entered(session, call)
 
     def ended(self, call_id: CallId, appended_tokens: int, reached: Reached | None = None) -> None:
         """A call has ended, well or not, or was refused; its session has so many tokens more. From any thread."""
@@ -242,9 +250,9 @@ class Publisher:
         if session is None:
             return None
         async with session.lock:
-            if (stored := session.manifest) is not None and self._frames.fingerprint not in (b"", stored.fingerprint):
-                # Of another model, or of another layout. Whoever reads can't use it, and counts that.
-                return stored
+            if session.is_outdated:
+                # Whoever reads can't use it, and counts that.
+                return session.manifest
             try:
                 await self._gather(session)
             except (KVServiceError, TimeoutError) as error:
@@ -342,8 +350,12 @@ class Publisher:
         """While the state store is away: by what is known here of the session, to be published once it is back."""
         if known is None:
             return None
-        self._turns[call.call_id] = _Turn(known, call)
-        return known.manifest
+        return self._entered(known, call)
+
+    def _entered(self, session: _Session, call: EngineCall) -> Manifest | None:
+        session.frame_set = self._frames.frame_sets.of(call.recipe)
+        self._turns[call.call_id] = _Turn(session, call)
+        return session.manifest
 
     async def _owned(self, call: EngineCall, tenant: TenantId, *, was_elsewhere: bool) -> _Session:
         session = self._known(call)
@@ -395,7 +407,7 @@ class Publisher:
             keys = [key_of(manifest, home, frame) for frame in _own_frames(manifest)]
             await self._blobs.delete([*keys, index_of(manifest)])
 
-    async def _reserve(self, session: _Session, call: EngineCall, shape: ModelShape) -> None:
+    async def _reserve(self, session: _Session, call: EngineCall) -> None:
         most_new = call.sampling.max_new_tokens if call.sampling is not None else 0
         tokens = len(call.base_tokens) + len(call.document_tokens) + len(call.prompt_tokens) + most_new
         covered = max((chunk.stop for chunk in session.frames.chunks), default=SINK_TOKENS)
@@ -404,13 +416,17 @@ class Publisher:
         if not groups:
             return
         # Whole chunks, and one more: the last one of the turn before is written again.
-        chunk_groups = self._frames.chunk_groups
+        frame_set = self._frames.frame_sets.of(call.recipe)
+        chunk_groups, layers = frame_set.chunk_groups, frame_set.group_shape[0]
         chunks = -(-groups // chunk_groups) + (chunk_groups > 1)
-        chunk_bytes = chunk_groups * GROUP_TOKENS * shape.kv_bytes_per_token // shape.num_layers + HEADER_BYTES
-        frame_bytes = allocated_bytes(chunk_bytes, HEADER_BYTES, self._blobs.allocator)
-        window_bytes = (SINK_TOKENS + tokens - stored_until) * shape.kv_bytes_per_token // shape.num_layers
-        window_bytes = allocated_bytes(window_bytes + HEADER_BYTES, HEADER_BYTES, self._blobs.allocator)
-        num_bytes = shape.num_layers * (chunks * frame_bytes + window_bytes)
+        chunk_bytes, window_bytes = (
+            allocated_bytes(payload_bytes + HEADER_BYTES, HEADER_BYTES, self._blobs.allocator)
+            for payload_bytes in (
+                chunk_groups * frame_set.part_bytes,
+                frame_set.window_bytes(tokens - stored_until) // layers,
+            )
+        )
+        num_bytes = frame_set.num_parts * chunks * chunk_bytes + layers * window_bytes
         await self._ledger.reserve_bytes(session.tenant, session.session_id, num_bytes, RESERVED_S)
         session.reserved = True
 
@@ -450,8 +466,7 @@ class Publisher:
         async with asyncio.timeout(WRITTEN_TIMEOUT_S):
             await asyncio.wrap_future(self._frames.settled(*place))
         session.unplaced += self._frames.take(*place)
-        if session.manifest is not None and self._frames.fingerprint not in (b"", session.manifest.fingerprint):
-            # Frames of another model, or of another layout: nobody can read both.
+        if session.is_outdated:
             session.frames, session.window, session.manifest = FrameTable(), None, None
         placed = await self._sized(session, session.unplaced)
         session.unplaced.clear()
@@ -464,20 +479,28 @@ class Publisher:
             session.superseded += [each for each in windows if each not in newest]
         given, session.given = session.given, None
         if given is not None:
-            self._name_anothers(session, (*given.base_tokens, *given.document_tokens, *given.prompt_tokens))
+            self._name_anothers(session, given)
 
-    def _name_anothers(self, session: _Session, token_ids: Sequence[int]) -> None:
+    def _name_anothers(self, session: _Session, given: EngineCall) -> None:
         """Names frames of other sessions for what this one took over from their memory, and so never wrote."""
         tag, table = session.tenant_tag, session.frames
         covered = min((chunk.start for chunk in table.chunks), default=session.window_start)
         if covered == SINK_TOKENS:
             return
-        others = [each for each in self._sessions.values() if each is not session and each.tenant_tag == tag]
+        frame_set = self._frames.frame_sets.of(given.recipe)
+        others = [
+            each
+            for each in self._sessions.values()
+            if each is not session
+            and (each.tenant_tag, each.fingerprint) == (tag, frame_set.fingerprint)
+            and not each.is_outdated
+        ]
         written = {chunk.chunk_hash: (each, chunk) for each in others for chunk in each.frames.chunks}
+        token_ids = (*given.base_tokens, *given.document_tokens, *given.prompt_tokens)
         ends = chain(tag, token_ids[:covered]) if written else []
-        for first in range(0, len(ends), self._frames.chunk_groups):
-            stop = min(first + self._frames.chunk_groups, len(ends))
-            name = chunk_name(tag, ends[stop - 1], SINK_TOKENS + first * GROUP_TOKENS, self._frames.codec)
+        for first in range(0, len(ends), frame_set.chunk_groups):
+            stop = min(first + frame_set.chunk_groups, len(ends))
+            name = chunk_name(tag, ends[stop - 1], SINK_TOKENS + first * GROUP_TOKENS, frame_set.codec)
             if name not in written:
                 return
             other, chunk = written[name]
@@ -576,13 +599,13 @@ class Publisher:
             session_id=session.session_id,
             tenant=session.tenant,
             tenant_tag=session.tenant_tag,
-            fingerprint=self._frames.fingerprint or (before.fingerprint if before is not None else b""),
+            fingerprint=session.fingerprint,
             epoch=session.position.epoch,
             version=0,
             num_tokens=session.num_tokens,
             window_start=session.window_start,
             frames=session.frames.until(session.window_start),
-            codec=self._frames.codec,
+            codec=session.codec,
             reached=session.reached,
             window=self._window(session),
             is_shared=session.is_shared,

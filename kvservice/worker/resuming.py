@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from kvservice.store.manifests import Manifest
 from kvservice.store.tasks import end_tasks
 from kvservice.telemetry.tracing import TRACING
-from kvservice.tier.groups import Chunk
+from kvservice.tier.frame_sets import Chunk, FrameSets
 from kvservice.tier.restore import (
     Arrival,
     GroupReader,
@@ -108,11 +108,13 @@ class Resumer:
 
     Args:
         reader: of the worker's tier.
+        frame_sets: what can be read.
         clock: seconds that never go back; calls' deadlines are on it.
     """
 
-    def __init__(self, reader: GroupReader, clock: Callable[[], float]) -> None:
+    def __init__(self, reader: GroupReader, frame_sets: FrameSets, clock: Callable[[], float]) -> None:
         self._reader = reader
+        self._frame_sets = frame_sets
         self._clock = clock
         self._speeds = Speeds(clock)
         self._known_missing = KnownMissing()
@@ -140,7 +142,8 @@ class Resumer:
             num_missing: the last tokens of the session, whose KV isn't held.
         """
         chunks: list[StoredChunk] = []
-        if manifest.fingerprint != self._reader.fingerprint:
+        frame_set = self._frame_sets.of(call.recipe)
+        if manifest.fingerprint != frame_set.fingerprint:
             self._misses["fingerprint"] += 1
         else:
             chunks = usable(call.tenant_tag, call.base_tokens, _chunks(manifest), manifest.codec)
@@ -149,7 +152,7 @@ class Resumer:
                 self._misses["absent"] += sum(stored.chunk.stop_group > known for stored in chunks)
                 chunks = [stored for stored in chunks if stored.chunk.stop_group <= known]
         window = usable_window(call.tenant_tag, call.base_tokens, _window(manifest), chunks)
-        plan = self._reader.plan(call.tenant_tag, chunks, window) if chunks else None
+        plan = Plan(frame_set, call.tenant_tag, chunks, window) if chunks else None
         saved = 0 if plan is None else plan.num_tokens - (len(call.base_tokens) - num_missing)
         if plan is None or saved <= 0 or not self._speeds.fetching_is_faster(plan.num_bytes, saved):
             self._recomputed += 1

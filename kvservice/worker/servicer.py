@@ -318,9 +318,8 @@ class Servicer(WorkerServiceServicer):
             await self._grammar_desk.check(call)
             manifest: Manifest | None = None
             if self._stored is not None:
-                shape = self._identity().model.shape
                 manifest = await self._stored.publisher.begin(
-                    call, TenantId(submit.tenant), shape, was_elsewhere=submit.was_elsewhere
+                    call, TenantId(submit.tenant), was_elsewhere=submit.was_elsewhere
                 )
         except KVServiceError as error:
             self._engine.refuse(stream, call_id, error)

@@ -23,6 +23,7 @@ from kvservice.models.llama import LlamaModel
 from kvservice.models.loader import read_model
 from kvservice.models.sharing import model_facts
 from kvservice.models.tiny import tiny_model, write_tiny_checkpoint
+from kvservice.tier.frame_sets import FrameSets
 from kvservice.types import SessionId
 from tests.unit.engine.driving import Drive, answering, tokens
 from tests.unit.engine.shared_reference import SharedReference
@@ -116,26 +117,35 @@ def test_beside_kernels_no_bit_depends_on_how_a_document_was_cut_into_steps(fold
     assert torch.equal(*logits)
 
 
-def test_stored_kv_of_sessions_that_share_nothing_is_the_same_whatever_the_map(
-    folder: Path, sharing_map: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_is_stored_has_the_map_in_its_fingerprint_where_keys_are_shared_and_nowhere_else(
+    folder: Path, sharing_map: Path, tmp_path: Path
 ) -> None:
-    """Sessions that share store none."""
-    from kvservice.tier import groups
-
-    seen = []
-    monkeypatch.setattr(groups, "GroupFrames", lambda frames, frame_set: seen.append(frame_set.fingerprint))
     other = write_map(tmp_path / "other.json", folder, LayerGroups(((0, 1), (0, 0))))
+    seen = []
     for settings in (
         {},
         {"sharing_map": str(sharing_map)},
         {"sharing_map": str(other)},
         {"sharing_map": str(sharing_map), "sharing": "key"},
         {"sharing_map": str(sharing_map), "skip_above": 0.7},
+        {"sharing_map": str(sharing_map), "kv_codec": "values8"},
+        {"sharing_map": str(sharing_map), "kv_codec": "zstd"},
     ):
         config = worker_config({"model": str(folder), **SMALL, **settings})
-        compose.make_engine(config, folder, frames=object())
-    assert len(seen) == 5
-    assert len(set(seen)) == 1
+        frame_sets = FrameSets()
+        compose.make_engine(config, folder, object(), frame_sets=frame_sets)
+        seen.append(frame_sets)
+    whole, sharing = zip(*(each.fingerprints for each in seen), strict=True)
+    assert len(set(whole)) == 1
+    assert sharing[0] == b""
+    assert len({*sharing[:5], whole[0]}) == 6
+    assert sharing[5] == sharing[6] == sharing[1]
+    # Three rows of K and V, and one follower's values.
+    assert {each.of(POD).group_bytes for each in seen[1:]} == {4 * 64 * 2 * 16 * 4}
+    # Rows of two values have no place for what is lossy.
+    assert [(each.of(POD).codec, each.of(RECALL).codec) for each in seen[4:]] == [
+        ("raw", "raw"), ("raw", "values8"), ("zstd", "zstd")
+    ]  # fmt: skip
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------

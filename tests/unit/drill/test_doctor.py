@@ -70,8 +70,9 @@ def test_service_is_looked_at_worker_by_worker():
     sick = replace(WORKER, tier=TierReport(False, 0, 0, 0, {"oom": 3}), ledger=LedgerReport(failures={"timeout": 1}))
     findings = doctor.of_service(ServiceStats(workers=(WORKER, sick), version="1"))
     assert levels(findings) == [Level.FINE, Level.WARNING, Level.NOTE, Level.WARNING]
-    other = replace(WORKER, ledger=LedgerReport(kv_fingerprint="bb"))
-    assert "2 kinds" in doctor.of_service(ServiceStats(workers=(WORKER, other)))[-1].found
+    for ledger in (LedgerReport(kv_fingerprint="bb"), LedgerReport(kv_fingerprint="aa", sharing_fingerprint="cc")):
+        other = replace(WORKER, ledger=ledger)
+        assert "2 kinds" in doctor.of_service(ServiceStats(workers=(WORKER, other)))[-1].found
     assert levels(doctor.of_service(ServiceStats())) == [Level.BROKEN]
     refused = TenantReport("acme", requests=9, refused=4, tokens=0, running_calls=0)
     assert "4 of 9" in doctor.of_service(ServiceStats(workers=(WORKER,), tenants=(refused,)))[-1].found

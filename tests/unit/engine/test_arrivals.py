@@ -40,14 +40,14 @@ class Keeper(NoWriter):
         self.groups: dict[int, torch.Tensor] = {}
         self.window: tuple[int, int, torch.Tensor] | None = None
 
-    def write(self, tenant_tag, session_id, first_group, token_ids, groups):
+    def write(self, tenant_tag, session_id, recipe, first_group, token_ids, groups):
         assert len(token_ids) == 16 + 64 * (first_group + len(groups))
         self.groups.update(enumerate(groups, first_group))
 
     def takes_window(self, num_tokens):
         return True
 
-    def write_window(self, tenant_tag, session_id, start, token_ids, pairs):
+    def write_window(self, tenant_tag, session_id, recipe, start, token_ids, pairs):
         assert pairs.shape[2] == 16 + len(token_ids) - start
         self.window = (start, len(token_ids), pairs)
 

@@ -571,7 +571,7 @@ class StuckWriter(NoWriter):
     def has_room(self, num_groups):
         return self.room
 
-    def begins_at(self, tenant_tag, session_id, first_group):
+    def begins_at(self, tenant_tag, session_id, recipe, first_group):
         return first_group
 
     def wait_for_room(self, num_groups, timeout_s):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,11 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from redis import Redis
 
-from kvservice.errors import ConfigError
+from kvservice.config.recipes import POD, RECALL
+from kvservice.errors import ConfigError, InternalError
 from kvservice.tier import chunks
 from kvservice.tier.base import open_source, open_tier
 from kvservice.tier.chunks import MAX_FRAME_BYTES, MIN_FRAME_BYTES, OVERHEAD_BYTES, groups_per_chunk, size_class
-from kvservice.tier.groups import Chunk, FrameSet, GroupFrames, kv_fingerprint, layer_memory
+from kvservice.tier.frame_sets import Chunk, FrameSet, FrameSets, kv_fingerprint
+from kvservice.tier.groups import GroupFrames, layer_memory
 from kvservice.tier.reader import FrameReader, FrameWant
 from kvservice.tier.wire import decode_frame
 from kvservice.tier.writer import WriteBehind
@@ -24,6 +27,9 @@ SESSION = SessionId("session-1")
 LAYERS = 2
 # 90 KiB a layer: a chunk has 5 groups.
 FRAMES = FrameSet(kv_fingerprint(weights="abc"), (LAYERS, 5, GROUP_TOKENS, 2, 72), torch.bfloat16)
+# Three rows fewer, so that parts are of 4 and 3.
+SHARED = replace(FRAMES, fingerprint=kv_fingerprint(weights="abc", anchors="0"), shared_rows=7)
+SETS = FrameSets(FRAMES, SHARED)
 FLUSH_S = 10.0
 
 
@@ -46,7 +52,7 @@ def behind(kv_url: str):
 
 @pytest.fixture
 def writer(behind: WriteBehind) -> GroupFrames:
-    return GroupFrames(behind, FRAMES)
+    return GroupFrames(behind, SETS)
 
 
 def stored(kv_url: str) -> dict[tuple[int, int, int], bytes]:
@@ -66,7 +72,7 @@ def bytes_of(groups: torch.Tensor, layer: int) -> bytes:
 
 def test_full_chunk_becomes_a_frame_for_each_layer(writer, behind, kv_url) -> None:
     groups = groups_of(5)
-    writer.write(TAG, SESSION, 0, tokens_of(5), groups)
+    writer.write(TAG, SESSION, RECALL, 0, tokens_of(5), groups)
     assert behind.flush(FLUSH_S)
     assert stored(kv_url) == {(0, 5, layer): bytes_of(groups, layer) for layer in range(LAYERS)}
     assert writer.bytes_of(TAG, SESSION) == writer.stats().stored_bytes > 5 * FRAMES.group_bytes
@@ -76,11 +82,11 @@ def test_chunks_are_the_same_however_groups_come(writer, behind, kv_url) -> None
     groups = groups_of(12)
     start = 0
     for count in (1, 3, 2, 5, 1):
-        writer.write(TAG, SESSION, start, tokens_of(start + count), groups[start : start + count])
+        writer.write(TAG, SESSION, RECALL, start, tokens_of(start + count), groups[start : start + count])
         start += count
     assert behind.flush(FLUSH_S)
     one_by_one = set(Redis.from_url(kv_url).keys("kv1:*"))
-    writer.write(TAG, SESSION, 0, tokens_of(12), groups)
+    writer.write(TAG, SESSION, RECALL, 0, tokens_of(12), groups)
     assert behind.flush(FLUSH_S)
     assert set(Redis.from_url(kv_url).keys("kv1:*")) == one_by_one
     assert stored(kv_url).keys() == {(a, a + 5, layer) for a in (0, 5) for layer in range(LAYERS)}
@@ -88,13 +94,13 @@ def test_chunks_are_the_same_however_groups_come(writer, behind, kv_url) -> None
 
 def test_checkpoint_writes_what_there_is_and_the_full_chunk_takes_its_place(writer, behind, kv_url) -> None:
     groups = groups_of(5)
-    writer.write(TAG, SESSION, 0, tokens_of(2), groups[:2])
+    writer.write(TAG, SESSION, RECALL, 0, tokens_of(2), groups[:2])
     writer.checkpoint(TAG, SESSION)
     assert behind.flush(FLUSH_S)
     assert [(chunk.first_group, chunk.stop_group) for chunk in writer.chunks_of(TAG, SESSION)] == [(0, 2)]
     writer.checkpoint(TAG, SESSION)
     assert behind.stats().written_frames == LAYERS
-    writer.write(TAG, SESSION, 2, tokens_of(5), groups[2:])
+    writer.write(TAG, SESSION, RECALL, 2, tokens_of(5), groups[2:])
     assert behind.flush(FLUSH_S)
     assert [(chunk.first_group, chunk.stop_group) for chunk in writer.chunks_of(TAG, SESSION)] == [(0, 5)]
     assert stored(kv_url)[0, 5, 1] == bytes_of(groups, 1)
@@ -107,12 +113,12 @@ def test_checkpoint_of_a_session_without_groups_is_nothing(writer, behind) -> No
 
 
 def test_what_follows_other_tokens_has_other_names_and_leaves_a_gap(writer, behind) -> None:
-    writer.write(TAG, SESSION, 0, tokens_of(7), groups_of(7))
+    writer.write(TAG, SESSION, RECALL, 0, tokens_of(7), groups_of(7))
     writer.checkpoint(TAG, SESSION)
     assert behind.flush(FLUSH_S)
     before = writer.chunks_of(TAG, SESSION)
     others = [*tokens_of(5), *([9] * 3 * GROUP_TOKENS)]
-    writer.write(TAG, SESSION, 5, others, groups_of(3))
+    writer.write(TAG, SESSION, RECALL, 5, others, groups_of(3))
     writer.checkpoint(TAG, SESSION)
     assert behind.flush(FLUSH_S)
     after = writer.chunks_of(TAG, SESSION)
@@ -120,28 +126,28 @@ def test_what_follows_other_tokens_has_other_names_and_leaves_a_gap(writer, behi
     assert (after[1].first_group, after[1].stop_group) == (5, 8)
     assert after[1].name != before[1].name
     # Group 6 is of the text of group 5 no more: nothing leads up to it.
-    writer.write(TAG, SESSION, 7, tokens_of(9), groups_of(2))
+    writer.write(TAG, SESSION, RECALL, 7, tokens_of(9), groups_of(2))
     writer.checkpoint(TAG, SESSION)
     assert behind.flush(FLUSH_S)
     assert writer.chunks_of(TAG, SESSION) == after[:1]
 
 
 def test_tail_that_is_cut_goes_on_from_there(writer, behind) -> None:
-    writer.write(TAG, SESSION, 0, tokens_of(4), groups_of(4))
-    writer.write(TAG, SESSION, 2, tokens_of(5), groups_of(3, seed=1))
+    writer.write(TAG, SESSION, RECALL, 0, tokens_of(4), groups_of(4))
+    writer.write(TAG, SESSION, RECALL, 2, tokens_of(5), groups_of(3, seed=1))
     assert behind.flush(FLUSH_S)
     assert [(chunk.first_group, chunk.stop_group) for chunk in writer.chunks_of(TAG, SESSION)] == [(0, 5)]
 
 
 def test_session_longest_without_a_group_gives_up_its_tail_when_there_are_too_many(behind) -> None:
-    writer = GroupFrames(behind, FRAMES, max_tail_bytes=3 * FRAMES.group_bytes)
+    writer = GroupFrames(behind, SETS, max_tail_bytes=3 * FRAMES.group_bytes)
     other = SessionId("other")
-    writer.write(TAG, SESSION, 0, tokens_of(2), groups_of(2))
-    writer.write(TAG, other, 0, tokens_of(2), groups_of(2))
+    writer.write(TAG, SESSION, RECALL, 0, tokens_of(2), groups_of(2))
+    writer.write(TAG, other, RECALL, 0, tokens_of(2), groups_of(2))
     assert behind.flush(FLUSH_S)
     assert [(chunk.first_group, chunk.stop_group) for chunk in writer.chunks_of(TAG, SESSION)] == [(0, 2)]
     assert writer.chunks_of(TAG, other) == []
-    writer.write(TAG, SESSION, 2, tokens_of(5), groups_of(3))
+    writer.write(TAG, SESSION, RECALL, 2, tokens_of(5), groups_of(3))
     assert behind.flush(FLUSH_S)
     spans = [(chunk.first_group, chunk.stop_group) for chunk in writer.chunks_of(TAG, SESSION)]
     assert spans == [(0, 2), (2, 5)]
@@ -164,14 +170,14 @@ def test_chunk_that_was_given_up_is_no_part_of_the_session(kv_url) -> None:
     behind = WriteBehind(open_tier(kv_url))
     behind.start()
     behind.close(FLUSH_S)
-    writer = GroupFrames(behind, FRAMES)
-    writer.write(TAG, SESSION, 0, tokens_of(5), groups_of(5))
+    writer = GroupFrames(behind, SETS)
+    writer.write(TAG, SESSION, RECALL, 0, tokens_of(5), groups_of(5))
     assert writer.chunks_of(TAG, SESSION) == []
     assert behind.stats().failures == {"closed": LAYERS}
 
 
 def test_deleted_session_leaves_nothing(writer, behind, kv_url) -> None:
-    writer.write(TAG, SESSION, 0, tokens_of(7), groups_of(7))
+    writer.write(TAG, SESSION, RECALL, 0, tokens_of(7), groups_of(7))
     writer.delete(TAG, SESSION)
     writer.checkpoint(TAG, SESSION)
     assert behind.flush(FLUSH_S)
@@ -182,11 +188,11 @@ def test_deleted_session_leaves_nothing(writer, behind, kv_url) -> None:
 
 def test_what_has_expired_is_forgotten(behind) -> None:
     now = 0.0
-    writer = GroupFrames(behind, FRAMES, clock=lambda: now)
-    writer.write(TAG, SESSION, 0, tokens_of(5), groups_of(5))
+    writer = GroupFrames(behind, SETS, clock=lambda: now)
+    writer.write(TAG, SESSION, RECALL, 0, tokens_of(5), groups_of(5))
     assert behind.flush(FLUSH_S)
     now = behind.ttl_s + 1
-    writer.write(TAG, SessionId("other"), 0, tokens_of(5), groups_of(5))
+    writer.write(TAG, SessionId("other"), RECALL, 0, tokens_of(5), groups_of(5))
     assert writer.chunks_of(TAG, SESSION) == []
 
 
@@ -194,8 +200,8 @@ def test_full_queue_holds_the_engine_up_and_drops_nothing(kv_url) -> None:
     behind = WriteBehind(open_tier(kv_url), max_pending_bytes=FRAMES.group_bytes)
     behind.start()
     try:
-        writer = GroupFrames(behind, FRAMES)
-        writer.write(TAG, SESSION, 0, tokens_of(10), groups_of(10))
+        writer = GroupFrames(behind, SETS)
+        writer.write(TAG, SESSION, RECALL, 0, tokens_of(10), groups_of(10))
         assert behind.flush(FLUSH_S)
         assert behind.stats().written_frames == 2 * LAYERS
         assert not behind.stats().failures
@@ -207,9 +213,9 @@ def test_waiting_for_room_ends_as_soon_as_there_is_some(kv_url) -> None:
     behind = WriteBehind(open_tier(kv_url), max_pending_bytes=FRAMES.group_bytes)
     behind.start()
     try:
-        writer = GroupFrames(behind, FRAMES)
+        writer = GroupFrames(behind, SETS)
         waiter = threading.Thread(target=writer.wait_for_room, args=(1, FLUSH_S))
-        writer.write(TAG, SESSION, 0, tokens_of(5), groups_of(5))
+        writer.write(TAG, SESSION, RECALL, 0, tokens_of(5), groups_of(5))
         waiter.start()
         waiter.join(FLUSH_S / 2)
         assert not waiter.is_alive()
@@ -219,9 +225,9 @@ def test_waiting_for_room_ends_as_soon_as_there_is_some(kv_url) -> None:
         behind.close(FLUSH_S)
 
 
-def test_unknown_codec_is_refused(behind) -> None:
+def test_unknown_codec_is_refused() -> None:
     with pytest.raises(ConfigError, match="choose one of raw, zstd, values8, values4"):
-        GroupFrames(behind, FrameSet(FRAMES.fingerprint, FRAMES.group_shape, torch.bfloat16, "gzip"))
+        FrameSet(FRAMES.fingerprint, FRAMES.group_shape, torch.bfloat16, "gzip")
 
 
 def test_layers_of_a_group_are_its_memory() -> None:
@@ -285,9 +291,9 @@ def test_chunks_of_other_starts_or_codecs_have_other_names() -> None:
 @pytest.mark.parametrize("codec", ["raw", "zstd"])
 def test_what_chunks_of_names_is_read_back_bit_for_bit(behind, kv_url, codec) -> None:
     frame_set = FrameSet(FRAMES.fingerprint, FRAMES.group_shape, torch.bfloat16, codec)
-    writer = GroupFrames(behind, frame_set)
+    writer = GroupFrames(behind, FrameSets(frame_set))
     groups, out = groups_of(7), torch.zeros_like(groups_of(7))
-    writer.write(TAG, SESSION, 0, tokens_of(7), groups)
+    writer.write(TAG, SESSION, RECALL, 0, tokens_of(7), groups)
     writer.checkpoint(TAG, SESSION)
     assert behind.flush(FLUSH_S)
     reader = FrameReader(open_source(kv_url))
@@ -299,3 +305,47 @@ def test_what_chunks_of_names_is_read_back_bit_for_bit(behind, kv_url, codec) ->
     assert [read.miss for read in reader.fetch(wants, time.monotonic() + FLUSH_S)] == [None] * len(wants)
     reader.close()
     assert torch.equal(out, groups)
+
+
+def test_rows_of_a_group_that_shares_keys_are_cut_into_as_many_parts_as_layers_would_have_them() -> None:
+    assert (SHARED.num_parts, SHARED.group_bytes) == (2, FRAMES.group_bytes * 7 // 10)
+    assert [header.shape[1] for header in SHARED.headers(TAG, SESSION, Chunk(0, 3, bytes(16)))] == [3, 4]
+    assert SHARED.part_bytes * SHARED.chunk_groups + OVERHEAD_BYTES >= MIN_FRAME_BYTES
+    # Windows have all keys, whoever shares them behind.
+    assert SHARED.window_bytes(10) == FRAMES.window_bytes(10)
+    whole = replace(SHARED, shared_rows=2 * 5)
+    assert (whole.num_parts, whole.part_bytes, whole.chunk_groups) == (2, FRAMES.part_bytes, FRAMES.chunk_groups)
+    memory = memoryview(bytes(SHARED.group_bytes))
+    assert [len(part) for part in SHARED.parts_of(memory)] == [SHARED.group_bytes * 3 // 7, SHARED.group_bytes * 4 // 7]
+
+
+def test_sessions_of_both_kinds_have_frames_of_their_own(writer, behind, kv_url) -> None:
+    packed = torch.randn(8, 7, *FRAMES.group_shape[2:]).to(torch.bfloat16)
+    for first in range(0, 8, 4):
+        writer.write(TAG, SESSION, POD, first, tokens_of(first + 4), packed[first : first + 4])
+    writer.checkpoint(TAG, SESSION)
+    writer.write(TAG, SessionId("other"), RECALL, 0, tokens_of(5), groups_of(5))
+    assert behind.flush(FLUSH_S)
+    n = SHARED.chunk_groups
+    spans = [(chunk.first_group, chunk.stop_group) for chunk in writer.chunks_of(TAG, SESSION)]
+    assert spans == [(first, min(first + n, 8)) for first in range(0, 8, n)]
+    with Redis.from_url(kv_url) as client:
+        keys = [key for key in client.keys("kv1:*") if client.type(key) == b"string"]
+        frames = [decode_frame(key, client.get(key))[0] for key in keys]
+    kinds = {(each.session_id, each.fingerprint) for each in frames}
+    assert kinds == {(SESSION, SHARED.fingerprint), (SessionId("other"), FRAMES.fingerprint)}
+    assert writer.begins_at(TAG, SessionId("new"), POD, n + 1) == n
+
+
+def test_a_session_that_shares_and_one_that_doesnt_go_on_from_nothing_of_each_other(writer, behind) -> None:
+    writer.write(TAG, SESSION, RECALL, 0, tokens_of(2), groups_of(2))
+    writer.write(TAG, SESSION, POD, 2, tokens_of(3), torch.zeros(1, 7, *FRAMES.group_shape[2:], dtype=torch.bfloat16))
+    writer.checkpoint(TAG, SESSION)
+    assert behind.flush(FLUSH_S)
+    assert writer.chunks_of(TAG, SESSION) == []
+
+
+def test_frames_of_sessions_that_nobody_spoke_of_are_a_fault() -> None:
+    assert FrameSets().fingerprints == (b"", b"")
+    with pytest.raises(InternalError):
+        FrameSets(FRAMES).of(POD)

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 from redis import Redis
 
 from kvservice.config.recipes import get_recipe
@@ -16,13 +17,13 @@ from kvservice.store.blobs import RedisBlobs, key_of
 from kvservice.store.ledger import fork_manifest
 from kvservice.store.redis import RedisStateStore
 from kvservice.tier.chunks import chain, chunk_name
+from kvservice.tier.frame_sets import FrameSet, FrameSets
 from kvservice.tier.header import FrameHeader, FrameRole
 from kvservice.tier.journal import FrameJournal, JournaledWriter
 from kvservice.tier.redis import RedisTier
 from kvservice.types import (
     CallId,
     EngineCall,
-    ModelShape,
     OnMiss,
     PromptFormat,
     Reached,
@@ -32,11 +33,12 @@ from kvservice.types import (
     WorkerId,
 )
 from kvservice.worker.publishing import Publisher
-from tests.unit.worker.scripted_engine import MODEL
 
+# A chunk is one group.
+WHOLE = FrameSet(b"f" * 16, (2, 25, 64, 2, 64), torch.bfloat16)
 ANN, TAG = TenantId("ann"), b"t" * 16
 S = SessionId("s")
-RECALL = get_recipe("recall")
+POD, RECALL = get_recipe("pod"), get_recipe("recall")
 TTL_S = 600.0
 PATIENCE_S = 10.0
 
@@ -77,7 +79,7 @@ class Worker:
     """A publisher and the writer that it hears from."""
 
     def __init__(self, name: str, store: RedisStateStore, kv_url: str, clock: Clock) -> None:
-        self.journal = FrameJournal()
+        self.journal = FrameJournal(FrameSets(WHOLE, replace(WHOLE, fingerprint=b"p" * 16)))
         self.writer = JournaledWriter(RedisTier(kv_url), self.journal, ttl_s=TTL_S)
         self.blobs = RedisBlobs(kv_url)
         self.publisher = Publisher(WorkerId(name), store, self.journal, self.blobs, TTL_S, clock)
@@ -95,12 +97,8 @@ class Worker:
             document_tokens=(0,) * new,
             tenant_tag=TAG,
         )
-        await self.publisher.begin(replace(call, **changes), ANN, self.shape, was_elsewhere=was_elsewhere)
+        await self.publisher.begin(replace(call, **changes), ANN, was_elsewhere=was_elsewhere)
         return call.call_id
-
-    @property
-    def shape(self) -> ModelShape:
-        return MODEL.shape
 
     def write(self, groups: range, session_id: SessionId = S, size: int = 300, name: int = 0, tag: bytes = TAG) -> None:
         for group in groups:
@@ -196,7 +194,7 @@ async def test_frames_of_a_turn_that_was_taken_back_are_not_named(worker, store)
 
 async def test_bytes_are_reserved_while_a_call_runs_and_the_rest_is_given_back(worker, store):
     call_id = await worker.call(0, 500)
-    assert (await store.ledger.tenant_bytes(ANN)).reserved_bytes > 3 * 64 * MODEL.shape.kv_bytes_per_token
+    assert (await store.ledger.tenant_bytes(ANN)).reserved_bytes > 3 * WHOLE.group_bytes
     await worker.end(call_id, 0)
     assert (await store.ledger.tenant_bytes(ANN)).reserved_bytes == 0
     assert await store.ledger.get_manifest(ANN, S) is None
@@ -350,12 +348,47 @@ async def test_frames_of_the_next_turn_are_not_lost_when_the_last_is_published_l
 async def test_frames_of_another_model_are_forgotten(start, store):
     first, second = await start("v"), await start("w")
     await first.turn(0, 500, range(3))
+    second.journal.frame_sets.describe(replace(WHOLE, fingerprint=b"g" * 16), None)
     call_id = await second.call(500, 10)
     head = (TAG, S, b"g" * 16, 0, FrameRole.KV, b"n" * 16, 16, 80)
     assert second.writer.submit(FrameHeader(*head, (300,), "uint8"), bytes(300))
     await second.end(call_id, 10)
     manifest = await store.ledger.get_manifest(ANN, S)
     assert (manifest.fingerprint, stops(manifest), manifest.version) == (b"g" * 16, [80], 2)
+
+
+async def test_frames_of_a_worker_with_another_map_are_forgotten_once_a_call_says_that_keys_are_shared(start, store):
+    first, second = await start("v"), await start("w")
+    call_id = await first.call(0, 500, recipe=POD)
+    head = (TAG, S, b"p" * 16, 0, FrameRole.KV, b"n" * 16, 16, 80)
+    assert first.writer.submit(FrameHeader(*head, (300,), "uint8"), bytes(300))
+    await first.end(call_id, 500)
+    published = await store.ledger.get_manifest(ANN, S)
+    assert (published.fingerprint, stops(published)) == (b"p" * 16, [80])
+    second.journal.frame_sets.describe(WHOLE, replace(WHOLE, fingerprint=b"q" * 16))
+    # Acquired, it stays what it is: whoever has that map may read it yet.
+    assert await second.publisher.acquire(ANN, TAG, S)
+    assert (await second.publisher.known(S)).fingerprint == b"p" * 16
+    call_id = await second.call(500, 10, recipe=POD)
+    # A reader finds what it has no use for, and counts that.
+    assert (await second.publisher.known(S)).fingerprint == b"p" * 16
+    await second.end(call_id, 10)
+    manifest = await store.ledger.get_manifest(ANN, S)
+    assert (manifest.fingerprint, stops(manifest)) == (b"q" * 16, [])
+
+
+async def test_what_a_session_that_shares_took_over_is_not_another_kinds(worker, store):
+    """Names of chunks stand for tokens, so those of both kinds are alike."""
+    tokens = (0,) * 500
+    name = chunk_name(TAG, chain(TAG, tokens)[0], 16, "raw")
+    call_id = await worker.call(0, 500, SessionId("other"))
+    head = (TAG, SessionId("other"), b"f" * 16, 0, FrameRole.KV, name, 16, 80)
+    assert worker.writer.submit(FrameHeader(*head, (300,), "uint8"), bytes(300))
+    await worker.end(call_id, 500)
+    await worker.end(await worker.call(0, 500, recipe=POD), 500)
+    assert stops(await worker.publisher.known(S)) == []
+    await worker.end(await worker.call(0, 500, SessionId("alike")), 500)
+    assert stops(await worker.publisher.known(SessionId("alike"))) == [80]
 
 
 @pytest.mark.parametrize("is_shared", [False, True])
