@@ -24,7 +24,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 
 from kvservice.models.tiny import write_tiny_checkpoint
 from kvservice.store.embedded import EmbeddedRedis, RedisRole
@@ -38,7 +37,6 @@ models:
       name: tiny
       num_cpus: 0.5
       health_check_period_s: 1
-      autoscaling: {max_replicas: 2}
       worker: {model: /models/tiny, kv_bytes: 48MiB, host_bytes: 64MiB, dtype: fp32, drain_grace_s: 5}
     source: {type: volume, claimName: models}
 """
@@ -333,16 +331,6 @@ def test_the_commands_of_the_notes_that_need_no_cluster_run(service: Service) ->
         words = shlex.split(command.replace("localhost:50051", service.address))
         ran = service.run(sys.executable, "-m", *words)
         assert ran.returncode == 0, ran.stderr
-
-
-def test_somebody_on_rays_head_takes_workers_away_when_load_goes(service: Service) -> None:
-    ran = service.run(str(BIN / "serve"), "status", "--address", f"http://127.0.0.1:{service.ports['dashboard']}")
-    assert ran.returncode == 0, ran.stderr
-    applications = yaml.safe_load(ran.stdout)["applications"]
-    assert applications["kvservice_scaler"]["status"] == "RUNNING"
-    assert applications["kvservice_scaler"]["deployments"]["Scaler"]["replica_states"] == {"RUNNING": 1}
-    logs = service.ray_folder.glob("session_latest/logs/worker-*.err")
-    assert not any("look_at_load_failed" in log.read_text() for log in logs)
 
 
 def test_a_key_that_is_none_is_refused(service: Service) -> None:
