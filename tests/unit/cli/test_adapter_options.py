@@ -18,6 +18,7 @@ from kvservice.config.recipes import DENSE, POD, POD_EXACT
 from kvservice.errors import ConfigError, InvalidRequest
 from kvservice.models.adapter import read_adapter
 from kvservice.models.tiny import write_tiny_checkpoint
+from kvservice.tier.frame_sets import FrameSets
 from tests.unit.cli.test_sharing_options import GROUPS, SMALL, write_map
 from tests.unit.engine.driving import Drive, answering, tokens
 
@@ -148,8 +149,10 @@ def test_kv_of_an_adapted_model_is_other_kv(made) -> None:
 
     for more in ({}, {"adapter": str(made / "out.safetensors"), "recipe": "pod", "sharing": "key"}):
         given = {"model": str(made / "tiny"), **SMALL, "sharing_map": str(made / "map.json"), **more}
-        make_engine(worker_config(given), made / "tiny", Frames(), None, lambda frames: found.append(frames))
-    assert found[0].fingerprint != found[1].fingerprint
+        sets = FrameSets()
+        make_engine(worker_config(given), made / "tiny", Frames(), None, sets)
+        found += [sets.of(POD).fingerprint, sets.whole.fingerprint]
+    assert len(set(found)) == 4
 
 
 def test_weights_of_an_adapter_are_not_served_without_a_map(made) -> None:

@@ -154,14 +154,14 @@ def test_session_longest_without_a_group_gives_up_its_tail_when_there_are_too_ma
 
 
 def test_session_that_is_gone_keeps_no_tail_and_what_was_queued_is_written(writer, behind) -> None:
-    writer.write(TAG, SESSION, 0, tokens_of(2), groups_of(2))
-    writer.write(TAG, SessionId("other"), 0, tokens_of(2), groups_of(2))
+    writer.write(TAG, SESSION, RECALL, 0, tokens_of(2), groups_of(2))
+    writer.write(TAG, SessionId("other"), RECALL, 0, tokens_of(2), groups_of(2))
     writer.checkpoint(TAG, SESSION)
-    assert writer.begins_at(TAG, SESSION, 2) == 2
+    assert writer.begins_at(TAG, SESSION, RECALL, 2) == 2
     writer.forget(SESSION)
     # Groups are wanted from the start of the chunk again: none of them is here.
-    assert writer.begins_at(TAG, SESSION, 2) == 0
-    assert writer.begins_at(TAG, SessionId("other"), 2) == 2
+    assert writer.begins_at(TAG, SESSION, RECALL, 2) == 0
+    assert writer.begins_at(TAG, SessionId("other"), RECALL, 2) == 2
     assert behind.flush(FLUSH_S)
     assert [(chunk.first_group, chunk.stop_group) for chunk in writer.chunks_of(TAG, SESSION)] == [(0, 2)]
 
