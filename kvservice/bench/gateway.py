@@ -9,8 +9,8 @@ import asyncio
 import os
 import statistics
 import time
-from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,8 @@ OPENED_AT_ONCE = 64
 """Streams on their way to their first token."""
 HOLD_S = 1.0
 """How long all streams are open at once, at least."""
+STREAMS_OF_EACH = 100
+"""On a connection: fewer than `limits.streams_per_connection`, beyond which a call waits for another's end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,9 @@ async def measure_gateway(address: str, pid: int, *, rate: float, seconds: float
             await _generate(client)
         latencies, took_s = await _at_rate(client, rate, seconds)
         calls, wall_s, cpu_s = await _unary(client, pid, seconds)
-        opened, open_s = await _open(client, streams)
+    async with AsyncExitStack() as stack:
+        callers = [await stack.enter_async_context(Client(address)) for _ in range(0, streams, STREAMS_OF_EACH)]
+        opened, open_s = await _open(callers, streams)
     percentiles = statistics.quantiles(latencies, n=100, method="inclusive")
     return GatewayFigures(
         added_latency_ms_p50=percentiles[49],
@@ -135,13 +139,13 @@ async def _unary(client: Client, pid: int, seconds: float) -> tuple[int, float, 
     return calls, time.perf_counter() - started, _cpu_s(pid) - cpu_s
 
 
-async def _open(client: Client, streams: int) -> tuple[int, float]:
+async def _open(clients: Sequence[Client], streams: int) -> tuple[int, float]:
     """Answers that stay open until all are: how many were, and how long it took."""
     arrivals: asyncio.Queue[None] = asyncio.Queue()
     doors = asyncio.Semaphore(OPENED_AT_ONCE)
     started = time.perf_counter()
 
-    async def hold() -> None:
+    async def hold(client: Client) -> None:
         await doors.acquire()
         is_open = False
         try:
@@ -157,7 +161,7 @@ async def _open(client: Client, streams: int) -> tuple[int, float]:
                 arrivals.put_nowait(None)
                 doors.release()
 
-    tasks = [asyncio.create_task(hold()) for _ in range(streams)]
+    tasks = [asyncio.create_task(hold(clients[number % len(clients)])) for number in range(streams)]
     for _ in tasks:
         await arrivals.get()
     open_s = time.perf_counter() - started

@@ -54,6 +54,8 @@ CHUNK_TOKENS = 64 * 1024
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", -1),
+    # Clients of one process share no connection: a service allows so many streams on each.
+    ("grpc.use_local_subchannel_pool", 1),
     # A server that vanished without a word is noticed within 40 s, also in mid-stream.
     # A gateway that was away is found again soon; left alone, attempts come ever more rarely, up to two minutes apart.
     ("grpc.initial_reconnect_backoff_ms", 500),
