@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import secrets
 import tempfile
@@ -16,6 +15,7 @@ import typer
 from kvservice.cli.bench_soak import check_writable
 from kvservice.cli.options import DEFAULT_MODEL, HostBytes, JsonFile, KvBytes, Model, Recipe, Threads
 from kvservice.cli.output import hint, show_table, write_json
+from kvservice.config.api_keys import key_entry
 from kvservice.config.recipes import DEFAULT_RECIPE
 
 if TYPE_CHECKING:
@@ -70,9 +70,7 @@ async def _run(load: FairnessLoad, arguments: list[str]) -> FairnessResult:
     keys = {tenant: secrets.token_urlsafe(24) for tenant in ("flood", "one")}
     with tempfile.TemporaryDirectory(prefix="kvservice-fairness-") as folder:
         file = Path(folder) / "keys.json"
-        entries = [
-            {"sha256": hashlib.sha256(key.encode()).hexdigest(), "tenant": tenant} for tenant, key in keys.items()
-        ]
+        entries = [key_entry(key, tenant) for tenant, key in keys.items()]
         file.write_text(json.dumps({"keys": entries}))
         file.chmod(0o600)
         async with (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import secrets
 import tempfile
@@ -17,6 +16,8 @@ import typer
 from kvservice.cli.bench_soak import check_writable
 from kvservice.cli.options import JsonFile
 from kvservice.cli.output import hint, show_table, write_json
+from kvservice.config.api_keys import key_entry
+from kvservice.types import Role
 
 if TYPE_CHECKING:
     from kvservice.bench.quotas import QuotaRow
@@ -84,7 +85,8 @@ async def _run(calls: int) -> tuple[list[QuotaRow], float]:
     with tempfile.TemporaryDirectory(prefix="kvservice-quotas-") as folder, EmbeddedRedis(RedisRole.STATE) as state:
         # The folder is its owner's alone: the files hold the server's password and the service's secret.
         key_file, file = Path(folder) / "keys.json", Path(folder) / "gateway.json"
-        key_file.write_text(json.dumps({"keys": [_entry(name, key) for name, key in keys.items()]}))
+        entries = [key_entry(key, name, _role(name)) for name, key in keys.items()]
+        key_file.write_text(json.dumps({"keys": entries}))
         key_file.chmod(0o600)
         settings = {
             "gateway": {"secret": secrets.token_hex(32), "discovery_interval_s": 0.1},
@@ -104,6 +106,5 @@ async def _run(calls: int) -> tuple[list[QuotaRow], float]:
             return await measure_quotas(clients[OPERATOR][0], clients.__getitem__, calls=calls)
 
 
-def _entry(name: str, key: str) -> dict[str, str]:
-    role = "operator" if name == OPERATOR else "tenant"
-    return {"sha256": hashlib.sha256(key.encode()).hexdigest(), "tenant": name, "role": role}
+def _role(name: str) -> Role:
+    return Role.OPERATOR if name == OPERATOR else Role.TENANT

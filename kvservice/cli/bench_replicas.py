@@ -51,10 +51,10 @@ def kills(
     Every answer is compared with the one that the same conversation had before the first kill.
     """
     check_writable("--json", json_file)
-    load = _load(callers, doc_tokens, new_tokens, recipe)
+    load = rounds_load(callers, doc_tokens, new_tokens, recipe)
     scaling = {"replicas": workers}
     figures = asyncio.run(_kills(load, _settings(model, kv_bytes, host_bytes, scaling), workers, num_kills))
-    rows = [(name, _shown(value)) for name, value in asdict(figures).items() if name != "restart_s"]
+    rows = [(name, shown(value)) for name, value in asdict(figures).items() if name != "restart_s"]
     rows.append(("a worker was there again after", f"{max(figures.restart_s):.1f} s at most"))
     show_table(f"{num_kills} kills under {callers} callers", ("what", "figure"), rows, numeric=("figure",))
     if json_file is not None:
@@ -84,7 +84,7 @@ def scale(
     """Have load alone take the workers from one to the most and back, on a local Ray. Exits 1 if anything was wrong."""
     check_writable("--json", json_file)
     check_writable("--plot", plot)
-    load = _load(callers, doc_tokens, new_tokens, recipe)
+    load = rounds_load(callers, doc_tokens, new_tokens, recipe)
     scaling = {
         "autoscaling": {
             "max_replicas": workers,
@@ -96,7 +96,7 @@ def scale(
     }
     settings = _settings(model, kv_bytes, host_bytes, scaling)
     figures = asyncio.run(_scale(load, settings, workers, timeout_s, hold_s))
-    rows = [(name, _shown(value)) for name, value in asdict(figures).items() if name != "samples"]
+    rows = [(name, shown(value)) for name, value in asdict(figures).items() if name != "samples"]
     show_table(f"1 to {workers} workers and back, {callers} callers", ("what", "figure"), rows, numeric=("figure",))
     if plot is not None:
         from kvservice.bench.plots import plot_fleet
@@ -146,7 +146,8 @@ async def _service(settings: Mapping[str, Any]) -> AsyncIterator[LocalService]:
             yield service
 
 
-def _load(callers: int, doc_tokens: int, new_tokens: int, recipe: str | None) -> RoundsLoad:
+def rounds_load(callers: int, doc_tokens: int, new_tokens: int, recipe: str | None) -> RoundsLoad:
+    """What the callers send, of the options."""
     from kvservice.bench.rounds import RoundsLoad
 
     return RoundsLoad(
@@ -160,21 +161,26 @@ def _load(callers: int, doc_tokens: int, new_tokens: int, recipe: str | None) ->
     )
 
 
-def _settings(model: str, kv_bytes: str, host_bytes: str, scaling: Mapping[str, Any]) -> dict[str, Any]:
-    worker = {
+def worker_settings(model: str, kv_bytes: str, host_bytes: str) -> dict[str, Any]:
+    """Settings of one of several workers whose answers are compared."""
+    return {
         "model": model,
         "kv_bytes": kv_bytes,
         "host_bytes": host_bytes,
         "threads": 1,
         # Else an answer that was computed again might not be the same, and nobody could say whether it is right.
         "deterministic": True,
-        "drain_grace_s": 10,
     }
+
+
+def _settings(model: str, kv_bytes: str, host_bytes: str, scaling: Mapping[str, Any]) -> dict[str, Any]:
+    worker = {**worker_settings(model, kv_bytes, host_bytes), "drain_grace_s": 10}
     deployment = {"name": "bench", "worker": worker, "num_cpus": 0.25, "health_check_period_s": 1, **scaling}
     return {"ray": {"deployments": [deployment]}, "log_level": "WARNING"}
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A figure, as tables have it."""
     if isinstance(value, float):
         return f"{value:.1f}"
     if isinstance(value, dict):

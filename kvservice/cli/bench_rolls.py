@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvservice.cli.bench_replicas import Callers, DocTokens, HostBytesOfEach, KvBytesOfEach, NewTokens, Workers
+from kvservice.cli.bench_replicas import (
+    Callers,
+    DocTokens,
+    HostBytesOfEach,
+    KvBytesOfEach,
+    NewTokens,
+    Workers,
+    rounds_load,
+    shown,
+    worker_settings,
+)
 from kvservice.cli.bench_soak import check_writable
 from kvservice.cli.options import DEFAULT_MODEL, JsonFile, Model, Recipe
 from kvservice.cli.output import hint, progress_bar, show_table, write_json
@@ -48,28 +58,11 @@ def rolls(
 
     Every answer is compared with the one that the same conversation had before.
     """
-    from kvservice.bench.rounds import RoundsLoad
-
     check_writable("--json", json_file)
-    load = RoundsLoad(
-        callers=callers,
-        document_tokens=doc_tokens,
-        question_tokens=16,
-        turns=3,
-        new_tokens=new_tokens,
-        recipe=recipe or DEFAULT_RECIPE,
-        seed=7,
-    )
-    worker = {
-        "model": model,
-        "kv_bytes": kv_bytes,
-        "host_bytes": host_bytes,
-        "threads": 1,
-        # Else an answer that was computed again might not be the same, and nobody could say whether it is right.
-        "deterministic": True,
-    }
+    load = rounds_load(callers, doc_tokens, new_tokens, recipe)
+    worker = worker_settings(model, kv_bytes, host_bytes)
     figures = asyncio.run(_run(load, worker, gateways, workers, num_rolls))
-    rows = [(name, _shown(value)) for name, value in asdict(figures).items()]
+    rows = [(name, shown(value)) for name, value in asdict(figures).items()]
     show_table(f"a roll under {callers} callers", ("what", "figure"), rows, numeric=("figure",))
     if json_file is not None:
         parts = {"num_gateways": gateways, "num_workers": workers, "rolls": num_rolls, "model": model}
@@ -138,11 +131,3 @@ class _SamePort:
 
     async def stop(self) -> int:
         return await self._service.stop()
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.1f}"
-    if isinstance(value, dict):
-        return ", ".join(f"{count} x {what}" for what, count in value.items()) or "none"
-    return str(value)

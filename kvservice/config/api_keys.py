@@ -5,6 +5,7 @@ To rotate a key, give its tenant a second one, have callers change over, and let
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import stat
 import time
@@ -79,6 +80,11 @@ class ApiKeys(BaseModel):
     def current(self) -> ApiKeys:
         """These keys: they never change. The same word as `ApiKeyFile.current`."""
         return self
+
+
+def key_entry(key: str, tenant: str, role: Role = Role.TENANT) -> dict[str, str]:
+    """What a key file says of a key."""
+    return {"sha256": hashlib.sha256(key.encode()).hexdigest(), "tenant": tenant, "role": role.value}
 
 
 def load_api_keys(path: Path) -> ApiKeys:

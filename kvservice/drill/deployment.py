@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import hashlib
 import json
 import os
 import secrets
@@ -22,6 +21,7 @@ from types import TracebackType
 from typing import Self
 
 from kvservice.client import Client, LocalService, RetryPolicy, ServiceStats
+from kvservice.config.api_keys import key_entry
 from kvservice.drill.cluster import DrillCluster
 from kvservice.drill.proxy import LinkFault, Proxy
 from kvservice.drill.ray_cluster import DrillRay
@@ -335,4 +335,4 @@ class Deployment:
 
 def _key(key: str, tenant: str) -> dict[str, str]:
     role = Role.OPERATOR if tenant == TENANT else Role.TENANT
-    return {"sha256": hashlib.sha256(key.encode()).hexdigest(), "tenant": tenant, "role": role.value}
+    return key_entry(key, tenant, role)

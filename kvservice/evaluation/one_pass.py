@@ -12,13 +12,13 @@ rounding of different kernels. It keeps all keys of all layers nowhere, but thos
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from kvservice.attention.whole_text import blocks, causal
 from kvservice.compression.sharing import SharingMode, SharingPlan
 from kvservice.config.recipes import EXACT
 from kvservice.kernels.flash import attend
@@ -143,21 +143,6 @@ class OnePass:
                 mapped = self._rotation.undo(far_k[:, head]) @ self._variant.key_maps[layer, head]
                 far_k[:, head] = self._rotation.apply(mapped).to(far_k.dtype)
         return (self._far_q if plan.mode is SharingMode.SCORE else q), far_k
-
-
-def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of a whole text to itself, `[n, h, d]`."""
-    queries, keys, values = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
-
-
-def blocks(window: RecipeSpec, num_tokens: int) -> Iterator[tuple[slice, int]]:
-    """Runs of positions that see the same window, and where that starts."""
-    position = 0
-    while position < num_tokens:
-        stop = min(position + window.tokens_until_slide(position), num_tokens)
-        yield slice(position, stop), window.window_start(position)
-        position = stop
 
 
 def near_part(q: Tensor, k: Tensor, v: Tensor, rows: slice, window_start: int, scale: float) -> AttnPartial:

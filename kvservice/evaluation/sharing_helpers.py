@@ -18,10 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvservice.attention.whole_text import blocks, causal
 from kvservice.compression.layer_groups import LayerGroups
 from kvservice.config.recipes import EXACT
 from kvservice.evaluation.calls import Report, ignore_progress
-from kvservice.evaluation.one_pass import Cell, Rotation, blocks, causal, far_part, near_part
+from kvservice.evaluation.one_pass import Cell, Rotation, far_part, near_part
 from kvservice.models.llama import LlamaModel
 from kvservice.types import SINK_TOKENS
 

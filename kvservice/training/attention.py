@@ -11,13 +11,13 @@ call of torch's flash attention over the keys put together, and no matrix of all
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvservice.attention.whole_text import blocks, causal
 from kvservice.compression.sharing import SharingMode, SharingPlan
 from kvservice.config.recipes import POD_EXACT
 from kvservice.types import SINK_TOKENS, RecipeSpec
@@ -65,7 +65,7 @@ class SharedAttention:
             distant: what the layer below returned; None in layer 0.
         """
         if self._owns is None:
-            return _causal(q, k, v), None
+            return causal(q, k, v), None
         if distant is None:
             distant = Distant(q, k)
         elif self._follows[layer]:
@@ -76,8 +76,8 @@ class SharedAttention:
         else:
             distant = Distant(q, k)
         if not self._follows[layer]:
-            return _causal(q, k, v), distant
-        runs = list(_runs(self._recipe, q.shape[0]))
+            return causal(q, k, v), distant
+        runs = list(blocks(self._recipe, q.shape[0]))
         parts = [self._run(q, k, v, distant, rows, start) for rows, start in runs]
         return torch.cat(parts), distant
 
@@ -108,17 +108,3 @@ class SharedAttention:
             scale=scale,
         )[0]
         return out.reshape(num_kv, count, group, -1).permute(1, 0, 2, 3).flatten(1, 2)[..., : q.shape[-1]]
-
-
-def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    queries, keys, values = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
-
-
-def _runs(recipe: RecipeSpec, num_tokens: int) -> Iterator[tuple[slice, int]]:
-    """Runs of positions that see the same window, and where that starts."""
-    position = 0
-    while position < num_tokens:
-        stop = min(position + recipe.tokens_until_slide(position), num_tokens)
-        yield slice(position, stop), recipe.window_start(position)
-        position = stop
